@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be chosen when the accelerator is built, and the named choices."""
+
+from dataclasses import asdict, dataclass
+import json
+import zlib
+
+from . import abi
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One build of the accelerator. What a job asks for at run time stays below these limits.
+
+    Parameters
+    ----------
+    name : str
+        Name of the preset, part of file names.
+    rows : int
+        Query heads the array serves at once (the largest group_size). Even, 2 .. 14.
+    max_head_dim : int
+        Largest head_dim. A multiple of 32, up to 256.
+    beat_fifo_beats : int
+        Beats between the read master and the datapath. A power of two. It holds a whole block
+        while its largest exponent is found, so it needs at least twice `max_head_dim` and a burst.
+    lookahead_tiles : int
+        K tiles that stream ahead of the V tile they precede: 1 or 2. With 2 the softmax has two
+        whole tile times to finish, which rows = 8 needs below head_dim 128.
+    """
+
+    name: str
+    rows: int
+    max_head_dim: int = 256
+    beat_fifo_beats: int = 512
+    lookahead_tiles: int = 2
+
+    def __post_init__(self):
+        if self.rows % abi.ROW_STEP or not 0 < self.rows <= abi.MAX_ROWS:
+            raise ValueError(f"rows must be even and 2 .. {abi.MAX_ROWS}, not {self.rows}")
+        abi.check_head_dim(self.max_head_dim)
+        beats = self.beat_fifo_beats
+        if beats & (beats - 1) or beats < max(256, 2 * self.max_head_dim):
+            raise ValueError(
+                "beat_fifo_beats must be a power of two of at least 256 and twice max_head_dim "
+                f"({2 * self.max_head_dim}), not {beats}"
+            )
+        if self.lookahead_tiles not in (1, 2):
+            raise ValueError(f"lookahead_tiles must be 1 or 2, not {self.lookahead_tiles}")
+
+    @property
+    def hash32(self) -> int:
+        """Identity of the build: CRC-32 of its canonical JSON. Readable on the card."""
+        text = json.dumps({"abi": abi.ABI_VERSION, **asdict(self)}, sort_keys=True)
+        return zlib.crc32(text.encode())
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # Small enough for Amaranth's own simulator.
+        Config(name="tiny", rows=2, max_head_dim=64, beat_fifo_beats=256),
+        # SmartSSD (Kintex UltraScale+ KU15P): GQA groups up to 8 at one beat a cycle.
+        Config(name="smartssd", rows=8),
+    )
+}
+
+
+def preset(name: str) -> Config:
+    """The named configuration.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name; the message lists those there are.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"no configuration {name!r}; choose one of {known}") from None

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of the accelerator: formats, constants and their exact arithmetic.
+
+Written once, used by the RTL, the models and the host. Needs numpy only. The chain, for one query
+head and one tile of at most 128 tokens:
+
+    weight w[r]    q as an 18-bit signed integer, counts 2^(exponent[r] - 17)
+    x[r][token]    K aligned to the block's largest exponent E: 23-bit signed integer
+    S[token]       sum over r of w * x, exact, below 2^47
+    s[token]       score in log2 units, 20 fraction bits: (S >> 13) * mantissa >> shift
+    tile_max       the smallest integer not below any s
+    p[token]       2^(s - tile_max): 17 bits for the V pass, 22 fraction bits for the wide sum
+    o[channel]     sum over tokens of p * x, with x now V aligned to its block's exponent: below 2^47
+    out[channel]   sum over tiles of o * 2^(tile_max + E), exact in a window of 64 bits: `Wide`
+
+Every sum is exact and every rounding depends on one block or one tile alone. Therefore the order of
+tokens in a block, of tiles in a job, and of partials in a merge changes no bit.
+"""
+
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from functools import cache
+import math
+
+import numpy as np
+
+from .abi import MAX_TILES, TILE_TOKENS, WIDE_BYTES, KvType
+
+# --- K and V ------------------------------------------------------------------------------------
+KV_BITS = 23  # an aligned element: sign and magnitude up to 2^22
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """A 16-bit floating point format of K and V elements.
+
+    Elements read as `sig * 2^(e - unit)`, with sig an integer below 2^sig_bits and e the exponent
+    field, at least 1 (subnormal numbers need no special case after that).
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    @property
+    def sig_bits(self) -> int:
+        return self.mantissa_bits + 1
+
+    @property
+    def exponent_max(self) -> int:
+        """The exponent field of Inf and NaN."""
+        return (1 << self.exponent_bits) - 1
+
+    @property
+    def unit(self) -> int:
+        """An aligned element x of a block with largest exponent E is worth x * 2^(E - unit)."""
+        bias = (1 << (self.exponent_bits - 1)) - 1
+        return bias + self.mantissa_bits + self.align_bits
+
+    @property
+    def align_bits(self) -> int:
+        """Zero bits below the significand in the 22-bit magnitude: binades without loss."""
+        return KV_BITS - 1 - self.sig_bits
+
+
+KV_FORMATS = {KvType.FP16: KvFormat(5, 10), KvType.BF16: KvFormat(8, 7)}
+
+# --- q ------------------------------------------------------------------------------------------
+WEIGHT_BITS = 18
+WEIGHT_MAX = (1 << (WEIGHT_BITS - 1)) - 1
+Q_EXPONENT_MIN = -512  # exponent of a channel in which every head is zero
+ACC_BITS = 48
+
+# --- scores -------------------------------------------------------------------------------------
+RAW_SHIFT = 13  # bits of S dropped: 35 remain, two 18-bit ports of a DSP
+RAW_BITS = ACC_BITS - RAW_SHIFT
+SCALE_BITS = 24
+SCORE_FRAC_BITS = 20
+SCORE_INT_MAX = 32767
+SCORE_BITS = 36
+SCORE_LIMIT = SCORE_INT_MAX << SCORE_FRAC_BITS
+SCORE_SHIFT_MAX = 63
+EXPONENT_FLOOR = -1024  # the exponent of a K block before its first valid element
+TILE_MAX_BITS = 16
+RUN_MAX_EMPTY = -32768  # maximum of no token at all
+
+# --- weights p ----------------------------------------------------------------------------------
+P_BITS = 17
+P_MAX = (1 << P_BITS) - 1
+P_WIDE_FRAC_BITS = 22
+TILE_SUM_BITS = P_BITS + 7
+TILE_WIDE_BITS = P_WIDE_FRAC_BITS + 8
+# The two denominators enter the accumulator as one more element each, placed as high as o may be.
+SUM_SHIFT, SUM_WIDE_SHIFT = 22, 17
+SUM_UNIT = 39  # both count 2^(tile_max - 39) there
+OUT_UNIT = P_BITS  # o counts 2^(tile_max + E - KvFormat.unit - 17)
+
+# --- exp2 ---------------------------------------------------------------------------------------
+EXP2_SEGMENTS = 16
+EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to P_WIDE_FRAC_BITS
+
+# --- wide accumulator ---------------------------------------------------------------------------
+LIMB_STEP = 16  # one limb counts 2^16 of the limb below
+LIMB_BITS = 28  # stored: 2^11 tiles of 16-bit parts, signed
+N_LIMBS = 4
+WINDOW_TOP = 47  # |o| <= 2^46, so o * 2^X stays below 2^(X + 47)
+assert MAX_TILES << LIMB_STEP <= 1 << (LIMB_BITS - 1)
+assert P_BITS + (KV_BITS - 1) + (TILE_TOKENS - 1).bit_length() < WINDOW_TOP
+
+
+def quantize_q(q) -> tuple[np.ndarray, np.ndarray]:
+    """Turn query heads into integer weights with one exponent per channel.
+
+    Parameters
+    ----------
+    q : (group_size, head_dim), any real dtype
+        Query heads that share a KV head. Finite.
+
+    Returns
+    -------
+    weight : int32 (group_size, head_dim)
+        |weight| < 2^17. Exact for fp16 heads within 6 binades of the channel's largest.
+    exponent : int32 (head_dim,)
+        weight 1 means 2^(exponent - 17); Q_EXPONENT_MIN where the channel is zero.
+
+    Raises
+    ------
+    ValueError
+        If an element is not finite.
+    """
+    q = np.asarray(q, dtype=np.float64)
+    if not np.isfinite(q).all():
+        head, channel = np.argwhere(~np.isfinite(q))[0]
+        raise ValueError(f"q must be finite; head {head}, channel {channel} is {q[head, channel]}")
+    largest = np.abs(q).max(axis=0)
+    exponent = np.where(largest > 0, np.frexp(largest)[1], Q_EXPONENT_MIN).astype(np.int32)
+    weight = np.rint(np.ldexp(q, (WEIGHT_BITS - 1) - exponent))
+    return np.clip(weight, -WEIGHT_MAX, WEIGHT_MAX).astype(np.int32), exponent
+
+
+def score_scale(scale: float, kv_type: KvType) -> tuple[int, int]:
+    """The job's `score_mantissa` and `score_shift` for a softmax scale.
+
+    A block with exponent E turns S into a score by (S >> 13) * mantissa >> (shift - E).
+
+    Raises
+    ------
+    ValueError
+        If scale is not positive and finite.
+    """
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, not {scale}")
+    fraction, exponent = math.frexp(scale * math.log2(math.e))
+    mantissa = round(fraction * (1 << SCALE_BITS))
+    if mantissa == 1 << SCALE_BITS:
+        mantissa, exponent = mantissa >> 1, exponent + 1
+    # S counts 2^(E - unit - 17); the score counts 2^-20.
+    unit = KV_FORMATS[kv_type].unit + (WEIGHT_BITS - 1) - RAW_SHIFT - SCORE_FRAC_BITS
+    return mantissa, unit + SCALE_BITS - exponent
+
+
+@cache
+def exp2_table() -> np.ndarray:
+    """Coefficients of 2^f on 16 segments of [0, 1): int64 (16, 3), 26 fraction bits.
+
+    Row i: 2^(i/16 + u/16) ~ a0 + a1 u + a2 u^2 for u in [0, 1), interpolated at the three
+    Chebyshev nodes. Computed in decimal arithmetic, so that every machine gets the same bits.
+    """
+    with localcontext() as context:
+        context.prec = 40
+        two = Decimal(2)
+        # cos(pi/6) = sqrt(3)/2
+        nodes = [(1 - c * Decimal(3).sqrt() / 2) / 2 for c in (1, 0, -1)]
+        rows = []
+        for segment in range(EXP2_SEGMENTS):
+            y = [two ** ((segment + u) / EXP2_SEGMENTS) for u in nodes]
+            d01 = (y[1] - y[0]) / (nodes[1] - nodes[0])
+            d12 = (y[2] - y[1]) / (nodes[2] - nodes[1])
+            a2 = (d12 - d01) / (nodes[2] - nodes[0])
+            a1 = d01 - a2 * (nodes[0] + nodes[1])
+            a0 = y[0] - d01 * nodes[0] + a2 * nodes[0] * nodes[1]
+            rows.append([int((a * 2**EXP2_FRAC_BITS).to_integral_value()) for a in (a0, a1, a2)])
+    return np.array(rows, dtype=np.int64)
+
+
+def exp2(fraction: np.ndarray) -> np.ndarray:
+    """2^f for f = fraction / 2^20 in [0, 1): integers with 22 fraction bits, in [2^22, 2^23).
+
+    Never falls as f rises. 2^0 comes out as 1 + 2^-21, within the error.
+
+    Relative error below 2^-20.5, checked over all 2^20 inputs in tests/hw/test_number.py.
+    """
+    a0, a1, a2 = exp2_table().T
+    segment, u = fraction >> 16, fraction & 0xFFFF
+    slope = a1[segment] + ((a2[segment] * u) >> 16)
+    value = a0[segment] + ((slope * u) >> 16)
+    drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
+    return (value + (1 << (drop - 1))) >> drop
+
+
+class Wide:
+    """Exact sums of o * 2^X: four limbs at absolute powers of 2^16, under a moving top.
+
+    A value is the sum over j of limb[j] * 2^(16 * (top - 3 + j)). Adding aligns both operands to the
+    larger top and drops limbs that fall below the window, whole. What is dropped depends on the
+    final top alone, not on the order of additions, so addition is associative and commutative, bit
+    for bit. (The idea is that of reproducible summation: Demmel and Nguyen, ARITH 2013.)
+
+    Dropping costs at most one unit of the lowest limb per term: below 2^X_max for the largest X.
+
+    Parameters
+    ----------
+    limbs : int64 (..., 4)
+    top : int64 (...)
+    """
+
+    def __init__(self, limbs: np.ndarray, top: np.ndarray):
+        self.limbs, self.top = limbs, top
+
+    @classmethod
+    def of(cls, mantissa: np.ndarray, exponent: np.ndarray) -> "Wide":
+        """mantissa * 2^exponent; |mantissa| <= 2^46, shapes broadcast."""
+        mantissa, exponent = np.broadcast_arrays(
+            np.asarray(mantissa, np.int64), np.asarray(exponent, np.int64)
+        )
+        place = exponent + WINDOW_TOP
+        z = mantissa << ((place & (LIMB_STEP - 1)) + 1)
+        mask = (1 << LIMB_STEP) - 1
+        limbs = np.stack([z & mask, (z >> 16) & mask, (z >> 32) & mask, z >> 48], axis=-1)
+        return cls(limbs, place >> 4)
+
+    def sum(self, axis: int) -> "Wide":
+        """The sum along one axis (negative axes count from the last axis of `top`)."""
+        axis %= self.top.ndim
+        top = self.top.max(axis=axis, keepdims=True)
+        limbs = self._at(top).sum(axis=axis)
+        return Wide(limbs, np.squeeze(top, axis))
+
+    def __add__(self, other: "Wide") -> "Wide":
+        top = np.maximum(self.top, other.top)
+        return Wide(self._at(top) + other._at(top), top)
+
+    def _at(self, top: np.ndarray) -> np.ndarray:
+        """Limbs under a top that is not below ours."""
+        down = np.minimum(top - self.top, N_LIMBS)[..., None]
+        source = np.arange(N_LIMBS) + down
+        taken = np.take_along_axis(
+            np.broadcast_to(self.limbs, np.broadcast_shapes(self.limbs.shape, source.shape)),
+            np.minimum(source, N_LIMBS - 1),
+            axis=-1,
+        )
+        return np.where(source < N_LIMBS, taken, 0)
+
+    def to_float(self) -> tuple[np.ndarray, np.ndarray]:
+        """(m, e) with value m * 2^e: m float64, rounded once; e int64."""
+        limbs = self.limbs
+        high = (limbs[..., 3] << 16) + limbs[..., 2]
+        low = (limbs[..., 1] << 16) + limbs[..., 0]
+        return high * 2.0**32 + low, LIMB_STEP * (self.top - (N_LIMBS - 1))
+
+    def pack(self) -> np.ndarray:
+        """As the card writes it: uint64 (..., 2)."""
+        mask = np.int64((1 << LIMB_BITS) - 1)
+        l0, l1, l2, l3 = (self.limbs[..., j] & mask for j in range(N_LIMBS))
+        low = l0 | (l1 << 28) | (l2 << 56)
+        high = (l2 >> 8) | (l3 << 20) | (self.top << 48)
+        return np.stack([low, high], axis=-1).view(np.uint64)
+
+    @classmethod
+    def unpack(cls, words: np.ndarray) -> "Wide":
+        """The inverse of `pack`; words is uint64 (..., 2)."""
+        low, high = np.moveaxis(np.ascontiguousarray(words).view(np.int64), -1, 0)
+        sign = 64 - LIMB_BITS
+
+        def signed(x):
+            return (x << sign) >> sign
+
+        unsigned_low = (low >> 56) & 0xFF
+        limbs = [signed(low), signed(low >> 28), signed(unsigned_low | (high << 8)),
+                 signed(high >> 20)]  # fmt: skip
+        return cls(np.stack(limbs, axis=-1), high >> 48)
+
+
+assert N_LIMBS * LIMB_BITS + 16 == 8 * WIDE_BYTES

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention next to storage: the host runtime of the nearkv accelerator."""
