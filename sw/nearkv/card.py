@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards: what loads pages from flash and runs jobs on them. `open_card` is the way to get one.
+
+A card has two memories. *kv memory* receives pages straight from flash; on a real card it is a
+peer-to-peer BAR, so the host neither reads nor writes it. *job memory* is a host buffer: jobs, page
+tables, query blocks, partials and the summary (`nearkv_hw.abi`). Nothing above this module can tell
+one card from another.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+import mmap
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from nearkv_hw import abi
+from nearkv_hw.abi import Status
+
+from .store import Read, read_into
+
+KV_BYTES = 64 << 20
+JOB_BYTES = 16 << 20
+READS_IN_FLIGHT = 8
+
+
+class CardError(RuntimeError):
+    """A card could not be opened, did not answer in time, or refused a job.
+
+    Attributes
+    ----------
+    status : Status or None
+        Of the partial that is not good.
+    counters : dict or None
+        Fields of the summary (`abi.SUMMARY`), if the run came to its end.
+    """
+
+    def __init__(self, message: str, *, status: Status | None = None, counters: dict | None = None):
+        super().__init__(message)
+        self.status, self.counters = status, counters
+
+
+@runtime_checkable
+class Card(Protocol):
+    """What the host needs of a card. A context manager; `close` may be called twice."""
+
+    name: str
+    rows: int  # query heads of one job, at most
+    max_head_dim: int
+    kv_bytes: int  # size of kv memory
+    job_bytes: int  # size of job memory
+
+    def load(self, reads: list[Read], timeout_s: float | None = None) -> None:
+        """Bring pages from flash to kv memory. Returns when all have arrived.
+
+        Raises FlashError if a file is short or the drive fails, CardError after `timeout_s`.
+        """
+
+    def write_job(self, offset: int, data) -> None:
+        """Copy bytes into job memory."""
+
+    def read_job(self, offset: int, nbytes: int) -> np.ndarray:
+        """Bytes of job memory: uint8 (nbytes,), a copy."""
+
+    def run(
+        self, queue: int, n_jobs: int, summary: int, timeout_s: float | None = None
+    ) -> dict[str, int]:
+        """Run the queue at job-memory offset `queue`; the fields of the summary.
+
+        Raises CardError after `timeout_s`, if the queue could not be read, or if what answered is
+        not the build that was opened. Jobs that failed are for the caller to find in their partials.
+        """
+
+    def close(self) -> None:
+        """Release the card and its memories."""
+
+
+class MemoryCard:
+    """A card without hardware: both memories are this process' own, and a backend runs the jobs.
+
+    The memories start on a page boundary, so that O_DIRECT reads go straight into kv memory.
+
+    Parameters
+    ----------
+    name : str
+    backend
+        Has `config` (`nearkv_hw.config.Config`), `close()` and `execute(kv, job, queue, n_jobs,
+        summary, timeout_s)`, which does with the two uint8 arrays what the hardware would and raises
+        TimeoutError if it takes too long.
+    kv_bytes, job_bytes : int
+    timeout_s : float
+        For a load or a run that does not bring its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend,
+        *,
+        kv_bytes: int = KV_BYTES,
+        job_bytes: int = JOB_BYTES,
+        timeout_s: float = 60.0,
+    ):
+        for what, nbytes in (("kv_bytes", kv_bytes), ("job_bytes", job_bytes)):
+            if nbytes <= 0 or nbytes % abi.PAGE_ALIGN_BYTES:
+                raise ValueError(
+                    f"{what} must be a positive multiple of {abi.PAGE_ALIGN_BYTES}, not {nbytes}"
+                )
+        self.name, self._backend, self.timeout_s = name, backend, timeout_s
+        self.rows, self.max_head_dim = backend.config.rows, backend.config.max_head_dim
+        self.kv_bytes, self.job_bytes = kv_bytes, job_bytes
+        self._kv = np.frombuffer(mmap.mmap(-1, kv_bytes), np.uint8)
+        self._job = np.frombuffer(mmap.mmap(-1, job_bytes), np.uint8)
+        self._readers = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="nearkv-read")
+        self._broken = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self) -> None:
+        if self._broken != "closed":
+            self._broken = "closed"
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._backend.close()
+
+    def load(self, reads: list[Read], timeout_s: float | None = None) -> None:
+        self._check_open()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        for read in reads:
+            if read.kv_offset < 0 or read.kv_offset + read.nbytes > self.kv_bytes:
+                raise ValueError(
+                    f"a read of {read.nbytes} bytes to kv offset {read.kv_offset} leaves the "
+                    f"{self.kv_bytes} bytes of kv memory"
+                )
+        waiting: dict[Future, Read] = {
+            self._readers.submit(read_into, read, self._kv): read for read in reads
+        }
+        done, late = wait(waiting, timeout_s)
+        for future in done:
+            future.result()
+        if late:
+            # The late reads may still write to kv memory, at any time.
+            self._broken = "unusable after a load that timed out; open it again"
+            read = waiting[late.pop()]
+            raise CardError(
+                f"card {self.name!r}: after {timeout_s:g} s, {len(late) + 1} of {len(reads)} reads "
+                f"have not arrived, among them {read.page} ({read.path} at byte {read.offset}); "
+                "is the drive alive?"
+            )
+
+    def write_job(self, offset: int, data) -> None:
+        self._check_open()
+        data = np.frombuffer(data, np.uint8)
+        self._check_job(offset, len(data))
+        self._job[offset : offset + len(data)] = data
+
+    def read_job(self, offset: int, nbytes: int) -> np.ndarray:
+        self._check_open()
+        self._check_job(offset, nbytes)
+        return self._job[offset : offset + nbytes].copy()
+
+    def run(
+        self, queue: int, n_jobs: int, summary: int, timeout_s: float | None = None
+    ) -> dict[str, int]:
+        self._check_open()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        self._check_job(queue, n_jobs * abi.JOB.bytes)
+        self._check_job(summary, abi.SUMMARY.bytes)
+        self._job[summary : summary + abi.SUMMARY.bytes] = 0
+        try:
+            self._backend.execute(self._kv, self._job, queue, n_jobs, summary, timeout_s)
+        except TimeoutError as error:
+            self._broken = "unusable after a run that timed out; open it again"
+            raise CardError(
+                f"card {self.name!r}: {n_jobs} jobs did not end within {timeout_s:g} s: {error}"
+            ) from error
+        counters = abi.SUMMARY.unpack(self._job[summary : summary + abi.SUMMARY.bytes])
+        check_summary(self.name, counters, n_jobs, self._backend.config.hash32)
+        return counters
+
+    def _check_open(self) -> None:
+        if self._broken:
+            raise CardError(f"card {self.name!r} is {self._broken}")
+
+    def _check_job(self, offset: int, nbytes: int) -> None:
+        if offset < 0 or offset + nbytes > self.job_bytes:
+            raise ValueError(
+                f"{nbytes} bytes at offset {offset} leave the {self.job_bytes} bytes of job memory"
+            )
+
+
+def check_summary(name: str, counters: dict, n_jobs: int, config_hash: int) -> None:
+    """Raise CardError unless a summary is of this ABI, this build and this queue."""
+    expected = {
+        "abi_version": (abi.ABI_VERSION, "host and card are of different versions of nearkv"),
+        "config_hash": (config_hash, "the card is not the build that was asked for"),
+        "error": (0, f"queue: {Status(counters['error'] | Status.DONE).describe()}"),
+        "n_jobs": (n_jobs, "the card stopped early"),
+    }
+    for field, (want, meaning) in expected.items():
+        if counters[field] != want:
+            raise CardError(
+                f"card {name!r}: {meaning} ({field} is {counters[field]:#x}, not {want:#x}); "
+                f"counters: {counters}",
+                counters=counters,
+            )
+
+
+def _open_simulated(module: str, attribute: str) -> Callable[..., Any]:
+    def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
+               timeout_s=60.0, **options):  # fmt: skip
+        if unit:
+            raise ValueError(f"card {name.split(':')[0]!r} has no units; leave {':' + unit!r} away")
+        import importlib
+
+        try:
+            from nearkv_hw.config import Config, preset
+
+            backend = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            package = (error.name or module).split(".")[0]
+            raise CardError(
+                f"card {name!r} needs the package {package}; install it with: "
+                f"pip install {package}"
+            ) from error
+        config = config if isinstance(config, Config) else preset(config)
+        return MemoryCard(
+            name, backend(config, **options), kv_bytes=kv_bytes, job_bytes=job_bytes,
+            timeout_s=timeout_s,
+        )  # fmt: skip
+
+    return opener
+
+
+# family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
+_FAMILIES: dict[str, Callable[..., Card]] = {
+    "model": _open_simulated("nearkv_sim.model", "ModelCard"),
+    "rtl": _open_simulated("nearkv_sim.rtl", "RtlCard"),
+}
+
+
+def open_card(name: str = "model", **options) -> Card:
+    """Open a card. Use it as a context manager, or close it.
+
+    Parameters
+    ----------
+    name : str
+        "model": the bit-exact model in numpy. "rtl": the emitted Verilog in Verilator.
+    config : str or nearkv_hw.config.Config
+        The build to imitate. Default "smartssd".
+    kv_bytes, job_bytes : int
+        Sizes of the card's memories.
+    timeout_s : float
+        How long a load or a run may take, unless it brings its own limit.
+    **options
+        Passed to the card's backend.
+
+    Raises
+    ------
+    CardError
+        If there is no such card (the message lists those there are), or a package is missing (the
+        message gives the command that installs it).
+
+    >>> with open_card("model") as card:
+    ...     card.rows
+    8
+    """
+    family, _, unit = name.partition(":")
+    if family not in _FAMILIES:
+        known = ", ".join(repr(known) for known in _FAMILIES)
+        raise CardError(f"no card {name!r}; there are {known}")
+    return _FAMILIES[family](name, unit, **options)
