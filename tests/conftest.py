@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the test runs."""
+
+from pathlib import Path
+
+import pytest
+
+_ALLOWED_SKIPS = Path(__file__).parent / "data" / "allowed_skips.txt"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--strict-skips",
+        action="store_true",
+        help=f"fail when a test is skipped for a reason that {_ALLOWED_SKIPS.name} does not list",
+    )
+
+
+class _StrictSkips:
+    """Fails the run on a skip nobody expected: a test that never runs proves nothing."""
+
+    def __init__(self, allowed: list[str]):
+        self.allowed = allowed
+        self.unexpected: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        self._look(report)
+
+    def pytest_collectreport(self, report):
+        self._look(report)
+
+    def _look(self, report):
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(text in reason for text in self.allowed):
+            self.unexpected.append(f"{report.nodeid}: {reason}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
+        if self.unexpected and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.unexpected:
+            terminalreporter.section("unexpected skips", red=True)
+            for line in self.unexpected:
+                terminalreporter.line(line)
+
+
+def pytest_configure(config):
+    if config.getoption("--strict-skips"):
+        lines = _ALLOWED_SKIPS.read_text().splitlines()
+        allowed = [line for line in lines if line and not line.startswith("#")]
+        config.pluginmanager.register(_StrictSkips(allowed))
