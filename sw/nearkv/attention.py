@@ -90,7 +90,7 @@ class Partial:
 
     def __setitem__(self, index, value: "Partial") -> None:
         self.run_max[index] = value.run_max
-        for mine, its in zip(self._wides(), value._wides()):
+        for mine, its in zip(self._wides(), value._wides(), strict=True):
             mine.limbs[index], mine.top[index] = its.limbs, its.top
 
     def reshape(self, *shape: int) -> "Partial":
@@ -211,7 +211,7 @@ class PageAttention:
         n_sequences, n_heads, n_rows, head_dim = q.shape
         stored = [self.store.stored(sequence, layer) for sequence in sequences]
         if n_pages is not None:
-            stored = [entries[:, :n] for entries, n in zip(stored, n_pages)]
+            stored = [entries[:, :n] for entries, n in zip(stored, n_pages, strict=True)]
         n_slices = max(1, -(-n_rows // card.rows))
         width = -(-n_rows // n_slices)
         q = _pad_rows(q, n_slices * width).reshape(n_sequences, n_heads, n_slices, width, head_dim)

@@ -223,8 +223,7 @@ def _open_simulated(module: str, attribute: str) -> Callable[..., Any]:
         except ModuleNotFoundError as error:
             package = (error.name or module).split(".")[0]
             raise CardError(
-                f"card {name!r} needs the package {package}; install it with: "
-                f"pip install {package}"
+                f"card {name!r} needs the package {package}; install it with: pip install {package}"
             ) from error
         config = config if isinstance(config, Config) else preset(config)
         return MemoryCard(

@@ -13,6 +13,7 @@ the first record that is torn.
 
 from dataclasses import dataclass
 import errno as errno_codes
+import itertools
 import json
 import logging
 import mmap
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
-from nearkv_hw.abi import ABI_VERSION, PAGE_ALIGN_BYTES, Field, KvType, PageLayout, Record
+from nearkv_hw.abi import ABI_VERSION, PAGE_ALIGN_BYTES, Field, PageLayout, Record
 
 from . import pages
 
@@ -49,9 +50,7 @@ INDEX_ENTRY = Record(
 )
 _INDEX = pages.record_dtype(INDEX_ENTRY)
 # What the store knows of one page: what `abi.PAGE_ENTRY` needs, and where it lies.
-STORED_PAGE = np.dtype(
-    [("offset", "<i8"), ("page_len", "<u4"), ("crc_k", "<u4"), ("crc_v", "<u4")]
-)
+STORED_PAGE = np.dtype([("offset", "<i8"), ("page_len", "<u4"), ("crc_k", "<u4"), ("crc_v", "<u4")])
 
 
 class PageId(NamedTuple):
@@ -280,7 +279,7 @@ class KvStore:
         return [
             Read(file.fd, file.path, int(offsets[a]), (b - a) * page_bytes,
                  kv_offset + a * page_bytes, page._replace(page=page.page + a), page_bytes)
-            for a, b in zip(edges[:-1], edges[1:])
+            for a, b in itertools.pairwise(edges)
         ]  # fmt: skip
 
     def read_pages(self, page: PageId, n_pages: int) -> np.ndarray:
@@ -453,7 +452,7 @@ class KvStore:
             # Runs of pages that lie together: a head's extents may be apart.
             offsets = entries["offset"][head]
             starts = np.flatnonzero(np.diff(offsets) != layout.page_bytes) + 1
-            for a, b in zip([0, *starts], [*starts, count]):
+            for a, b in itertools.pairwise([0, *starts, count]):
                 page = PageId(layer, sequence, head, first + int(a))
                 self._write(file.fd, data[head, a:b], int(offsets[a]), page, file.path)
         self.bytes_written += nbytes

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV on flash for Hugging Face models: `NearStorageCache` and the attention that goes with it.
+
+transformers calls `cache.update(k, v, layer)` first and hands what it returns to the attention
+function, which is not given the cache. So `update` returns handles: tensors that carry their layer,
+and refuse every operation, so that no other attention function can use them by mistake.
+
+What a layer holds of a sequence: full pages on flash, and a *tail* of fewer than page_tokens tokens
+in host memory, both rounded to the KV type. New tokens are attended first and stored afterwards:
+
+    pages on flash   by the card, for every query row    \
+    tail, new tokens   on the host, causally              / merged
+"""
+
+import math
+import tempfile
+import weakref
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from nearkv_hw.abi import KvType, PageLayout
+
+from . import pages
+from .attention import Figures, PageAttention, check_card, merge
+from .card import Card, open_card
+from .store import KvStore, PageId
+
+_TORCH_TYPES = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}
+_ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
+
+
+class NearStorageCache(Cache):
+    """A transformers cache whose K and V lie in page files and are attended by a card.
+
+    Pass it as `past_key_values=` to `generate` or `forward` of a model that was loaded with
+    `attn_implementation="nearkv"`. Its pages live in a new directory inside `directory`, removed by
+    `close` (or at the latest when the process ends). A context manager.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Of the model: full attention, head_dim a multiple of 32 that the card supports.
+    directory : path, optional
+        Where pages go: a directory on the drive to use. Default: that for temporary files.
+    card : Card or str
+        Or the name of one, opened and closed with the cache.
+    page_tokens : int
+        32, 64, 96 or a multiple of 128.
+    kv_dtype : "fp16" or "bf16", optional
+        What K and V are rounded to. Default bf16 for bf16 models, otherwise fp16.
+
+    Attributes
+    ----------
+    figures : nearkv.attention.Figures
+        What the card and the host have done so far.
+
+    Raises
+    ------
+    ValueError
+        If model or card do not fit; nothing has been written then.
+    FlashError
+        If the directory cannot be written.
+    CardError
+        If the card cannot be opened.
+    """
+
+    def __init__(self, config, directory=None, card: Card | str = "model", page_tokens: int = 128,
+                 kv_dtype=None):  # fmt: skip
+        config = config.get_text_config(decoder=True)
+        if kv_dtype is None:
+            kv_dtype = "bf16" if config.dtype == torch.bfloat16 else "fp16"
+        head_dim, n_kv_heads = _check_model(config)
+        try:
+            layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
+        except ValueError as error:
+            raise ValueError(f"model {_name(config)} cannot use nearkv: {error}") from None
+        owned = open_card(card) if isinstance(card, str) else None
+        self.card: Card = card if owned is None else owned
+        try:
+            check_card(self.card, layout)
+            directory = tempfile.gettempdir() if directory is None else directory
+            self.store = KvStore(directory, layout, n_kv_heads, temporary=True)
+        except BaseException:
+            if owned is not None:
+                owned.close()
+            raise
+        self._finalizer = weakref.finalize(self, _close, self.store, owned)
+        self._pages = PageAttention(self.card, self.store)
+        super().__init__(
+            layers=[_Layer(self._pages, index) for index in range(config.num_hidden_layers)]
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    @property
+    def figures(self) -> Figures:
+        return self._pages.figures
+
+    def close(self) -> None:
+        """Delete the pages. May be called twice."""
+        self._finalizer()
+
+
+class _Handle(torch.Tensor):
+    """New K or V on its way to `attention_forward`, with the layer it belongs to."""
+
+    layer: "_Layer"
+    plain: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, layer: "_Layer") -> "_Handle":
+        handle = x.as_subclass(cls)
+        handle.layer, handle.plain = layer, x
+        return handle
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device, ...
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise RuntimeError(
+            "K and V of a NearStorageCache are on flash, only the nearkv attention can use them: "
+            'load the model with attn_implementation="nearkv", or call '
+            'model.set_attn_implementation("nearkv")'
+        )
+
+
+class _Layer(CacheLayerMixin):
+    """K and V of one layer for a batch of sequences; row b of the batch is sequence b."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, attention: PageAttention, index: int):
+        super().__init__()
+        self._attention, self._store, self._index = attention, attention.store, index
+        self._dtype = _TORCH_TYPES[self._store.layout.kv_type]
+        self._positions = 0  # including padding
+        self._pending = 0  # positions given to `update` and not yet attended
+
+    # --- what transformers calls --------------------------------------------------------------
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        layout, (batch, heads, _, head_dim) = self._store.layout, key_states.shape
+        if heads != self._store.n_kv_heads or key_states.shape != value_states.shape or (
+            head_dim != layout.head_dim
+        ):  # fmt: skip
+            raise ValueError(
+                f"layer {self._index} has K {tuple(key_states.shape)} and V "
+                f"{tuple(value_states.shape)}; the cache was made for {self._store.n_kv_heads} kv "
+                f"heads of {layout.head_dim} channels"
+            )
+        self.batch_size = batch
+        # (K or V, sequence, kv head, token, channel)
+        shape = (2, batch, heads, layout.page_tokens, head_dim)
+        self._tail = torch.zeros(shape, dtype=self._dtype)
+        self._tail_tokens = [0] * batch
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._pending:
+            raise RuntimeError(
+                f"layer {self._index} was updated twice without attention; "
+                'load the model with attn_implementation="nearkv"'
+            )
+        if len(key_states) != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences and was given {len(key_states)}; "
+                "make a new cache"
+            )
+        self._pending = key_states.shape[2]
+        self._positions += self._pending
+        k, v = (x.detach().to("cpu", self._dtype) for x in (key_states, value_states))
+        return _Handle.of(k, self), _Handle.of(v, self)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._positions + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._positions
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            for sequence in range(self.batch_size):
+                self._store.truncate(sequence, self._index, 0)
+            self._tail_tokens = [0] * self.batch_size
+        self._positions = self._pending = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens; a page that is cut becomes the tail."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the negative number of tokens to remove, not {tokens_to_remove}"
+            )
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        page_tokens = self._store.layout.page_tokens
+        for sequence in range(self.batch_size):
+            n_pages = self._store.n_pages(sequence, self._index)
+            left = n_pages * page_tokens + self._tail_tokens[sequence] + tokens_to_remove
+            keep, tokens = divmod(max(left, 0), page_tokens)
+            if keep < n_pages:
+                self._take_back(sequence, keep)
+                self._store.truncate(sequence, self._index, keep)
+            self._tail_tokens[sequence] = tokens
+        self._positions += tokens_to_remove
+
+    def offload(self) -> None:
+        """Nothing to do: the tail is in host memory already."""
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx) -> None:
+        raise NotImplementedError("pages on flash cannot be reordered: use num_beams=1")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("pages on flash cannot be repeated: repeat the prompt instead")
+
+    def batch_select_indices(self, indices) -> None:
+        raise NotImplementedError("pages on flash cannot be selected: make a cache for each batch")
+
+    # --- attention ----------------------------------------------------------------------------
+
+    def attend(self, module, query, k, v, padding, scale: float) -> torch.Tensor:
+        """Attend to all there is, then store what is new.
+
+        Parameters
+        ----------
+        query : (batch, n_q_heads, n_new, head_dim)
+        k, v : (batch, n_kv_heads, n_new, head_dim), on the host, in the KV type
+        padding : bool (batch, positions) or None
+            Which positions are tokens. Default: all.
+
+        Returns
+        -------
+        (batch, n_new, n_q_heads, head_dim), dtype and device of query
+        """
+        batch, n_q_heads, n_new, head_dim = query.shape
+        valid = None if padding is None else padding[:, -n_new:].cpu()
+        stored = [self._store.n_pages(sequence, self._index) for sequence in range(batch)]
+        if self._positions == n_new:  # prefill: nothing but new tokens
+            mask = None if valid is None else _causal(valid, n_new).to(query.device)
+            kv = (x.to(query.device, query.dtype) for x in (k, v))
+            out, _ = sdpa_attention_forward(module, query, *kv, mask, scaling=scale, is_causal=True)
+            self.figures.host_tokens += batch * n_q_heads * n_new * (n_new + 1) // 2
+        else:
+            out = self._attend_past(query.detach().float().cpu(), k, v, valid, stored, scale)
+            out = out.to(query.device, query.dtype)
+        self._commit(k, v, valid)
+        self._pending = 0
+        return out
+
+    def _attend_past(self, query, k, v, valid, stored, scale) -> torch.Tensor:
+        batch, n_q_heads, n_new, head_dim = query.shape
+        n_kv_heads = k.shape[1]
+        # Query heads of a group, then their tokens: all share a kv head's pages.
+        rows = query.reshape(batch, n_kv_heads, -1, head_dim)
+        out, lse_ln = self._attend_host(rows, k, v, valid, n_new, scale)
+        if any(stored):
+            partial = self._attention.attend(self._index, range(batch), rows.numpy(), scale, stored)
+            card_out, lse_log2 = partial.normalise()
+            out, lse_ln = merge(
+                np.stack([out.numpy(), card_out]),
+                np.stack([lse_ln.numpy(), lse_log2 * math.log(2)]),
+            )
+            out = torch.from_numpy(out)
+        return out.reshape(batch, n_q_heads, n_new, head_dim).transpose(1, 2).contiguous()
+
+    def _attend_host(self, rows, k, v, valid, n_new, scale):
+        """Tail and new tokens: out (batch, kv heads, rows, head_dim), lse_ln (without the last)."""
+        longest = max(self._tail_tokens)
+        tail_k, tail_v = self._tail[:, :, :, :longest]
+        keys = torch.cat([tail_k, k], dim=2).float()
+        values = torch.cat([tail_v, v], dim=2).float()
+        tail_valid = torch.arange(longest) < torch.tensor(self._tail_tokens)[:, None]
+        valid = torch.ones(k.shape[0], n_new, dtype=torch.bool) if valid is None else valid
+        mask = _causal(torch.cat([tail_valid, valid], dim=1), n_new)  # (batch, 1, n_new, keys)
+        self.figures.host_tokens += int(mask.sum()) * k.shape[1] * (rows.shape[2] // n_new)
+        batch, heads, _, head_dim = rows.shape
+        grouped = rows.view(batch, heads, -1, n_new, head_dim)
+        outs, lses = [], []
+        for at in range(0, n_new, _ROWS_AT_ONCE):
+            some = slice(at, at + _ROWS_AT_ONCE)
+            scores = (grouped[:, :, :, some] * scale) @ keys[:, :, None].transpose(-1, -2)
+            scores = scores.masked_fill(~mask[:, :, None, some], -torch.inf)
+            lse = scores.logsumexp(-1)
+            outs.append((scores - lse[..., None]).exp() @ values[:, :, None])
+            lses.append(lse)
+        out = torch.cat(outs, dim=3).reshape(batch, heads, -1, head_dim)
+        return out, torch.cat(lses, dim=3).reshape(batch, heads, -1)
+
+    @property
+    def figures(self) -> Figures:
+        return self._attention.figures
+
+    # --- storing ------------------------------------------------------------------------------
+
+    def _commit(self, k, v, valid) -> None:
+        """Tokens move to the tail, and from there to flash whenever they fill pages."""
+        self._check_finite(k, v)
+        page_tokens = self._store.layout.page_tokens
+        for sequence in range(self.batch_size):
+            new = torch.stack([k[sequence], v[sequence]])  # (K or V, kv head, token, channel)
+            if valid is not None:
+                new = new[:, :, valid[sequence]]
+            have, n_new = self._tail_tokens[sequence], new.shape[2]
+            tail = self._tail[:, sequence]
+            if have + n_new < page_tokens:
+                tail[:, :, have : have + n_new] = new
+                self._tail_tokens[sequence] = have + n_new
+                continue
+            tokens = torch.cat([tail[:, :, :have], new], dim=2)
+            full = (have + n_new) // page_tokens * page_tokens
+            self._store.append(sequence, self._index, *tokens[:, :, :full])
+            left = have + n_new - full
+            tail[:, :, :left] = tokens[:, :, full:]
+            self._tail_tokens[sequence] = left
+
+    def _check_finite(self, k, v) -> None:
+        for name, x in (("K", k), ("V", v)):
+            if not torch.isfinite(x).all():
+                sequence, head, token, _ = torch.nonzero(~torch.isfinite(x))[0].tolist()
+                token += self._positions - x.shape[2]
+                raise ValueError(
+                    f"Inf or NaN in {name} of layer {self._index}, sequence {sequence}, kv head "
+                    f"{head}, token {token}: either the model computed it, or it is too large for "
+                    f"{self._store.layout.kv_type.name.lower()} (kv_dtype='bf16' reaches further)"
+                )
+
+    def _take_back(self, sequence: int, page: int) -> None:
+        """Read a page from flash into the tail."""
+        layout = self._store.layout
+        for head in range(self._store.n_kv_heads):
+            data = self._store.read_pages(PageId(self._index, sequence, head, page), 1)
+            for which, patterns in enumerate(pages.unpack(layout, data)):
+                values = torch.from_numpy(patterns.view(np.int16)).view(self._dtype)
+                self._tail[which, sequence, head] = values
+
+
+def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
+                      **kwargs):  # fmt: skip
+    """The attention function "nearkv" of transformers.
+
+    With K and V of a NearStorageCache, attends to pages, tail and new tokens; with any others, does
+    what "sdpa" does.
+    """
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"nearkv attention has no {name}; load the model with another attn_implementation"
+            )
+    if not isinstance(key, _Handle):
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = _causal(attention_mask, query.shape[2])
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise NotImplementedError(
+            "NearStorageCache knows causal attention with padding, no 4-dimensional masks"
+        )
+    if dropout or not kwargs.get("is_causal", True):
+        raise NotImplementedError("NearStorageCache knows causal attention without dropout only")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = key.layer.attend(module, query, key.plain, value.plain, attention_mask, scale)
+    return out, None
+
+
+def padding_mask(*, kv_length, mask_function=causal_mask_function, attention_mask=None, q_length,
+                 q_offset=0, kv_offset=0, **kwargs):  # fmt: skip
+    """The mask function of "nearkv": bool (batch, positions), or None where all are tokens.
+
+    Causality needs no mask; only padding does. Anything but plain causal attention becomes the mask
+    that "sdpa" would get.
+    """
+    if mask_function is not causal_mask_function or kv_offset:
+        return sdpa_mask(
+            kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask,
+            q_length=q_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs,
+        )  # fmt: skip
+    if attention_mask is None:
+        # torch's is_causal aligns to the first position; queries behind a past need a mask.
+        if 1 < q_length < kv_length:
+            return torch.ones(kwargs["batch_size"], kv_length, dtype=torch.bool)
+        return None
+    missing = kv_length - attention_mask.shape[1]
+    mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(missing, 0)), value=False)
+    mask = mask[:, :kv_length]
+    return None if mask.all() and not 1 < q_length < kv_length else mask
+
+
+def _causal(valid: torch.Tensor, n_queries: int) -> torch.Tensor:
+    """bool (batch, 1, n_queries, keys): the last n_queries keys are the queries' own tokens.
+
+    valid : bool (batch, keys). A query that is padding attends to itself, so that nothing is NaN.
+    """
+    n_keys = valid.shape[1]
+    own = torch.arange(n_keys - n_queries, n_keys, device=valid.device)[:, None]
+    position = torch.arange(n_keys, device=valid.device)
+    return ((position <= own) & valid[:, None, None]) | (position == own)
+
+
+def _check_model(config) -> tuple[int, int]:
+    """head_dim and kv heads of a model that nearkv supports.
+
+    Raises
+    ------
+    ValueError
+        If it is of another kind, naming what.
+    """
+    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    if kinds:
+        raise ValueError(
+            f"model {_name(config)} has layers of {', '.join(sorted(kinds))}; "
+            "NearStorageCache supports full attention only"
+        )
+    for name in ("attn_logit_softcapping", "kv_lora_rank", "attention_sinks"):
+        if getattr(config, name, None):
+            raise ValueError(f"model {_name(config)} has {name}, which nearkv does not support")
+    n_q_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_q_heads
+    return head_dim, getattr(config, "num_key_value_heads", None) or n_q_heads
+
+
+def _name(config) -> str:
+    return config.name_or_path or config.model_type
+
+
+def _close(store: KvStore, card: Card | None) -> None:
+    store.close()
+    if card is not None:
+        card.close()
