@@ -141,8 +141,10 @@ class Figures:
     kv_bytes: int = 0  # the same in bytes
     load_s: float = 0.0
     run_s: float = 0.0
-    card_tokens: int = 0  # (token, query head) pairs attended by the card
-    host_tokens: int = 0  # and by the host
+    # (query row, token) pairs attended: by the card, by the host beside it, by the host in prefill
+    card_tokens: int = 0
+    host_tokens: int = 0
+    prefill_tokens: int = 0
     cycles: int = 0  # of the card, where it counts them
 
 

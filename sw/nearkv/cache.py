@@ -255,7 +255,7 @@ class _Layer(CacheLayerMixin):
             mask = None if valid is None else _causal(valid, n_new).to(query.device)
             kv = (x.to(query.device, query.dtype) for x in (k, v))
             out, _ = sdpa_attention_forward(module, query, *kv, mask, scaling=scale, is_causal=True)
-            self.figures.host_tokens += batch * n_q_heads * n_new * (n_new + 1) // 2
+            self.figures.prefill_tokens += batch * n_q_heads * n_new * (n_new + 1) // 2
         else:
             out = self._attend_past(query.detach().float().cpu(), k, v, valid, stored, scale)
             out = out.to(query.device, query.dtype)
