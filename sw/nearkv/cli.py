@@ -7,23 +7,23 @@ import sys
 import time
 
 PROMPT = """\
-Read this report and then answer the question.
+The lighthouse at Cape Arrow was built in 1871 by Maria Lindqvist, an engineer from Gothenburg. \
+The first tower was made of oak and burned down in a storm after only nine years. The second \
+tower, which still stands today, is made of grey granite that was brought by boat from a quarry \
+forty miles to the north. It is thirty-two metres tall and has one hundred and sixty-eight steps. \
+For most of its life the lamp burned whale oil, and a keeper had to climb the stairs three times \
+every night to trim the wick. In 1924 the lamp was changed to electricity, and the keeper's work \
+became much easier.
 
-The lighthouse at Cape Arrow was built in 1871 by Maria Lindqvist, an engineer from Gothenburg. The \
-first tower was made of oak and burned down in a storm after only nine years. The second tower, which \
-still stands today, is made of grey granite that was brought by boat from a quarry forty miles to the \
-north. It is thirty-two metres tall and has one hundred and sixty-eight steps. For most of its life \
-the lamp burned whale oil, and a keeper had to climb the stairs three times every night to trim the \
-wick. In 1924 the lamp was changed to electricity, and the keeper's work became much easier.
+The last keeper was Thomas Brandt. He lived at the lighthouse for thirty-one years with his dog \
+and a small garden behind the tower, where he grew potatoes, beans and yellow roses. Every \
+morning he wrote the weather, the wind and the names of passing ships into a blue notebook. When \
+the light was made automatic in 1986, he gave the forty blue notebooks to the museum in the \
+harbour, where visitors can read them. Scientists later found that his notes were the most \
+complete record of storms anywhere on that coast, and they used them to show how the winters had \
+changed.
 
-The last keeper was Thomas Brandt. He lived at the lighthouse for thirty-one years with his dog and a \
-small garden behind the tower, where he grew potatoes, beans and yellow roses. Every morning he wrote \
-the weather, the wind and the names of passing ships into a blue notebook. When the light was made \
-automatic in 1986, he gave the forty blue notebooks to the museum in the harbour, where visitors can \
-read them. Scientists later found that his notes were the most complete record of storms anywhere on \
-that coast, and they used them to show how the winters had changed.
-
-Question: Who was the last keeper of the lighthouse, and why were his notebooks useful to scientists?"""
+What is the second tower made of, and how tall is it?"""
 
 
 def main(arguments: list[str] | None = None) -> int:
