@@ -147,7 +147,7 @@ JOB = Record(
         Field("head_dim", 18, "H", "multiple of 32, up to the built maximum"),
         Field("page_tokens", 20, "H", "32, 64, 96, or a multiple of 128 up to 32768"),
         Field("score_mantissa", 24, "I", "scale * log2(e), 24 bits, leading bit set"),
-        Field("score_shift", 28, "i", "see number.score_scale"),
+        Field("score_shift", 28, "h", "see number.score_scale"),
         Field("tag", 32, "I", "returned in the partial"),
     ),
 )
@@ -158,7 +158,9 @@ PAGE_ENTRY = Record(
     (
         Field("address", 0, "Q", "kv-memory offset of the page; multiple of 4096"),
         Field("page_len", 8, "I", "valid tokens, 0 .. page_tokens; only the last page is ragged"),
-        Field("crc_k", 12, "I", "CRC-32C of the K bytes the card reads, in the order it reads them"),
+        Field(
+            "crc_k", 12, "I", "CRC-32C of the K bytes the card reads, in the order it reads them"
+        ),
         Field("crc_v", 16, "I", "the same of V"),
     ),
 )
@@ -169,7 +171,7 @@ Q_RECORD = Record(
     64,
     (
         Field("weight", 0, "i", "18-bit signed weight of each row; 0 beyond group_size", 15),
-        Field("exponent", 60, "i", "weight 1 means 2^(exponent - 17); shared by the rows"),
+        Field("exponent", 60, "i", "-512 .. 511: weight 1 means 2^(exponent - 17), for all rows"),
     ),
 )
 

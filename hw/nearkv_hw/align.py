@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second stage: from 16-bit floating point to integers that share one exponent per block."""
 
+from amaranth import Cat, Const, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
 import numpy as np
 
 from .abi import KvType
+from .fetch import EXPONENT_BITS, LANES, Block
+from .fifo import delay
+from .jobs import Q_EXPONENT_BITS
 from .number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
 
 
@@ -51,3 +57,165 @@ def model(elements, kv_type: KvType, channel_exponent, keep):
     x = np.where(keep, np.where(sign, -rounded, rounded), 0)
     non_finite = (keep & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
     return x, exponent, non_finite
+
+
+class Step(data.Struct):
+    """What the array does with a beat."""
+
+    valid: 1
+    first: 1  # of its block: accumulators begin anew
+    last: 1
+
+
+class WeightAddress(data.Struct):
+    """Row of the q store (K) or of the p store (V)."""
+
+    row: 8
+    bank: 2
+    is_v: 1
+
+
+X_BITS = KV_BITS + 1
+
+
+class Align(wiring.Component):
+    """Issue the beats of one block after the other, aligned to the block's largest exponent.
+
+    A block starts when `may_start` says that everything behind has room for it and its weights are
+    there. Its beats then leave one a cycle; blocks end at least 32 cycles apart, so that the array
+    can hand out their results one lane a cycle.
+
+    Members
+    -------
+    i_block, i_beat : In(stream), see `KvFetch`
+    may_start : In(1), for the block that `i_block` shows
+    begin : Out(1), the block on `i_block` starts; end : Out(1), with its last beat
+    q_address : Out, q_exponent : In, read port of the q store, one cycle later
+    weight_address : Out(WeightAddress), one cycle ahead of o_x
+    o_x : Out(32 x 24 bits), o_step : Out(Step); always taken
+    issued, starved, stalled : Out(1), what happened in this cycle
+
+    Timing: `latency` cycles from a beat to its x.
+    """
+
+    latency = 6
+
+    def __init__(self):
+        super().__init__(
+            {
+                "i_block": In(stream.Signature(Block)),
+                "i_beat": In(stream.Signature(16 * LANES)),
+                "may_start": In(1),
+                "begin": Out(1),
+                "end": Out(1),
+                "q_address": Out(9),
+                "q_exponent": In(signed(Q_EXPONENT_BITS)),
+                "weight_address": Out(WeightAddress),
+                "o_x": Out(data.ArrayLayout(signed(X_BITS), LANES)),
+                "o_step": Out(Step),
+                "issued": Out(1),
+                "starved": Out(1),
+                "stalled": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        block = self.i_block.p
+        row, gap = Signal(9), Signal(range(LANES + 1))
+        p_bank = Signal(2)
+        starting = Signal()
+        m.d.comb += [
+            starting.eq(row == 0),
+            self.issued.eq(
+                self.i_block.valid & (~starting | (self.may_start & (gap <= block.rows)))
+            ),
+            self.starved.eq(~self.i_block.valid),
+            self.stalled.eq(self.i_block.valid & ~self.issued),
+            self.begin.eq(self.issued & starting),
+            self.end.eq(self.issued & (row == block.rows - 1)),
+            self.i_beat.ready.eq(self.issued),
+            self.i_block.ready.eq(self.end),
+            self.q_address.eq(Cat(row[:8], block.q_bank)),
+        ]
+        with m.If(gap != 0):
+            m.d.sync += gap.eq(gap - 1)
+        with m.If(self.issued):
+            m.d.sync += row.eq(row + 1)
+        with m.If(self.end):
+            m.d.sync += [row.eq(0), gap.eq(LANES - 1)]
+            with m.If(block.is_v & block.pass_last):
+                m.d.sync += p_bank.eq(p_bank + 1)
+
+        # t1: beat and block registered; the exponent of q's channel arrives.
+        beat = Signal(16 * LANES, reset_less=True)
+        is_bf16, is_v = Signal(reset_less=True), Signal(reset_less=True)
+        exponent = Signal(signed(EXPONENT_BITS), reset_less=True)
+        lanes = Signal(6, reset_less=True)
+        m.d.sync += [
+            beat.eq(self.i_beat.payload),
+            is_bf16.eq(block.params.kv_type == KvType.BF16),
+            is_v.eq(block.is_v),
+            exponent.eq(block.exponent),
+            lanes.eq(block.lanes),
+        ]
+        # t2: what an element of exponent field 0 would be shifted by.
+        base = Signal(signed(EXPONENT_BITS + 1), reset_less=True)
+        m.d.sync += base.eq(exponent - Mux(is_v, 0, self.q_exponent))
+        fp16, bf16 = KV_FORMATS[KvType.FP16], KV_FORMATS[KvType.BF16]
+        for lane in range(LANES):
+            element = beat[16 * lane : 16 * lane + 16]
+            e = Signal(8, name=f"field_{lane}")
+            magnitude = Signal(KV_BITS - 1, name=f"magnitude_{lane}")
+            m.d.comb += [
+                e.eq(Mux(is_bf16, element[bf16.mantissa_bits : 15],
+                         element[fp16.mantissa_bits : 15])),
+                magnitude.eq(
+                    Mux(is_bf16,
+                        Cat(Const(0, bf16.align_bits), element[: bf16.mantissa_bits], e != 0),
+                        Cat(Const(0, fp16.align_bits), element[: fp16.mantissa_bits], e != 0))
+                ),
+            ]  # fmt: skip
+            field = Signal(8, name=f"field_{lane}_2", reset_less=True)
+            # One bit more below: the half that decides the rounding.
+            wide = Signal(KV_BITS, name=f"wide_{lane}_2", reset_less=True)
+            m.d.sync += [
+                field.eq(Mux(e == 0, 1, e)),
+                wide.eq(Mux(lane < lanes, magnitude << 1, 0)),
+            ]
+            # t3: distance to the largest exponent; beyond KV_BITS nothing is left.
+            distance = Signal(signed(EXPONENT_BITS + 2), name=f"distance_{lane}")
+            shift = Signal(5, name=f"shift_{lane}_3", reset_less=True)
+            m.d.comb += distance.eq(base - field)
+            m.d.sync += shift.eq(
+                Mux(distance < 0, 0, Mux(distance > KV_BITS, KV_BITS, distance[:5]))
+            )
+            wide = delay(m, wide, 1, f"wide_{lane}_3")
+            # t4, t5: shift by fours, then by ones.
+            coarse = Signal(KV_BITS, name=f"coarse_{lane}_4", reset_less=True)
+            m.d.sync += coarse.eq(wide >> (shift[2:] << 2))
+            fine = Signal(KV_BITS, name=f"fine_{lane}_5", reset_less=True)
+            m.d.sync += fine.eq(coarse >> delay(m, shift[:2], 1, f"shift_{lane}_4"))
+            # t6: round half away from zero and negate with one adder:
+            # -(a + half) = ~a + 1 - half, so the carry is sign XOR half.
+            sign = delay(m, element[15], 4, f"sign_{lane}")
+            m.d.sync += self.o_x[lane].eq(
+                Cat(fine[1:] ^ sign.replicate(KV_BITS - 1), sign, sign).as_signed()
+                + (sign ^ fine[0])
+            )
+
+        step = Signal(Step)
+        m.d.comb += [
+            step.valid.eq(self.issued),
+            step.first.eq(starting),
+            step.last.eq(self.end),
+        ]
+        m.d.comb += self.o_step.eq(delay(m, step, self.latency, "step"))
+        address = Signal(WeightAddress)
+        m.d.comb += [
+            address.row.eq(row),
+            address.bank.eq(Mux(block.is_v, p_bank, block.q_bank)),
+            address.is_v.eq(block.is_v),
+        ]
+        m.d.comb += self.weight_address.eq(delay(m, address, self.latency - 1, "address"))
+        return m

@@ -67,7 +67,7 @@ KV_FORMATS = {KvType.FP16: KvFormat(5, 10), KvType.BF16: KvFormat(8, 7)}
 # --- q ------------------------------------------------------------------------------------------
 WEIGHT_BITS = 18
 WEIGHT_MAX = (1 << (WEIGHT_BITS - 1)) - 1
-Q_EXPONENT_MIN = -512  # exponent of a channel in which every head is zero
+Q_EXPONENT_MIN, Q_EXPONENT_MAX = -512, 511  # a channel in which every head is zero has the least
 ACC_BITS = 48
 
 # --- scores -------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def quantize_q(q) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     ValueError
-        If an element is not finite.
+        If an element is not finite, or not below 2^511.
     """
     q = np.asarray(q, dtype=np.float64)
     if not np.isfinite(q).all():
@@ -133,6 +133,9 @@ def quantize_q(q) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"q must be finite; head {head}, channel {channel} is {q[head, channel]}")
     largest = np.abs(q).max(axis=0)
     exponent = np.where(largest > 0, np.frexp(largest)[1], Q_EXPONENT_MIN).astype(np.int32)
+    if exponent.max(initial=0) > Q_EXPONENT_MAX:
+        raise ValueError(f"q must be below 2^{Q_EXPONENT_MAX}, not {largest.max()}")
+    exponent = np.maximum(exponent, Q_EXPONENT_MIN)
     weight = np.rint(np.ldexp(q, (WEIGHT_BITS - 1) - exponent))
     return np.clip(weight, -WEIGHT_MAX, WEIGHT_MAX).astype(np.int32), exponent
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Third stage: the outer-product array, 32 lanes x rows of multiply-accumulate cells.
+
+    acc[row][lane] += w[row] * x[lane]        once per beat, from the first to the last of a block
+
+For a K block the beat is one channel of 32 tokens, w the query heads' weights in that channel, and
+acc ends as the scores of 32 tokens. For a V block the beat is one token of 32 channels, w the
+softmax weights of that token, and acc ends as 32 channels of output. No adder trees.
+
+Lanes are skewed: lane n works n cycles after lane 0, the weights walking from cell to cell. So the
+lanes of a block finish one after the other, and results leave through one multiplexer per row,
+without a register to capture them, while the next block is already accumulating.
+"""
+
+from amaranth import Array, Module, Mux, Signal, signed
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+import numpy as np
+
+from .align import X_BITS, Step
+from .fetch import LANES
+from .fifo import delay
+from .number import ACC_BITS, WEIGHT_BITS
+
+
+class Mac(wiring.Component):
+    """One multiply-accumulate cell: p = w * x + (0 or p). Fits one DSP48E2, all registers used.
+
+    Members
+    -------
+    x : In(24 signed), w : In(18 signed)
+    w_next : Out(18 signed), w one cycle later, for the next lane (the B cascade)
+    first, valid : In(1), two cycles after x and w; p keeps its value without `valid`
+    p : Out(48 signed)
+
+    Timing: p includes x * w three cycles after they were given.
+    """
+
+    latency = 3
+
+    def __init__(self):
+        super().__init__(
+            {
+                "x": In(signed(X_BITS)),
+                "w": In(signed(WEIGHT_BITS)),
+                "w_next": Out(signed(WEIGHT_BITS)),
+                "first": In(1),
+                "valid": In(1),
+                "p": Out(signed(ACC_BITS)),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        x = Signal(signed(X_BITS), reset_less=True)
+        w = Signal(signed(WEIGHT_BITS), reset_less=True)
+        product = Signal(signed(X_BITS + WEIGHT_BITS), reset_less=True)
+        p = Signal(signed(ACC_BITS), reset_less=True)
+        m.d.sync += [x.eq(self.x), w.eq(self.w), product.eq(x * w)]
+        with m.If(self.valid):
+            m.d.sync += p.eq(Mux(self.first, 0, p) + product)
+        m.d.comb += [self.w_next.eq(w), self.p.eq(p)]
+        return m
+
+
+class MacArray(wiring.Component):
+    """The cells, their skew, and the way out.
+
+    Parameters
+    ----------
+    rows : int
+        Query heads. At least 1.
+
+    Members
+    -------
+    x : In(32 x 24 bits), w : In(rows x 18 bits), step : In(Step)
+    o_valid : Out(1), o_lane : Out(5), o_sum : Out(rows x 48 bits)
+        Sums of the last ended block, lane 0 to 31 in consecutive cycles; always taken.
+
+    Timing: lane 0 leaves `latency` cycles after the step with `last`. Blocks must end at least 32
+    cycles apart.
+    """
+
+    latency = Mac.latency + 1
+
+    def __init__(self, rows: int):
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, not {rows}")
+        self._rows = rows
+        super().__init__(
+            {
+                "x": In(data.ArrayLayout(signed(X_BITS), LANES)),
+                "w": In(data.ArrayLayout(signed(WEIGHT_BITS), rows)),
+                "step": In(Step),
+                "o_valid": Out(1),
+                "o_lane": Out(range(LANES)),
+                "o_sum": Out(data.ArrayLayout(signed(ACC_BITS), rows)),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        x = [delay(m, self.x[lane], lane, f"x_{lane}") for lane in range(LANES)]
+        # The accumulator sees a step two cycles after the cell saw its x.
+        step = Signal(Step)
+        m.d.sync += step.eq(self.step)
+        steps = []
+        for lane in range(LANES):
+            after = Signal(Step, name=f"step_{lane}")
+            m.d.sync += after.eq(step)
+            steps.append(after)
+            step = after
+        p = [[] for _ in range(self._rows)]
+        for row in range(self._rows):
+            w = self.w[row]
+            for lane in range(LANES):
+                m.submodules[f"mac_{row}_{lane}"] = mac = Mac()
+                m.d.comb += [
+                    mac.x.eq(x[lane]),
+                    mac.w.eq(w),
+                    mac.first.eq(steps[lane].first),
+                    mac.valid.eq(steps[lane].valid),
+                ]
+                w = mac.w_next
+                p[row].append(mac.p)
+
+        lane, active = Signal(range(LANES)), Signal()
+        with m.If(active):
+            m.d.sync += lane.eq(lane + 1)
+            with m.If(lane == LANES - 1):
+                m.d.sync += active.eq(0)
+        with m.If(steps[0].valid & steps[0].last):
+            m.d.sync += [lane.eq(0), active.eq(1)]
+        m.d.sync += [self.o_valid.eq(active), self.o_lane.eq(lane)]
+        for row in range(self._rows):
+            out = Signal(signed(ACC_BITS), name=f"sum_{row}", reset_less=True)
+            m.d.sync += out.eq(Array(p[row])[lane])
+            m.d.comb += self.o_sum[row].eq(out)
+        return m
+
+    @staticmethod
+    def model(x, w):
+        """Sums of whole blocks: x int (..., n, 32), w int (..., rows, n) -> int64 (..., rows, 32).
+
+        Computed in float64, which is exact: no sum reaches 2^53.
+        """
+        return (np.asarray(w, np.float64) @ np.asarray(x, np.float64)).astype(np.int64)

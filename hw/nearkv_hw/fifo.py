@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queues between the stages."""
+
+from amaranth import Module, Signal
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+
+class Queue(wiring.Component):
+    """First in, first out, with full stream rules on both sides.
+
+    Parameters
+    ----------
+    shape : ShapeLike
+        Payload.
+    depth : int
+        Entries it holds, at least 1. Up to 32 they lie in LUT RAM, above that in block RAM (one
+        entry more than a power of two fills a block RAM of that power exactly, because the entry
+        at the output sits in the RAM's output register).
+
+    Members
+    -------
+    i, o : streams of `shape`
+    level : Out, entries inside.
+
+    Timing: an entry leaves one cycle after it came, two with block RAM.
+    """
+
+    def __init__(self, shape, depth: int):
+        if depth < 1:
+            raise ValueError(f"a queue holds at least 1 entry, not {depth}")
+        self._shape, self._depth = shape, depth
+        super().__init__(
+            {
+                "i": In(stream.Signature(shape)),
+                "o": Out(stream.Signature(shape)),
+                "level": Out(range(depth + 1)),
+            }
+        )
+
+    @property
+    def depth(self) -> int:
+        return self._depth
+
+    def elaborate(self, platform):
+        m = Module()
+        kind = fifo.SyncFIFO if self._depth <= 32 else fifo.SyncFIFOBuffered
+        bits = self.i.payload.as_value() if isinstance(self.i.payload, data.View) else (
+            self.i.payload
+        )  # fmt: skip
+        m.submodules.fifo = inner = kind(width=len(bits), depth=self._depth)
+        out = Signal(len(bits))
+        m.d.comb += [
+            inner.w_data.eq(bits),
+            inner.w_en.eq(self.i.valid),
+            self.i.ready.eq(inner.w_rdy),
+            out.eq(inner.r_data),
+            self.o.p.eq(out),
+            self.o.valid.eq(inner.r_rdy),
+            inner.r_en.eq(self.o.ready),
+            self.level.eq(inner.level),
+        ]
+        return m
+
+
+def delay(m, signal, cycles: int, name: str):
+    """`signal` as it was some cycles ago; without reset, so that it becomes shift-register LUTs."""
+    for i in range(cycles):
+        later = Signal.like(signal, name=f"{name}_{i + 1}", reset_less=True)
+        m.d.sync += later.eq(signal)
+        signal = later
+    return signal

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control side: reads the job queue from job memory and turns each job into tiles.
+
+    job record -> checks -> query block into the q store -> page table -> tiles, in order
+
+Runs ahead of the datapath by as many jobs as the q store has banks and as many tiles as the queue
+behind it holds; so the next job's first tile is known long before this job's last one is done.
+"""
+
+from amaranth import Cat, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from . import abi
+from .axi import ControlArgs, ReadBeat, ReadMaster, Span, Burst
+from .fifo import Queue
+from .number import WEIGHT_BITS
+
+Q_BANKS = 2
+Q_EXPONENT_BITS = 11
+
+
+class Params(data.Struct):
+    """What a job asks for, carried along with each of its tiles."""
+
+    kv_type: 1
+    parts: 4  # head_dim / 32
+    pairs: 3  # of query heads
+    mantissa: 24
+    shift: signed(16)
+
+
+class Tile(data.Struct):
+    """Up to 128 tokens of one page: one K pass and one V pass of the array."""
+
+    params: Params
+    k_address: 64
+    v_address: 64
+    v_stride: 16  # page_tokens
+    tokens: 8
+    page: 12  # index in the page table
+    page_first: 1  # first tile of its page
+    page_last: 1
+    check: 1  # the page holds tokens, so its CRCs mean something
+    crc_k: 32
+    crc_v: 32
+    job_first: 1
+    job_last: 1
+    q_bank: 1
+
+
+class Faults(data.Struct):
+    """What went wrong in one job, as far as one stage can see it."""
+
+    bad_crc: 1
+    illegal: 1
+    bus_error: 1
+    non_finite: 1
+    page: 12  # first page to blame
+    page_known: 1
+
+
+class JobInfo(data.Struct):
+    """What the writer must know of a job; sent once all its tiles are on their way."""
+
+    address: 64
+    tag: 32
+    pairs: 3
+    parts: 4
+    tokens: 32
+    legal: 1
+    faults: Faults
+
+
+def q_layout(rows: int) -> data.StructLayout:
+    """One write into the q store."""
+    return data.StructLayout(
+        {
+            "bank": 1,
+            "channel": 8,
+            "weights": data.ArrayLayout(signed(WEIGHT_BITS), rows),
+            "exponent": signed(Q_EXPONENT_BITS),
+        }
+    )
+
+
+def small_product(value, factor):
+    """value * factor by shifts and adds: too rare to spend a DSP on."""
+    terms = [Mux(factor[i], value << i, 0) for i in range(len(factor))]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+class JobReader(wiring.Component):
+    """Reads jobs one after the other.
+
+    Parameters
+    ----------
+    rows, max_head_dim : int
+        As built; larger jobs are illegal.
+
+    Members
+    -------
+    start : In(1); args : In(ControlArgs)
+    ar, r : AXI read channels of the job port
+    o_q : Out(stream), writes into the q store, always taken
+    q_free : In(1), high when the array has read a bank for the last time
+    o_tile : Out(stream of Tile)
+    o_job : Out(stream of JobInfo)
+    finished : Out(1), no more tiles will come in this run
+    n_jobs : Out(32), jobs that were read; final when `finished`
+    error : Out(1), a job record could not be read: the queue was given up there
+    """
+
+    def __init__(self, rows: int, max_head_dim: int):
+        self._rows, self._max_parts = rows, max_head_dim // abi.BLOCK_TOKENS
+        super().__init__(
+            {
+                "start": In(1),
+                "args": In(ControlArgs),
+                "ar": Out(stream.Signature(Burst)),
+                "r": In(stream.Signature(ReadBeat)),
+                "o_q": Out(stream.Signature(q_layout(rows), always_ready=True)),
+                "q_free": In(1),
+                "o_tile": Out(stream.Signature(Tile)),
+                "o_job": Out(stream.Signature(JobInfo)),
+                "finished": Out(1),
+                "n_jobs": Out(32),
+                "error": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.master = master = ReadMaster(32, max_burst=16)
+        m.submodules.beats = beats = Queue(ReadBeat, 32)
+        wiring.connect(m, master.ar, wiring.flipped(self.ar))
+        wiring.connect(m, wiring.flipped(self.r), master.r)
+        m.d.comb += [
+            beats.i.p.eq(master.o.p),
+            beats.i.valid.eq(master.o.valid),
+            master.freed.eq(beats.o.valid & beats.o.ready),
+        ]
+        beat, bus_error = beats.o.p.data, beats.o.p.resp[1]
+
+        def field(record, name, offset=0):
+            f = record[name]
+            at = 8 * (offset + f.offset)
+            value = beat[at : at + f.bits]
+            return value.as_signed() if f.code.islower() else value
+
+        job_address, jobs_left = Signal(64), Signal(32)
+        tile, info = Signal(Tile), Signal(JobInfo)
+        params = tile.params
+        page_tokens, group_size = Signal(16), Signal(8)
+        head_dim, kv_type = Signal(16), Signal(8)
+        q_offset, table_offset, partial_offset = Signal(32), Signal(32), Signal(32)
+        pages, pages_left = Signal(32), Signal(12)
+        channel = Signal(9)
+        second = Signal()  # the entry in the upper half of the beat is next
+        entry_address, page_len = Signal(64), Signal(32)
+        entry_lost = Signal()
+        tokens_left = Signal(16)
+        q_used = Signal(range(Q_BANKS + 1))
+        q_take = Signal()
+        m.d.sync += q_used.eq(q_used + q_take - self.q_free)
+
+        def blame(*flags):
+            """Note a fault of the current page; the first page blamed stays."""
+            m.d.sync += [flag.eq(1) for flag in flags]
+            with m.If(~info.faults.page_known):
+                m.d.sync += [info.faults.page.eq(tile.page), info.faults.page_known.eq(1)]
+
+        def request(address, count):
+            m.d.comb += [
+                master.spans.p.address.eq(address),
+                master.spans.p.beats.eq(count),
+                master.spans.valid.eq(1),
+            ]
+            return master.spans.ready
+
+        tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[7:])
+        legal = Signal()
+        m.d.comb += legal.eq(
+            (group_size != 0) & (group_size <= self._rows)
+            & (kv_type <= max(abi.KvType))
+            & (head_dim[:5] == 0) & (head_dim[5:] != 0) & (head_dim[5:] <= self._max_parts)
+            & (page_tokens[:5] == 0) & (page_tokens != 0)
+            & ((page_tokens < abi.TILE_TOKENS) | (page_tokens[:7] == 0))
+            & (page_tokens <= 32768)
+            & (pages != 0) & (pages <= abi.MAX_TILES)
+            & (small_product(pages[:12], tiles_per_page[:9]) <= abi.MAX_TILES)
+            & (Cat(q_offset[:6], table_offset[:6], partial_offset[:6]) == 0)
+        )  # fmt: skip
+
+        with m.FSM():
+            with m.State("Idle"):
+                with m.If(self.start):
+                    m.d.sync += [
+                        job_address.eq(self.args.job + self.args.queue),
+                        jobs_left.eq(self.args.n_jobs),
+                        self.n_jobs.eq(0),
+                        self.finished.eq(0),
+                        self.error.eq(0),
+                        tile.q_bank.eq(0),
+                    ]
+                    m.next = "Ask Job"
+            with m.State("Ask Job"):
+                with m.If(jobs_left == 0):
+                    m.d.sync += self.finished.eq(1)
+                    m.next = "Idle"
+                with m.Else():
+                    with m.If(request(job_address, 1)):
+                        m.next = "Read Job"
+            with m.State("Read Job"):
+                m.d.comb += beats.o.ready.eq(1)
+                m.d.sync += [
+                    table_offset.eq(field(abi.JOB, "page_table")),
+                    pages.eq(field(abi.JOB, "n_pages")),
+                    q_offset.eq(field(abi.JOB, "q")),
+                    partial_offset.eq(field(abi.JOB, "partial")),
+                    group_size.eq(field(abi.JOB, "group_size")),
+                    kv_type.eq(field(abi.JOB, "kv_type")),
+                    head_dim.eq(field(abi.JOB, "head_dim")),
+                    page_tokens.eq(field(abi.JOB, "page_tokens")),
+                    params.mantissa.eq(field(abi.JOB, "score_mantissa")),
+                    params.shift.eq(field(abi.JOB, "score_shift")),
+                    info.eq(0),
+                    info.tag.eq(field(abi.JOB, "tag")),
+                    tile.page.eq(0),
+                    tile.job_first.eq(1),
+                    channel.eq(0),
+                    second.eq(0),
+                ]
+                with m.If(beats.o.valid):
+                    m.d.sync += [
+                        job_address.eq(job_address + abi.JOB.bytes),
+                        jobs_left.eq(jobs_left - 1),
+                    ]
+                    with m.If(bus_error):
+                        m.d.sync += [self.error.eq(1), self.finished.eq(1)]
+                        m.next = "Idle"
+                    with m.Else():
+                        m.d.sync += self.n_jobs.eq(self.n_jobs + 1)
+                        m.next = "Check Job"
+            with m.State("Check Job"):
+                m.d.sync += [
+                    params.kv_type.eq(kv_type),
+                    params.parts.eq(head_dim[5:]),
+                    params.pairs.eq((group_size + 1)[1:]),
+                    tile.v_stride.eq(page_tokens),
+                    pages_left.eq(pages),
+                    info.address.eq(self.args.job + partial_offset),
+                    info.pairs.eq((group_size + 1)[1:]),
+                    info.parts.eq(head_dim[5:]),
+                    info.legal.eq(legal),
+                    info.faults.illegal.eq(~legal),
+                ]
+                m.next = "Report"
+                with m.If(legal):
+                    m.next = "Ask Query"
+            with m.State("Ask Query"):
+                with m.If(q_used != Q_BANKS):
+                    with m.If(request(self.args.job + q_offset, head_dim)):
+                        m.d.comb += q_take.eq(1)
+                        m.next = "Read Query"
+            with m.State("Read Query"):
+                m.d.comb += beats.o.ready.eq(1)
+                weights = abi.Q_RECORD["weight"]
+                for row in range(self._rows):
+                    at = 8 * weights.offset + weights.bits * row
+                    m.d.comb += self.o_q.p.weights[row].eq(beat[at : at + WEIGHT_BITS].as_signed())
+                m.d.comb += [
+                    self.o_q.p.bank.eq(tile.q_bank),
+                    self.o_q.p.channel.eq(channel),
+                    self.o_q.p.exponent.eq(field(abi.Q_RECORD, "exponent")),
+                    self.o_q.valid.eq(beats.o.valid),
+                ]
+                with m.If(beats.o.valid):
+                    m.d.sync += channel.eq(channel + 1)
+                    with m.If(bus_error):
+                        m.d.sync += info.faults.bus_error.eq(1)
+                    with m.If(channel == head_dim - 1):
+                        m.next = "Ask Pages"
+            with m.State("Ask Pages"):
+                with m.If(request(self.args.job + table_offset, (pages_left + 1)[1:])):
+                    m.next = "Read Page Entry"
+            with m.State("Read Page Entry"):
+                half = abi.PAGE_ENTRY.bytes
+
+                def entry(name):
+                    return Mux(second, field(abi.PAGE_ENTRY, name, half),
+                               field(abi.PAGE_ENTRY, name))  # fmt: skip
+
+                m.d.sync += [
+                    entry_address.eq(entry("address")),
+                    page_len.eq(entry("page_len")),
+                    tile.crc_k.eq(entry("crc_k")),
+                    tile.crc_v.eq(entry("crc_v")),
+                ]
+                with m.If(beats.o.valid):
+                    # The second entry of the last beat of an odd table is not used.
+                    m.d.comb += beats.o.ready.eq(second | (pages_left == 1))
+                    m.d.sync += [second.eq(~second), pages_left.eq(pages_left - 1)]
+                    m.d.sync += entry_lost.eq(bus_error)
+                    with m.If(bus_error):
+                        blame(info.faults.bus_error)
+                    m.next = "Check Page"
+            with m.State("Check Page"):
+                # A page that cannot be read counts as one without tokens; the bus still sees a
+                # short read, of the first bytes of kv memory.
+                illegal = (entry_address[:12] != 0) | (page_len > page_tokens)
+                bad = illegal | entry_lost
+                address = Signal(64)
+                tokens = Mux(bad, 0, page_len)
+                m.d.comb += address.eq(self.args.kv + Mux(bad, 0, entry_address))
+                m.d.sync += [
+                    tile.k_address.eq(address),
+                    tile.v_address.eq(address + (small_product(page_tokens, params.parts) << 6)),
+                    tile.page_first.eq(1),
+                    tile.check.eq(tokens != 0),
+                    tokens_left.eq(tokens),
+                    info.tokens.eq(info.tokens + tokens),
+                ]
+                with m.If(illegal & ~entry_lost):
+                    blame(info.faults.illegal)
+                m.next = "Emit Tile"
+            with m.State("Emit Tile"):
+                last = tokens_left <= abi.TILE_TOKENS
+                m.d.comb += [
+                    self.o_tile.p.eq(tile),
+                    self.o_tile.p.tokens.eq(Mux(last, tokens_left, abi.TILE_TOKENS)),
+                    self.o_tile.p.page_last.eq(last),
+                    self.o_tile.p.job_last.eq(last & (pages_left == 0)),
+                    self.o_tile.valid.eq(1),
+                ]
+                with m.If(self.o_tile.ready):
+                    m.d.sync += [
+                        tile.k_address.eq(tile.k_address + (params.parts << 13)),
+                        tile.v_address.eq(tile.v_address + abi.TILE_TOKENS * abi.BEAT_BYTES),
+                        tile.page_first.eq(0),
+                        tile.job_first.eq(0),
+                        tokens_left.eq(tokens_left - abi.TILE_TOKENS),
+                    ]
+                    with m.If(last):
+                        m.d.sync += tile.page.eq(tile.page + 1)
+                        m.next = "Read Page Entry"
+                        with m.If(pages_left == 0):
+                            m.d.sync += tile.q_bank.eq(tile.q_bank + 1)
+                            m.next = "Report"
+            with m.State("Report"):
+                m.d.comb += [self.o_job.p.eq(info), self.o_job.valid.eq(1)]
+                with m.If(self.o_job.ready):
+                    m.next = "Ask Job"
+        return m

@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Last stage: adds tiles into the running sums of a job, and writes the partial.
+
+All sums are `number.Wide`: four limbs under a moving top. A tile's contribution is shifted by less
+than 16 bits to reach the limb grid; older sums only move by whole limbs. So there is no rescaling
+multiplier and no rounding that depends on order.
+"""
+
+from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from . import abi
+from .axi import BEAT_BITS, ControlArgs, Span
+from .fetch import EXPONENT_BITS, LANES
+from .fifo import Queue, delay
+from .jobs import Faults, JobInfo, small_product
+from .number import (
+    LIMB_BITS,
+    LIMB_STEP,
+    N_LIMBS,
+    RUN_MAX_EMPTY,
+    SUM_SHIFT,
+    SUM_WIDE_SHIFT,
+    TILE_MAX_BITS,
+    WINDOW_TOP,
+)
+from .softmax import tile_sum_layout
+
+O_BITS = 48
+X_BITS = 18  # of tile_max + E
+TOP_BITS = 14
+V_QUEUE_CHANNELS = 512
+
+Limbs = data.ArrayLayout(signed(LIMB_BITS), N_LIMBS)
+
+
+class WideNumber(data.Struct):
+    """A `number.Wide` as it is written to memory."""
+
+    limbs: Limbs
+    top: signed(16)
+
+
+def v_layout(rows: int) -> data.StructLayout:
+    """The array's sums for one channel of a V block, and the block's exponent."""
+    return data.StructLayout(
+        {"sums": data.ArrayLayout(signed(O_BITS), rows), "exponent": signed(EXPONENT_BITS)}
+    )
+
+
+def job_end_layout(rows: int) -> data.StructLayout:
+    """What is known of a job when its last tile has been added."""
+    return data.StructLayout(
+        {"run_max": data.ArrayLayout(signed(TILE_MAX_BITS), rows), "saturated": 1}
+    )
+
+
+class Accumulate(wiring.Component):
+    """limbs/top (old) + o * 2^exponent, or the latter alone. Always ready.
+
+    Members
+    -------
+    o : In(48 signed), |o| <= 2^46; exponent : In(18 signed)
+    fresh : In(1), there is no old sum
+    old_top : In(14 signed), one cycle later; old : In(Limbs), two cycles later
+    top : Out(14 signed) of the sum, limbs : Out(Limbs)
+
+    Timing: `latency` cycles from o to limbs and top.
+    """
+
+    latency = 4
+
+    def __init__(self):
+        super().__init__(
+            {
+                "o": In(signed(O_BITS)),
+                "exponent": In(signed(X_BITS)),
+                "fresh": In(1),
+                "old_top": In(signed(TOP_BITS)),
+                "old": In(Limbs),
+                "top": Out(signed(TOP_BITS)),
+                "limbs": Out(Limbs),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+
+        def register(value, name):
+            out = Signal.like(value, name=name, reset_less=True)
+            m.d.sync += out.eq(value)
+            return out
+
+        # 1: where the number lies.
+        o = register(self.o, "o")
+        place = register(self.exponent + WINDOW_TOP, "place")
+        fresh = register(self.fresh, "fresh_1")
+        # 2: onto the limb grid.
+        z = Signal(signed(64), reset_less=True)
+        m.d.sync += z.eq((o << place[:4]) << 1)
+        own_top = register((place >> 4)[:TOP_BITS].as_signed(), "own_top")
+        old_top = register(self.old_top, "old_top_2")
+        fresh = register(fresh, "fresh_2")
+        # 3: limbs that each operand moves down.
+        top = Signal(signed(TOP_BITS))
+        m.d.comb += top.eq(Mux(fresh | (own_top > old_top), own_top, old_top))
+
+        def steps(own, name):
+            down = Signal(TOP_BITS + 1, name=f"{name}_down")
+            m.d.comb += down.eq(top - own)
+            return register(Mux(down > N_LIMBS, N_LIMBS, down[:3]), f"{name}_steps")
+
+        own_steps = steps(own_top, "own")
+        old_steps = register(
+            Mux(fresh, N_LIMBS, Mux(top - old_top > N_LIMBS, N_LIMBS, (top - old_top)[:3])),
+            "old_steps",
+        )
+        old = register(self.old, "old")
+        z = register(z, "z_3")
+        top = register(top, "top_3")
+        # 4: add.
+        own_limbs = [z[16 * j : 16 * j + 16] for j in range(N_LIMBS - 1)] + [z[48:].as_signed()]
+        old_limbs = [old[j] for j in range(N_LIMBS)]
+        for j in range(N_LIMBS):
+            terms = []
+            for name, limbs, down in (("own", own_limbs, own_steps), ("old", old_limbs, old_steps)):
+                term = Signal(signed(LIMB_BITS), name=f"{name}_{j}")
+                with m.Switch(down):
+                    for step in range(N_LIMBS - j):
+                        with m.Case(step):
+                            m.d.comb += term.eq(limbs[j + step])
+                    with m.Default():
+                        m.d.comb += term.eq(0)
+                terms.append(term)
+            total = Signal(signed(LIMB_BITS), name=f"limb_{j}", reset_less=True)
+            m.d.sync += total.eq(terms[0] + terms[1])
+            m.d.comb += self.limbs[j].eq(total)
+        m.d.comb += self.top.eq(register(top, "top_4"))
+        return m
+
+
+assert LIMB_STEP == 16
+
+
+class Merge(wiring.Component):
+    """Adds the V sums and the two denominators of tile after tile; two query heads a cycle.
+
+    Parameters
+    ----------
+    rows, max_head_dim : int
+
+    Members
+    -------
+    i_tile : In(stream), see `softmax.tile_sum_layout`
+    i_v : In(stream), head_dim channels of each tile
+    o : Out(stream of 2 WideNumber), the finished sums of a job: for run_sum, run_sum_wide and each
+        channel, the rows in pairs
+    o_end : Out(stream), once a job
+
+    Timing: one pair of rows a cycle. A job's sums leave while its last tile is added.
+    """
+
+    def __init__(self, rows: int, max_head_dim: int):
+        self._rows, self._max_head_dim = rows, max_head_dim
+        super().__init__(
+            {
+                "i_tile": In(stream.Signature(tile_sum_layout(rows))),
+                "i_v": In(stream.Signature(v_layout(rows))),
+                "o": Out(stream.Signature(data.ArrayLayout(WideNumber, 2))),
+                "o_end": Out(stream.Signature(job_end_layout(rows))),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        pairs = self._rows // 2
+        pair_bits = (pairs - 1).bit_length()
+        tile, head, v = self.i_tile.p, self.i_tile.p.head, self.i_v.p
+        m.submodules.out = out = Queue(data.ArrayLayout(WideNumber, 2), 32)
+        m.submodules.ends = ends = Queue(job_end_layout(self._rows), 4)
+        wiring.connect(m, out.o, wiring.flipped(self.o))
+        wiring.connect(m, ends.o, wiring.flipped(self.o_end))
+
+        # One step: a pair of rows of one element. Elements: 2 denominators, then the channels.
+        go = Signal()
+        in_sums, second = Signal(init=1), Signal()
+        channel, pair = Signal(8), Signal(range(max(pairs, 2)))
+        held = Signal(range(out.depth + 1))
+        pair_end = pair == head.params.pairs - 1
+        block_end = Mux(in_sums, second, channel[:5] == LANES - 1)
+        tile_end = Signal()
+        m.d.comb += [
+            tile_end.eq(~in_sums & pair_end & (channel == (head.params.parts << 5) - 1)),
+            go.eq(
+                self.i_tile.valid & (in_sums | self.i_v.valid)
+                & (~head.job_last | (held != out.depth))
+                & (~(tile_end & head.job_last) | ends.i.ready)
+            ),
+            self.i_v.ready.eq(go & ~in_sums & pair_end),
+            self.i_tile.ready.eq(go & tile_end),
+        ]  # fmt: skip
+        m.d.sync += held.eq(held + (go & head.job_last) - (out.o.valid & out.o.ready))
+        with m.If(go):
+            m.d.sync += pair.eq(pair + 1)
+            with m.If(pair_end):
+                m.d.sync += pair.eq(0)
+                with m.If(in_sums):
+                    m.d.sync += [second.eq(1), in_sums.eq(~second), channel.eq(0)]
+                with m.Else():
+                    m.d.sync += channel.eq(channel + 1)
+                with m.If(tile_end):
+                    m.d.sync += [in_sums.eq(1), second.eq(0)]
+
+        place = Signal(
+            data.StructLayout(
+                {
+                    "valid": 1,
+                    "in_sums": 1,
+                    "address": 8 + pair_bits,
+                    "top_address": 4 + pair_bits,
+                    "block_end": 1,
+                    "out": 1,
+                }
+            )
+        )
+        part = Mux(in_sums, 8, channel[5:])
+        m.d.comb += [
+            place.valid.eq(go),
+            place.in_sums.eq(in_sums),
+            place.address.eq(Cat(pair[:pair_bits], Mux(in_sums, second, channel))),
+            place.top_address.eq(Cat(pair[:pair_bits], part)),
+            place.block_end.eq(block_end),
+            place.out.eq(head.job_last),
+        ]
+        later = [delay(m, place, n, f"place_{n}") for n in range(Accumulate.latency + 1)]
+
+        # Sums of the running job. The two denominators have a small memory of their own, so that
+        # the channels fill theirs exactly. A place is used again after 34 steps at the earliest,
+        # long after it was written.
+        row = data.ArrayLayout(Limbs, 2)
+        m.submodules.channels = channels = Memory(
+            shape=row, depth=self._max_head_dim << pair_bits, init=[]
+        )
+        m.submodules.denominators = denominators = Memory(shape=row, depth=2 << pair_bits, init=[])
+        tops_row = data.ArrayLayout(signed(TOP_BITS), 2)
+        m.submodules.tops = tops = Memory(shape=tops_row, depth=16 << pair_bits, init=[])
+        reads = []
+        units = []
+        for i in range(2):
+            m.submodules[f"accumulate_{i}"] = unit = Accumulate()
+            o, exponent = Signal(signed(O_BITS), name=f"o_{i}"), Signal(signed(X_BITS))
+
+            def pick(values, i=i):
+                return Array(values[2 * j + i] for j in range(pairs))[pair]
+
+            m.d.comb += [
+                o.eq(
+                    Mux(in_sums,
+                        Mux(second, pick(tile.tile_wide) << SUM_WIDE_SHIFT,
+                            pick(tile.tile_sum) << SUM_SHIFT),
+                        pick(v.sums))
+                ),
+                exponent.eq(pick(tile.tile_max) + Mux(in_sums, 0, v.exponent)),
+                unit.o.eq(o),
+                unit.exponent.eq(exponent),
+                unit.fresh.eq(head.job_first),
+            ]  # fmt: skip
+            units.append(unit)
+        for memory in (channels, denominators):
+            read = memory.read_port()
+            m.d.comb += read.addr.eq(later[1].address)
+            reads.append(read)
+        tops_read = tops.read_port(domain="comb")
+        m.d.comb += tops_read.addr.eq(later[1].top_address)
+        old = Mux(later[2].in_sums, reads[1].data, reads[0].data)
+        old = row(old)
+        new, new_tops = Signal(row), Signal(tops_row)
+        for i, unit in enumerate(units):
+            m.d.comb += [
+                unit.old_top.eq(tops_read.data[i]),
+                unit.old.eq(old[i]),
+                new[i].eq(unit.limbs),
+                new_tops[i].eq(unit.top),
+                out.i.p[i].limbs.eq(unit.limbs),
+                out.i.p[i].top.eq(unit.top),
+            ]
+        done = later[Accumulate.latency]
+        for memory, in_sums_memory in ((channels, 0), (denominators, 1)):
+            write = memory.write_port()
+            m.d.comb += [
+                write.addr.eq(done.address),
+                write.data.eq(new),
+                write.en.eq(done.valid & (done.in_sums == in_sums_memory)),
+            ]
+        # The top belongs to a whole block: its old value serves until the last channel.
+        tops_write = tops.write_port()
+        m.d.comb += [
+            tops_write.addr.eq(done.top_address),
+            tops_write.data.eq(new_tops),
+            tops_write.en.eq(done.valid & done.block_end),
+            out.i.valid.eq(done.valid & done.out),
+        ]
+
+        saturated = Signal()
+        any_saturated = tile.saturated | (saturated & ~head.job_first)
+        m.d.comb += [
+            ends.i.p.saturated.eq(any_saturated),
+            ends.i.valid.eq(go & tile_end & head.job_last),
+        ]
+        with m.If(go & tile_end):
+            m.d.sync += saturated.eq(any_saturated)
+        for r in range(self._rows):
+            run_max = Signal(signed(TILE_MAX_BITS), name=f"run_max_{r}")
+            largest = Signal(signed(TILE_MAX_BITS), name=f"largest_{r}")
+            m.d.comb += [
+                largest.eq(
+                    Mux(head.job_first | (tile.tile_max[r] > run_max), tile.tile_max[r], run_max)
+                ),
+                ends.i.p.run_max[r].eq(Mux(r >> 1 < head.params.pairs, largest, RUN_MAX_EMPTY)),
+            ]
+            with m.If(go & tile_end):
+                m.d.sync += run_max.eq(largest)
+        return m
+
+
+class PartialWriter(wiring.Component):
+    """Writes each job's partial, its header last, and the summary when all jobs are answered.
+
+    Members
+    -------
+    start : In(1), done : Out(1); args : In(ControlArgs)
+    finished, n_jobs, queue_error : In, see `JobReader`
+    i_job, i_faults_k, i_faults_v, i_end : In(streams), one transfer a job (illegal jobs send only
+        the first)
+    i : In(stream of 2 WideNumber)
+    spans, o : Out(streams) to the `WriteMaster`; idle, error : In, from it
+    counters : In, the summary's counter fields, name -> Signal
+    """
+
+    COUNTERS = ("cycles", "kv_beats", "stream_cycles", "starved_cycles", "stalled_cycles",
+                "kv_bursts")  # fmt: skip
+
+    def __init__(self, rows: int, config_hash: int):
+        self._rows, self._config_hash = rows, config_hash
+        super().__init__(
+            {
+                "start": In(1),
+                "done": Out(1),
+                "args": In(ControlArgs),
+                "finished": In(1),
+                "n_jobs": In(32),
+                "queue_error": In(1),
+                "i_job": In(stream.Signature(JobInfo)),
+                "i_faults_k": In(stream.Signature(Faults)),
+                "i_faults_v": In(stream.Signature(Faults)),
+                "i_end": In(stream.Signature(job_end_layout(rows))),
+                "i": In(stream.Signature(data.ArrayLayout(WideNumber, 2))),
+                "spans": Out(stream.Signature(Span)),
+                "o": Out(stream.Signature(BEAT_BITS)),
+                "idle": In(1),
+                "error": In(1),
+                "counters": In(data.StructLayout({name: 64 for name in self.COUNTERS})),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        job, end = self.i_job.p, self.i_end.p
+        written, failed = Signal(32), Signal(32)
+        beats_left, beats_out = Signal(16), Signal(64)
+        half, low = Signal(), Signal(BEAT_BITS // 2, reset_less=True)
+
+        def record(layout, **values):
+            """The record's bytes as one value; scalars and lists of signals by field name."""
+            bits = Signal(8 * layout.bytes, name=layout.name)
+            for name, value in values.items():
+                field = layout[name]
+                items = value if isinstance(value, list) else [value]
+                for i, item in enumerate(items):
+                    at = 8 * field.offset + i * field.bits
+                    m.d.comb += bits[at : at + field.bits].eq(item)
+            return bits
+
+        # Faults of all stages; the first page blamed is the smallest of theirs.
+        faults = [job.faults, self.i_faults_k.p, self.i_faults_v.p]
+        bad_page = Const(abi.NO_PAGE, 32)
+        for n, fault in enumerate(faults):
+            page = Signal(32, name=f"page_{n}")
+            use = fault.page_known & (job.legal if n else 1)
+            m.d.comb += page.eq(Mux(use & (fault.page < bad_page), fault.page, bad_page))
+            bad_page = page
+
+        def either(name):
+            return Cat(getattr(fault, name) for fault in faults).any()
+
+        status = Signal(32)
+        m.d.comb += status.eq(abi.Status.DONE | Mux(job.faults.illegal, abi.Status.ILLEGAL_JOB, 0))
+        with m.If(job.legal):
+            m.d.comb += status.eq(
+                abi.Status.DONE
+                | Mux(self.i_faults_k.p.bad_crc, abi.Status.BAD_CRC_K, 0)
+                | Mux(self.i_faults_v.p.bad_crc, abi.Status.BAD_CRC_V, 0)
+                | Mux(job.faults.illegal, abi.Status.ILLEGAL_JOB, 0)
+                | Mux(either("bus_error"), abi.Status.BUS_ERROR, 0)
+                | Mux(either("non_finite"), abi.Status.NON_FINITE, 0)
+                | Mux(end.saturated, abi.Status.SATURATED, 0)
+            )
+        run_max = [
+            Mux(job.legal, end.run_max[r], RUN_MAX_EMPTY) if r < self._rows else RUN_MAX_EMPTY
+            for r in range(abi.PARTIAL_HEADER["run_max"].count)
+        ]
+        header = record(
+            abi.PARTIAL_HEADER, status=status, bad_page=bad_page, tag=job.tag, n_tokens=job.tokens,
+            run_max=run_max,
+        )  # fmt: skip
+        summary = record(
+            abi.SUMMARY, abi_version=abi.ABI_VERSION, config_hash=self._config_hash,
+            n_jobs=written, n_failed=failed, partial_beats=beats_out,
+            error=Mux(self.queue_error | self.error, abi.Status.BUS_ERROR, 0),
+            **{name: self.counters[name] for name in self.COUNTERS},
+        )  # fmt: skip
+
+        with m.FSM():
+            with m.State("Idle"):
+                with m.If(self.start):
+                    m.d.sync += [written.eq(0), failed.eq(0), beats_out.eq(0), half.eq(0)]
+                    m.next = "Next Job"
+            with m.State("Next Job"):
+                with m.If(self.i_job.valid):
+                    m.next = "Ask Header"
+                    with m.If(job.legal):
+                        m.next = "Ask Elements"
+                with m.Elif(self.finished & (written == self.n_jobs)):
+                    m.next = "Drain"
+            with m.State("Ask Elements"):
+                # (32 parts + 2) elements of 16 bytes, in pairs of rows.
+                beats = Signal(16)
+                m.d.comb += [
+                    beats.eq(small_product((job.parts << 4) + 1, job.pairs)),
+                    self.spans.p.address.eq(job.address + abi.PARTIAL_HEADER.bytes),
+                    self.spans.p.beats.eq(beats),
+                    self.spans.valid.eq(1),
+                ]
+                m.d.sync += beats_left.eq(beats)
+                with m.If(self.spans.ready):
+                    m.next = "Write Elements"
+            with m.State("Write Elements"):
+                m.d.comb += [
+                    self.o.payload.eq(Cat(low, self.i.p)),
+                    self.o.valid.eq(self.i.valid & half),
+                    self.i.ready.eq(~half | self.o.ready),
+                ]
+                with m.If(self.i.valid & self.i.ready):
+                    m.d.sync += [low.eq(self.i.p), half.eq(~half)]
+                    with m.If(half):
+                        m.d.sync += [beats_left.eq(beats_left - 1), beats_out.eq(beats_out + 1)]
+                        with m.If(beats_left == 1):
+                            m.next = "Ask Header"
+            with m.State("Ask Header"):
+                known = self.i_end.valid & self.i_faults_k.valid & self.i_faults_v.valid
+                m.d.comb += [
+                    self.spans.p.address.eq(job.address),
+                    self.spans.p.beats.eq(1),
+                    self.spans.valid.eq(known | ~job.legal),
+                ]
+                with m.If(self.spans.valid & self.spans.ready):
+                    m.next = "Write Header"
+            with m.State("Write Header"):
+                m.d.comb += [self.o.payload.eq(header), self.o.valid.eq(1)]
+                with m.If(self.o.ready):
+                    m.d.comb += [
+                        self.i_job.ready.eq(1),
+                        self.i_end.ready.eq(job.legal),
+                        self.i_faults_k.ready.eq(job.legal),
+                        self.i_faults_v.ready.eq(job.legal),
+                    ]
+                    m.d.sync += [
+                        written.eq(written + 1),
+                        failed.eq(failed + (status != abi.Status.DONE)),
+                        beats_out.eq(beats_out + 1),
+                    ]
+                    m.next = "Next Job"
+            with m.State("Drain"):
+                with m.If(self.idle):
+                    m.next = "Ask Summary"
+            with m.State("Ask Summary"):
+                m.d.comb += [
+                    self.spans.p.address.eq(self.args.job + self.args.summary),
+                    self.spans.p.beats.eq(abi.SUMMARY.bytes // abi.BEAT_BYTES),
+                    self.spans.valid.eq(1),
+                ]
+                # The counters must not move while the summary is written.
+                frozen = Signal(8 * abi.SUMMARY.bytes, reset_less=True)
+                m.d.sync += frozen.eq(summary)
+                with m.If(self.spans.ready):
+                    m.next = "Write Summary"
+            with m.State("Write Summary"):
+                m.d.comb += [self.o.payload.eq(frozen[:BEAT_BITS]), self.o.valid.eq(1)]
+                with m.If(self.o.ready):
+                    m.d.sync += [frozen.eq(frozen >> BEAT_BITS), half.eq(~half)]
+                    with m.If(half):
+                        m.next = "Finish"
+            with m.State("Finish"):
+                with m.If(self.idle):
+                    m.d.comb += self.done.eq(1)
+                    m.next = "Idle"
+        return m
