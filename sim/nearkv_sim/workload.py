@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Card memories filled with jobs: what tests and benches feed to every card alike.
+
+Unlike the host's own job builder it scatters everything: pages lie in random slots, in any order,
+records in random places, and every byte between them is a sentinel.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nearkv import pages
+from nearkv_hw import abi
+from nearkv_hw.abi import KvType, PageLayout
+from nearkv_hw.config import Config
+from nearkv_hw.number import KV_FORMATS, quantize_q, score_scale
+
+# Fields of the summary that count cycles, and so are the simulated hardware's alone.
+TIMING_FIELDS = ("cycles", "stream_cycles", "starved_cycles", "stalled_cycles")
+
+
+@dataclass
+class Job:
+    """One job in terms of its numbers.
+
+    Attributes
+    ----------
+    q : float (group_size, head_dim)
+    k, v : uint16 (n_tokens, head_dim)
+        Patterns of `kv_type`.
+    tail : int
+        Pattern of the elements of the last page that belong to no token. NaN by default: they must
+        not matter.
+    page_lens : list of int, optional
+        Valid tokens of each page, instead of full pages and one ragged one.
+    fields : dict
+        Job fields to overwrite, for illegal jobs.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    kv_type: KvType = KvType.FP16
+    page_tokens: int = 128
+    scale: float | None = None
+    tag: int = 0
+    tail: int = 0x7FFF
+    page_lens: list[int] | None = None
+    fields: dict = field(default_factory=dict)
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(self.q.shape[1], self.page_tokens, self.kv_type)
+
+    def packed(self) -> tuple[np.ndarray, list[int]]:
+        """uint8 (n_pages, page_bytes) and the valid tokens of each page."""
+        layout, n_tokens = self.layout, len(self.k)
+        lens = self.page_lens
+        if lens is None:
+            full, rest = divmod(n_tokens, layout.page_tokens)
+            lens = [layout.page_tokens] * full + [rest] * (rest > 0 or full == 0)
+        shape = (len(lens), layout.page_tokens, layout.head_dim)
+        k, v = np.full(shape, self.tail, np.uint16), np.full(shape, self.tail, np.uint16)
+        first = 0
+        for n, page_len in enumerate(lens):
+            k[n, :page_len] = self.k[first : first + page_len]
+            v[n, :page_len] = self.v[first : first + page_len]
+            first += page_len
+        out = np.empty((1, len(lens), layout.page_bytes), np.uint8)
+        flat = (1, shape[0] * shape[1], shape[2])
+        pages.pack(layout, k.reshape(flat), v.reshape(flat), out)
+        return out[0], lens
+
+
+@dataclass
+class Memories:
+    """The two memories of a card, with a queue in them.
+
+    Attributes
+    ----------
+    kv, job : uint8 (n,)
+    queue, n_jobs, summary : int
+        Arguments of a run.
+    page_addresses : list of list of int
+        kv-memory offsets of each job's pages.
+    """
+
+    kv: np.ndarray
+    job: np.ndarray
+    queue: int
+    n_jobs: int
+    summary: int
+    page_addresses: list[list[int]]
+
+    def execute(self, card, timeout_s: float | None = None) -> np.ndarray:
+        """Run the queue on a card, on a copy; the job memory it leaves behind."""
+        job = self.job.copy()
+        card.execute(self.kv, job, self.queue, self.n_jobs, self.summary, timeout_s)
+        return job
+
+    def record(self, i: int) -> dict:
+        """Fields of job i."""
+        return abi.JOB.unpack(self.job[self.queue + i * abi.JOB.bytes :])
+
+    def set_record(self, i: int, **values) -> None:
+        """Overwrite fields of job i."""
+        self._put(self.queue + i * abi.JOB.bytes, abi.JOB.pack(**{**self.record(i), **values}))
+
+    def entry(self, i: int, page: int) -> dict:
+        """Fields of a page table entry of job i."""
+        at = self.record(i)["page_table"] + page * abi.PAGE_ENTRY.bytes
+        return abi.PAGE_ENTRY.unpack(self.job[at:])
+
+    def set_entry(self, i: int, page: int, **values) -> None:
+        """Overwrite fields of a page table entry of job i."""
+        at = self.record(i)["page_table"] + page * abi.PAGE_ENTRY.bytes
+        self._put(at, abi.PAGE_ENTRY.pack(**{**self.entry(i, page), **values}))
+
+    def partial(self, job: np.ndarray, i: int) -> dict:
+        """Header of job i's partial in a job memory that `execute` returned."""
+        return abi.PARTIAL_HEADER.unpack(job[self.record(i)["partial"] :])
+
+    def summary_of(self, job: np.ndarray) -> dict:
+        """Fields of the summary in a job memory that `execute` returned."""
+        return abi.SUMMARY.unpack(job[self.summary :])
+
+    def untimed(self, job: np.ndarray) -> np.ndarray:
+        """A copy of a job memory without the fields of the summary that count cycles."""
+        job = job.copy()
+        for name in TIMING_FIELDS:
+            summary_field = abi.SUMMARY[name]
+            at = self.summary + summary_field.offset
+            job[at : at + summary_field.bits // 8] = 0
+        return job
+
+    def _put(self, offset: int, data: bytes) -> None:
+        self.job[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+
+def place(jobs: list[Job], rng: np.random.Generator) -> Memories:
+    """Lay jobs out in memories, everything at random places.
+
+    What belongs to no record holds sentinels, so that a write beside a partial shows.
+    """
+    packed = [job.packed() for job in jobs]
+    # kv memory: slots of the largest page, a third of them unused.
+    slot = max(job.layout.page_bytes for job in jobs)
+    n_pages = sum(len(lens) for _, lens in packed)
+    slots = rng.permutation(n_pages + n_pages // 2 + 1)
+    kv = np.full((len(slots), slot), 0xFF, np.uint8)
+    entries, page_addresses = [], []
+    used = 0
+    for job, (data, lens) in zip(jobs, packed, strict=True):
+        table, addresses = b"", []
+        for page, page_len in zip(data, lens, strict=True):
+            at = int(slots[used])
+            used += 1
+            kv[at, : page.nbytes] = page
+            crc_k, crc_v = pages.checksums(job.layout, page, page_len)
+            addresses.append(at * slot)
+            table += abi.PAGE_ENTRY.pack(
+                address=at * slot, page_len=page_len, crc_k=crc_k, crc_v=crc_v
+            )
+        entries.append(table)
+        page_addresses.append(addresses)
+
+    # job memory: records in random order with gaps of a few beats.
+    queue_bytes = len(jobs) * abi.JOB.bytes
+    pieces = {("queue", 0): queue_bytes, ("summary", 0): abi.SUMMARY.bytes}
+    for i, job in enumerate(jobs):
+        group_size, head_dim = job.q.shape
+        pieces["page_table", i] = len(entries[i])
+        pieces["q", i] = head_dim * abi.Q_RECORD.bytes
+        pieces["partial", i] = abi.partial_bytes(head_dim, group_size)
+    names = list(pieces)
+    offsets, at = {}, 0
+    for n in rng.permutation(len(names)):
+        at += abi.BEAT_BYTES * int(rng.integers(1, 5))
+        offsets[names[n]] = at
+        at += -(-pieces[names[n]] // abi.BEAT_BYTES) * abi.BEAT_BYTES
+    memory = rng.integers(1, 256, at + 4 * abi.BEAT_BYTES, dtype=np.uint8)
+    result = Memories(
+        kv.reshape(-1), memory, offsets["queue", 0], len(jobs), offsets["summary", 0],
+        page_addresses,
+    )  # fmt: skip
+    for i, job in enumerate(jobs):
+        group_size, head_dim = job.q.shape
+        scale = head_dim**-0.5 if job.scale is None else job.scale
+        mantissa, shift = score_scale(scale, job.kv_type)
+        values = {
+            "page_table": offsets["page_table", i], "n_pages": len(packed[i][1]),
+            "q": offsets["q", i], "partial": offsets["partial", i], "group_size": group_size,
+            "kv_type": job.kv_type, "head_dim": head_dim, "page_tokens": job.page_tokens,
+            "score_mantissa": mantissa, "score_shift": shift, "tag": job.tag,
+        }  # fmt: skip
+        record = abi.JOB.pack(**{**values, **job.fields})
+        result._put(result.queue + i * abi.JOB.bytes, record)
+        result._put(offsets["page_table", i], entries[i])
+        result._put(offsets["q", i], query_block(job.q))
+        result._put(offsets["partial", i], bytes(4))  # the host clears the status
+    return result
+
+
+def query_block(q: np.ndarray) -> bytes:
+    """The query block of a group: q is (group_size, head_dim), real and finite."""
+    weight, exponent = quantize_q(q)
+    words = np.zeros((q.shape[1], abi.Q_RECORD.bytes // 4), "<i4")
+    words[:, : len(q)] = weight.T
+    words[:, -1] = exponent
+    return words.tobytes()
+
+
+KINDS = ("normal", "outliers", "equal", "rising", "tiny", "mixed", "saturating")
+
+
+def random_job(
+    rng: np.random.Generator,
+    config: Config,
+    *,
+    kind: str = "normal",
+    n_tokens: int | None = None,
+    head_dim: int | None = None,
+    group_size: int | None = None,
+    kv_type: KvType | None = None,
+    page_tokens: int | None = None,
+    max_tokens: int = 2000,
+) -> Job:
+    """A job with numbers of a kind; what is not given is drawn.
+
+    Parameters
+    ----------
+    kind : str
+        normal: N(0, 1). outliers: one element of K and V in 500 a thousandfold. saturating: of q as
+        well, so that most scores leave the range. equal: every score the same.
+        rising: each token scores higher than all before it. tiny: subnormal numbers. mixed: scales
+        over 12 binades, channel by channel and token by token.
+    """
+
+    def draw(value, choices):
+        return choices[int(rng.integers(len(choices)))] if value is None else value
+
+    head_dim = draw(head_dim, [d for d in (64, 128) if d <= config.max_head_dim])
+    group_size = draw(group_size, range(1, config.rows + 1))
+    kv_type = draw(kv_type, list(KvType))
+    page_tokens = draw(page_tokens, [32, 64, 96, 128, 128, 128, 256, 1024])
+    if n_tokens is None:
+        n_tokens = int(rng.integers(1, max_tokens + 1))
+    q = rng.standard_normal((group_size, head_dim))
+    k, v = rng.standard_normal((2, n_tokens, head_dim))
+    if kind in ("outliers", "saturating"):
+        for x in (k, v) if kind == "outliers" else (q, k, v):
+            x[rng.random(x.shape) < 0.002] *= 1000
+    elif kind == "equal":
+        k[:] = k[:1]
+    elif kind == "rising":
+        k = np.abs(q[:1]) * np.linspace(0, 4, n_tokens)[:, None] / head_dim**0.5
+        q = np.abs(q)
+    elif kind == "tiny":
+        k, v = k * 2.0**-22, v * 2.0**-22
+    elif kind == "mixed":
+        k *= 2.0 ** rng.integers(-8, 4, (1, head_dim))
+        v *= 2.0 ** rng.integers(-8, 4, (n_tokens, 1))
+        q *= 2.0 ** rng.integers(-8, 2, (1, head_dim))
+    k, v = (pages.to_patterns(np.clip(x, -60000, 60000), kv_type) for x in (k, v))
+    # NaN, -Inf, or the largest finite number
+    form = KV_FORMATS[kv_type]
+    infinity = form.exponent_max << form.mantissa_bits
+    tail = (0x7FFF, 0x8000 | infinity, infinity - 1)[int(rng.integers(3))]
+    return Job(q, k, v, kv_type, page_tokens, tag=int(rng.integers(1 << 32)), tail=tail)
