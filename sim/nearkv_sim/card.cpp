@@ -407,9 +407,10 @@ class Card {
                           top_->s_axi_control_bvalid || top_->s_axi_control_rvalid))
                 fail("a valid is high during reset");
         }
+        // The kernel may register its reset a few times; no host is faster than this.
         top_->ap_rst_n = 1;
+        for (int i = 0; i < 16; ++i) tick();
         moved_cycle_ = cycle_;
-        tick();
     }
 
     void write(uint32_t offset, uint32_t value) {

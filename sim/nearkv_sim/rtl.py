@@ -29,7 +29,10 @@ from nearkv_hw.config import Config
 _HARNESS = Path(__file__).with_name("card.cpp")
 _CXXFLAGS = ("-std=c++20", "-fPIC", "-DVL_USER_FINISH", "-DVL_USER_STOP", "-DVL_USER_FATAL")
 # The wheel was built elsewhere and remembers that machine's tools.
-_MAKEFLAGS = "CXX=g++ LINK=g++ AR=ar PYTHON3=python3 OPT_FAST=-O3 OPT_SLOW=-O1 OPT_GLOBAL=-O2"
+_MAKEFLAGS = (
+    "CXX=g++ LINK=g++ AR=ar PYTHON3=python3 CFG_CXXFLAGS_PCH_I=-include "
+    "OPT_FAST=-O3 OPT_SLOW=-O1 OPT_GLOBAL=-O2"
+)
 # Warnings about style that generated Verilog cannot follow.
 VERILATOR_FLAGS = ("-O3", "-Wno-fatal", "-Wno-lint", "-Wno-style", "--no-timing", "--noassert")
 
@@ -357,8 +360,9 @@ def _compile(source: str, flags: tuple[str, ...], library: Path) -> None:
         ).returncode  # fmt: skip
     if status:
         lines = log.read_text().splitlines()
-        # Verilator repeats its command line after an error; the cause comes before that.
-        causes = [x for x in lines if "error" in x.lower() and "Command Failed" not in x]
+        # Verilator reports the failure of what it called once more, at the end.
+        echoes = ("Command Failed", "exited with")
+        causes = [x for x in lines if "error" in x.lower() and not any(e in x for e in echoes)]
         raise BuildError(
             f"compiling the simulation failed with status {status}: {(causes or lines)[-1].strip()} "
             f"(log: {log}; sources: {work})"
