@@ -9,8 +9,9 @@ one card from another.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+import importlib
 import mmap
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -177,6 +178,9 @@ class MemoryCard:
             raise CardError(
                 f"card {self.name!r}: {n_jobs} jobs did not end within {timeout_s:g} s: {error}"
             ) from error
+        except RuntimeError as error:
+            self._broken = "unusable after a run that failed; open it again"
+            raise CardError(f"card {self.name!r}: {error}") from error
         counters = abi.SUMMARY.unpack(self._job[summary : summary + abi.SUMMARY.bytes])
         check_summary(self.name, counters, n_jobs, self._backend.config.hash32)
         return counters
@@ -209,13 +213,13 @@ def check_summary(name: str, counters: dict, n_jobs: int, config_hash: int) -> N
             )
 
 
-def _open_simulated(module: str, attribute: str) -> Callable[..., Any]:
-    def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
-               timeout_s=60.0, **options):  # fmt: skip
-        if unit:
-            raise ValueError(f"card {name.split(':')[0]!r} has no units; leave {':' + unit!r} away")
-        import importlib
+def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., Card]:
+    """The opener of a card that nearkv_sim imitates."""
 
+    def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
+               timeout_s=timeout_s, **options):  # fmt: skip
+        if unit:
+            raise CardError(f"card {name!r}: there is one of its kind, without a number")
         try:
             from nearkv_hw.config import Config, preset
 
@@ -226,18 +230,21 @@ def _open_simulated(module: str, attribute: str) -> Callable[..., Any]:
                 f"card {name!r} needs the package {package}; install it with: pip install {package}"
             ) from error
         config = config if isinstance(config, Config) else preset(config)
+        try:
+            backend = backend(config, **options)
+        except RuntimeError as error:
+            raise CardError(f"card {name!r} cannot be opened: {error}") from error
         return MemoryCard(
-            name, backend(config, **options), kv_bytes=kv_bytes, job_bytes=job_bytes,
-            timeout_s=timeout_s,
-        )  # fmt: skip
+            name, backend, kv_bytes=kv_bytes, job_bytes=job_bytes, timeout_s=timeout_s
+        )
 
     return opener
 
 
 # family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
 _FAMILIES: dict[str, Callable[..., Card]] = {
-    "model": _open_simulated("nearkv_sim.model", "ModelCard"),
-    "rtl": _open_simulated("nearkv_sim.rtl", "RtlCard"),
+    "model": _simulated("nearkv_sim.model", "ModelCard", timeout_s=60.0),
+    "rtl": _simulated("nearkv_sim.rtl", "RtlCard", timeout_s=600.0),
 }
 
 

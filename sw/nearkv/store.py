@@ -171,6 +171,8 @@ class KvStore:
                 directory = Path(tempfile.mkdtemp(prefix="nearkv-", dir=directory))
             self.directory = directory
             self._claim()
+        except FlashError:
+            raise
         except OSError as error:
             raise FlashError(
                 "cannot write to the KV directory", errno=error.errno, filename=directory,
@@ -536,19 +538,17 @@ def read_into(read: Read, memory: np.ndarray) -> None:
     view = memoryview(memory)[read.kv_offset : read.kv_offset + read.nbytes]
     done = 0
     while done < read.nbytes:
-        page, offset = read.page_at(done), read.offset + done
         try:
-            got = os.preadv(read.fd, [view[done:]], offset)
+            got = os.preadv(read.fd, [view[done:]], read.offset + done)
         except OSError as error:
             raise FlashError(
-                "cannot read a KV page", page=page, errno=error.errno, filename=read.path,
-                offset=offset,
+                "cannot read a KV page", page=read.page_at(done), errno=error.errno,
+                filename=read.path, offset=read.offset + done,
             ) from error  # fmt: skip
-        if got % PAGE_ALIGN_BYTES or got == 0:  # O_DIRECT is short at the end of the file only
-            done += got
+        done += got
+        if got == 0 or done % PAGE_ALIGN_BYTES:  # only the end of the file is not aligned
             raise FlashError(
                 f"the page file ends {read.nbytes - done} bytes too early; it was truncated",
-                page=page, filename=read.path, offset=offset,
+                page=read.page_at(done), filename=read.path, offset=read.offset + done,
                 remedy="the sequence has to be computed again",
             )  # fmt: skip
-        done += got
