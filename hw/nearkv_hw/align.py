@@ -143,7 +143,7 @@ class Align(wiring.Component):
         with m.If(self.issued):
             m.d.sync += row.eq(row + 1)
         with m.If(self.end):
-            m.d.sync += [row.eq(0), gap.eq(LANES - 1)]
+            m.d.sync += [row.eq(0), gap.eq(LANES)]
             with m.If(block.is_v & block.pass_last):
                 m.d.sync += p_bank.eq(p_bank + 1)
 

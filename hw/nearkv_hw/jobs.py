@@ -12,7 +12,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from . import abi
-from .axi import ControlArgs, ReadBeat, ReadMaster, Span, Burst
+from .axi import Burst, ControlArgs, ReadBeat, ReadMaster
 from .fifo import Queue
 from .number import WEIGHT_BITS
 

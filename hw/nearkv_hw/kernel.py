@@ -24,8 +24,8 @@ from .array import MacArray
 from .axi import AxiLite, Burst, Control, ReadBeat, WriteBeat, WriteMaster
 from .config import Config
 from .fetch import LANES, KvFetch
-from .fifo import Queue, delay
-from .jobs import Q_BANKS, Q_EXPONENT_BITS, JobReader, Tile, JobInfo
+from .fifo import Queue
+from .jobs import Q_BANKS, Q_EXPONENT_BITS, JobInfo, JobReader, Tile
 from .merge import V_QUEUE_CHANNELS, Merge, PartialWriter, v_layout
 from .number import RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
 from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
@@ -231,7 +231,7 @@ class Kernel(wiring.Component):
     def _count(self, m, control, fetch, align, writer):
         """Performance counters. Those of the stream stand still between its beats, and catch up
         with the next one: what lies before the first and after the last beat does not count."""
-        counters = Signal(data.StructLayout({name: 64 for name in PartialWriter.COUNTERS}))
+        counters = Signal(data.StructLayout(dict.fromkeys(PartialWriter.COUNTERS, 64)))
         m.d.comb += writer.counters.eq(counters)
         m.d.sync += [
             counters.cycles.eq(counters.cycles + 1),

@@ -361,7 +361,7 @@ class PartialWriter(wiring.Component):
                 "o": Out(stream.Signature(BEAT_BITS)),
                 "idle": In(1),
                 "error": In(1),
-                "counters": In(data.StructLayout({name: 64 for name in self.COUNTERS})),
+                "counters": In(data.StructLayout(dict.fromkeys(self.COUNTERS, 64))),
             }
         )
 
