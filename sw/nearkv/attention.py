@@ -359,7 +359,7 @@ class PageAttention:
         status, bad_page = Status(int(header["status"][job])), int(header["bad_page"][job])
         page = PageId(layer, sequences[work.sequence], work.kv_head, work.first_page)
         where = f"layer {page.layer}, sequence {page.sequence}, kv head {page.kv_head}"
-        if bad_page < work.n_pages:
+        if status & Status.DONE and bad_page < work.n_pages:
             page = page._replace(page=work.first_page + bad_page)
             path, offset = self.store.locate(page)
             where = f"{page} (file {path} at byte {offset})"

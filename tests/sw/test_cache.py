@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NearStorageCache in a small random Llama, against transformers' own cache with rounded K/V."""
+
+import errno
+import gc
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+import nearkv
+from nearkv import NearStorageCache
+from nearkv.store import FlashError
+
+# Of the largest logit. Any difference, however small, lets some K or V round to its neighbour, and
+# that is what is seen: two units in the last place of fp16.
+LOGIT_BOUND = 2 * 2.0**-11
+
+
+class RoundedCache(DynamicCache):
+    """transformers' own cache, holding what nearkv stores."""
+
+    def __init__(self, config, kind=torch.float16):
+        super().__init__(config=config)
+        self.kind = kind
+
+    def update(self, k, v, *args, **kwargs):
+        return super().update(*(x.to(self.kind).to(x) for x in (k, v)), *args, **kwargs)
+
+
+def _config(**changes):
+    values = {
+        "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 300, "pad_token_id": 0,
+        "eos_token_id": None, "bos_token_id": None, "initializer_range": 0.2,
+    }  # fmt: skip
+    return LlamaConfig(**values | changes)
+
+
+def _model(config, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _model(_config())
+
+
+@pytest.fixture
+def cache(model, card, tmp_path):
+    with NearStorageCache(model.config, tmp_path, card, page_tokens=32) as cache:
+        yield cache
+
+
+def _ids(*shape, seed=1):
+    return torch.randint(1, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _generate(model, cache, ids, attention, n=40, **options):
+    model.set_attn_implementation(attention)
+    return model.generate(
+        ids, past_key_values=cache, max_new_tokens=n, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+def _same(model, cache, ids, n=40, **options):
+    ours = _generate(model, cache, ids, "nearkv", n, **options)
+    reference = RoundedCache(model.config, cache.layers[0]._dtype)
+    theirs = _generate(model, reference, ids, "sdpa", n, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    ours, theirs = torch.stack(ours.logits), torch.stack(theirs.logits)
+    bound = LOGIT_BOUND if reference.kind == torch.float16 else 8 * LOGIT_BOUND
+    assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
+
+
+def _logits(model, cache, ids, attention, mask=None):
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("n_prompt", [1, 31, 32, 33, 100])
+def test_generate_equals_transformers_own_cache(model, cache, n_prompt):
+    _same(model, cache, _ids(1, n_prompt))
+    figures, n_pages = cache.figures, (n_prompt + 39) // 32
+    assert cache.store.n_pages(0, 0) == cache.store.n_pages(0, 1) == n_pages
+    assert figures.card_tokens > 0
+    assert figures.kv_bytes == figures.pages * cache.store.layout.page_bytes
+    assert cache.get_seq_length() == n_prompt + 39
+
+
+def test_a_batch_of_equal_lengths(model, cache):
+    _same(model, cache, _ids(3, 50))
+    assert [cache.store.n_pages(sequence, 1) for sequence in range(3)] == [2, 2, 2]
+
+
+def test_a_batch_with_left_padding_stores_no_padding(model, cache):
+    ids, mask = _ids(3, 70), torch.ones(3, 70, dtype=torch.long)
+    for row, padded in enumerate((0, 40, 69)):
+        ids[row, :padded], mask[row, :padded] = 0, 0
+    _same(model, cache, ids, attention_mask=mask)
+    assert [cache.store.n_pages(sequence, 1) for sequence in range(3)] == [3, 2, 1]
+
+
+def test_several_tokens_behind_a_past(model, cache):
+    ids, reference = _ids(2, 150), RoundedCache(model.config)
+    for a, b in ((0, 70), (70, 71), (71, 120), (120, 150)):
+        ours = _logits(model, cache, ids[:, a:b], "nearkv")
+        theirs = _logits(model, reference, ids[:, a:b], "sdpa")
+        assert (ours - theirs).abs().max() <= LOGIT_BOUND * theirs.abs().max()
+
+
+def test_a_second_turn_of_a_conversation(model, cache):
+    reference = RoundedCache(model.config)
+    first = _generate(model, cache, _ids(1, 50), "nearkv", 20).sequences
+    _generate(model, reference, _ids(1, 50), "sdpa", 20)
+    ids = torch.cat([first, _ids(1, 45, seed=7)], dim=1)
+    ours = _generate(model, cache, ids, "nearkv", 20)
+    theirs = _generate(model, reference, ids, "sdpa", 20)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+def test_padded_continuation(model, cache):
+    ids, mask, reference = _ids(2, 90), torch.ones(2, 90), RoundedCache(model.config)
+    ids[1, :40], mask[1, :40] = 0, 0
+    for a, b in ((0, 60), (60, 90)):
+        ours = _logits(model, cache, ids[:, a:b], "nearkv", mask[:, :b])
+        theirs = _logits(model, reference, ids[:, a:b], "sdpa", mask[:, :b])
+        real = mask[:, a:b].bool()
+        assert (ours - theirs)[real].abs().max() <= LOGIT_BOUND * theirs.abs().max()
+
+
+@pytest.mark.parametrize("removed", [1, 20, 60, 99, 100])
+def test_crop_takes_tokens_back_from_flash(model, cache, removed):
+    ids, reference = _ids(1, 130), RoundedCache(model.config)
+    for attention, of in (("nearkv", cache), ("sdpa", reference)):
+        _logits(model, of, ids[:, :100], attention)
+        of.crop(-removed)
+        assert of.get_seq_length() == 100 - removed
+    ours = _logits(model, cache, ids[:, 100:], "nearkv")
+    theirs = _logits(model, reference, ids[:, 100:], "sdpa")
+    assert (ours - theirs).abs().max() <= LOGIT_BOUND * theirs.abs().max()
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+
+
+def test_reset_starts_again(model, cache):
+    _generate(model, cache, _ids(1, 50), "nearkv", 5)
+    cache.reset()
+    _same(model, cache, _ids(1, 60, seed=3))
+
+
+def test_bf16_models_store_bf16(card, tmp_path):
+    model = _model(_config(dtype="bfloat16"))
+    ids, reference = _ids(1, 40), RoundedCache(model.config, torch.bfloat16)
+    with NearStorageCache(model.config, tmp_path, card, page_tokens=32) as cache:
+        assert cache.store.layout.kv_type.name == "BF16"
+        model = model.to(torch.bfloat16)
+        ours = _generate(model, cache, ids, "nearkv", 10)
+        theirs = _generate(model, reference, ids, "sdpa", 10)
+    # The model's own rounding to 8 bits of mantissa is what differs.
+    difference = (torch.stack(ours.logits) - torch.stack(theirs.logits)).abs().max()
+    assert difference <= 2.0**-5 * torch.stack(theirs.logits).abs().max()
+
+
+def test_bf16_kv_in_a_float32_model(model, card, tmp_path):
+    with NearStorageCache(model.config, tmp_path, card, 32, kv_dtype="bf16") as cache:
+        _same(model, cache, _ids(1, 50))
+
+
+def test_groups_larger_than_the_card(tmp_path):
+    model = _model(_config(hidden_size=384, num_attention_heads=12))
+    with NearStorageCache(
+        model.config, tmp_path, nearkv.open_card("model", config="tiny"), 32
+    ) as c:
+        _same(model, c, _ids(1, 40), 10)
+
+
+def test_without_its_cache_the_attention_is_ordinary(model):
+    ids, mask = _ids(2, 20), torch.ones(2, 20)
+    ids[1, :7], mask[1, :7] = 0, 0
+    for of in (lambda: None, lambda: DynamicCache(config=model.config)):
+        ours, theirs = of(), of()
+        for some in (ids, ids[:, :3], ids[:, :1]):
+            if ours is None or ours.get_seq_length() == 0:
+                seen = mask[:, : some.shape[1]]
+            else:
+                seen = torch.cat(
+                    [mask, torch.ones(2, ours.get_seq_length() + some.shape[1] - 20)], 1
+                )
+            torch.testing.assert_close(
+                _logits(model, ours, some, "nearkv", seen)[0],
+                _logits(model, theirs, some, "sdpa", seen)[0],
+            )
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def test_another_attention_cannot_use_the_handles(model, cache):
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(RuntimeError, match='attn_implementation="nearkv"'):
+            _generate(model, cache, _ids(1, 40), attention, 3)
+        cache.reset()
+
+
+def _refused(tmp_path, match, card="model", **changes):
+    with pytest.raises(ValueError, match=match):
+        NearStorageCache(_config(**changes), tmp_path, card)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    _refused(tmp_path, "model llama cannot use nearkv: head_dim must be a multiple of 32.*not 80",
+             head_dim=80)  # fmt: skip
+    _refused(tmp_path, "up to 256, not 288", head_dim=288)
+    _refused(tmp_path, "layers of sliding_attention; .* full attention only", sliding_window=64)
+    _refused(tmp_path, "attn_logit_softcapping", attn_logit_softcapping=30.0)
+    with nearkv.open_card("model", config="tiny") as tiny:
+        _refused(tmp_path, "built for head_dim up to 64, not 128", tiny, head_dim=128)
+
+
+def test_beams_are_refused_with_the_remedy(model, cache):
+    with pytest.raises(NotImplementedError, match="num_beams=1"):
+        _generate(model, cache, _ids(1, 40), "nearkv", 5, num_beams=2)
+
+
+def test_masks_of_four_dimensions_are_refused(model, cache):
+    with pytest.raises(NotImplementedError, match="causal attention with padding"):
+        _logits(model, cache, _ids(1, 4), "nearkv", torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+
+def test_another_batch_needs_another_cache(model, cache):
+    _logits(model, cache, _ids(1, 4), "nearkv")
+    with pytest.raises(ValueError, match="holds 1 sequences and was given 2"):
+        _logits(model, cache, _ids(2, 4), "nearkv")
+
+
+def test_nan_in_k_is_named(model, cache):
+    _logits(model, cache, _ids(1, 40), "nearkv")
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(
+        lambda module, args, out: out.index_fill(-1, torch.tensor([37]), torch.nan)
+    )
+    try:
+        with pytest.raises(ValueError, match="K of layer 1, sequence 0, kv head 1, token 40"):
+            _logits(model, cache, _ids(1, 1), "nearkv")
+    finally:
+        hook.remove()
+
+
+def test_a_full_disk_while_generating_is_named(model, cache, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FlashError, match="page 0 of layer 0, sequence 0.*No space left.*--kv-dir"):
+        _generate(model, cache, _ids(1, 20), "nearkv")
+
+
+def test_pages_disappear_with_the_cache(model, card, tmp_path):
+    cache = NearStorageCache(model.config, tmp_path, card, page_tokens=32)
+    _logits(model, cache, _ids(1, 40), "nearkv")
+    assert len(list(tmp_path.glob("nearkv-*/*.kv"))) == 1
+    del cache
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
