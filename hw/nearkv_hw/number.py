@@ -200,6 +200,70 @@ def exp2(fraction: np.ndarray) -> np.ndarray:
     return (value + (1 << (drop - 1))) >> drop
 
 
+@dataclass(frozen=True)
+class ErrorBound:
+    """How far a normalised partial may lie from exact attention over the same stored K and V.
+
+    Attributes
+    ----------
+    score : float
+        Of one score, in log2 units.
+    out : float
+        Of an element of out, as a share of the largest |v|.
+    lse_ln : float
+        Of the log-sum-exp, absolute.
+    """
+
+    score: float
+    out: float
+    lse_ln: float
+
+
+def error_bound(
+    head_dim: int, kv_len: int, product_max: float, *, tile_tokens: int = TILE_TOKENS,
+    q_exact: bool = False,
+) -> ErrorBound:  # fmt: skip
+    """The worst case of all roundings, from the formats alone. Nothing in it is fitted.
+
+    Let f bound every |q[r] k[r]| * scale * log2(e) of a block as the card sees it: exponents are
+    whole, so f <= 4 * product_max, and f corresponds to 2^39 units of S. Then
+
+    - K is off by half a unit of x and q by half a unit of w (nothing if q_exact), with w <= 2^17 and
+      x <= 2^22: S by at most head_dim * (2^16 + 2^21 + 1/4) units; dropping 13 bits: 2^13 more;
+    - the scale has 24 bits: 2^-24 of |score| <= head_dim * f; the score is rounded: 2^-21.
+    - 2^(score - tile_max) is off by the share 2^score_error - 1 + 2^-20.5. On top of it a weight is
+      off by 2^-17 (truncation to 22 bits, rounding to 17, and p < 1), the wide weight by 2^-22.
+    - A tile's largest weight is at least 1/2, so over a tile of T tokens the weights' errors are at
+      most the share e = share + T * 2^-16 of their sum, and out, a weighted mean of values within
+      |v| <= v_max that is normalised by the same weights, moves by at most 2 e v_max / (1 - e).
+      V itself is off by half a unit of x, 2^-22 of its block's largest element.
+    - Sums are exact but for limbs dropped below 2^X: one unit per tile, against a largest weight
+      of 2^16 units and elements of 2^21: 2^-37 per tile of out, less in the denominators.
+
+    The worst case is far from the usual one: errors of 128 tokens rarely have one sign.
+
+    Parameters
+    ----------
+    head_dim, kv_len, tile_tokens : int
+    product_max : float
+        The largest over channels r and tokens of |q[r]| * |k[r]| * scale * log2(e), |q[r]| being
+        the largest over the heads of the group.
+    q_exact : bool
+        True if every head's elements are fp16 within 6 binades of their channel's largest.
+    """
+    full_scale = 4 * product_max
+    units = head_dim * (2.0**16 + (0 if q_exact else 2.0**21 + 0.25)) + 2.0**RAW_SHIFT
+    score = full_scale * (units * 2.0**-39 + head_dim * 2.0**-SCALE_BITS) + 2.0**-21
+    share = math.expm1(score * math.log(2)) + 2.0**-20.5
+    weight = share + tile_tokens * 2.0**-16
+    if weight >= 1:
+        return ErrorBound(score, math.inf, math.inf)
+    tiles = -(-max(kv_len, 1) // tile_tokens)
+    out = 2 * weight / (1 - weight) + 2.0**-22 + tiles * 2.0**-36
+    wide = share + tile_tokens * 2.0**-21 + tiles * 2.0**-36
+    return ErrorBound(score, out, math.inf if wide >= 1 else -math.log1p(-wide))
+
+
 class Wide:
     """Exact sums of o * 2^X: four limbs at absolute powers of 2^16, under a moving top.
 
