@@ -48,8 +48,9 @@ class Pauses {
     void configure(uint64_t seed, double share) {
         state_ = seed * 0x9E3779B97F4A7C15u + 0x1234567;
         constexpr double mean_cycles = (15 * 2.5 + 1 * 100) / 16;
-        double rate = share <= 0 ? 0 : share / (mean_cycles * (1 - share));
-        threshold_ = rate >= 1 ? UINT64_MAX : static_cast<uint64_t>(rate * 18446744073709551615.0);
+        // A cycle begins a pause with this probability, so that pauses take `share` of all cycles.
+        double begin = share / (mean_cycles * (1 - share) + share);
+        threshold_ = static_cast<uint64_t>(begin * 18446744073709549568.0);  // 2^64 - 2^11
         left_ = 0;
     }
     bool active() const { return threshold_ != 0; }

@@ -179,6 +179,8 @@ class RtlCard:
                 raise ValueError(f"{name} must be a contiguous uint8 vector")
         if not job.flags.writeable:
             raise ValueError("job must be writeable")
+        if queue + n_jobs * abi.JOB.bytes > len(job) or summary + abi.SUMMARY.bytes > len(job):
+            raise ValueError("queue and summary must lie in job memory")
         self._attach(kv, job)
         for offset, size in written_ranges(self.config, job, queue, n_jobs, summary):
             self._library.card_allow(self._handle, offset, size)
@@ -361,7 +363,7 @@ def _compile(source: str, flags: tuple[str, ...], library: Path) -> None:
     if status:
         lines = log.read_text().splitlines()
         # Verilator reports the failure of what it called once more, at the end.
-        echoes = ("Command Failed", "exited with")
+        echoes = ("Command Failed", "exited with", "Exiting due to")
         causes = [x for x in lines if "error" in x.lower() and not any(e in x for e in echoes)]
         raise BuildError(
             f"compiling the simulation failed with status {status}: {(causes or lines)[-1].strip()} "
