@@ -24,15 +24,16 @@ class Config:
         Beats between the read master and the datapath. A power of two. It holds a whole block
         while its largest exponent is found, so it needs at least twice `max_head_dim` and a burst.
     lookahead_tiles : int
-        K tiles that stream ahead of the V tile they precede: 1 or 2. With 2 the softmax has two
-        whole tile times to finish, which rows = 8 needs below head_dim 128.
+        K tiles that stream ahead of the V tile they precede, 1 to 3: the tile times that the softmax
+        has to finish. At rows = 8 and head_dim 64 it is as busy as the array, and short tiles of
+        short jobs even out only over three.
     """
 
     name: str
     rows: int
     max_head_dim: int = 256
     beat_fifo_beats: int = 512
-    lookahead_tiles: int = 2
+    lookahead_tiles: int = 3
 
     def __post_init__(self):
         if self.rows % abi.ROW_STEP or not 0 < self.rows <= abi.MAX_ROWS:
@@ -44,8 +45,8 @@ class Config:
                 "beat_fifo_beats must be a power of two of at least 256 and twice max_head_dim "
                 f"({2 * self.max_head_dim}), not {beats}"
             )
-        if self.lookahead_tiles not in (1, 2):
-            raise ValueError(f"lookahead_tiles must be 1 or 2, not {self.lookahead_tiles}")
+        if self.lookahead_tiles not in (1, 2, 3):
+            raise ValueError(f"lookahead_tiles must be 1 to 3, not {self.lookahead_tiles}")
 
     @property
     def hash32(self) -> int:

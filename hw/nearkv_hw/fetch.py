@@ -5,7 +5,7 @@
                                                      +-> largest exponent -----> o_block
                                                      +-> CRC-32C of K and V ---> o_faults_k, _v
 
-The order K(0) K(1) K(2) V(0) K(3) V(1) ... runs on across jobs: while the softmax works on a tile,
+The order K(0) K(1) K(2) K(3) V(0) K(4) V(1) ... runs on across jobs: while the softmax works on a tile,
 later K tiles and earlier V tiles keep the array busy. A block is announced on `o_block` only when
 all its beats are in the queue, so a block once begun streams without a gap.
 """
