@@ -11,9 +11,10 @@ both are imported, in whichever order.
 """
 
 from . import registration
-from .attention import attend, merge
+from .attention import attend
 from .card import CardError, open_card
-from .store import FlashError
+from .flash import FlashError
+from .partial import merge
 
 __all__ = ["attend", "merge", "open_card", "NearStorageCache", "CardError", "FlashError"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over stored pages by a card, and the merge of what several parts computed.
+"""Attention over stored pages by a card.
 
 A `PageAttention` splits a query over jobs (one per kv head, group of at most `card.rows` query heads
 and span of pages), runs them, and adds their partials up. The sums are exact (`number.Wide`), so how
@@ -16,119 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 from nearkv_hw import abi
-from nearkv_hw.abi import KvType, PageLayout, Status
-from nearkv_hw.number import (
-    KV_FORMATS,
-    N_LIMBS,
-    OUT_UNIT,
-    RUN_MAX_EMPTY,
-    SUM_UNIT,
-    Wide,
-    quantize_q,
-    score_scale,
-)
+from nearkv_hw.abi import PageLayout, Status
+from nearkv_hw.number import Wide, quantize_q, score_scale
 
 from . import pages
 from .card import Card, CardError, open_card
-from .store import KvStore, PageId
+from .flash import PageId
+from .partial import Partial
+from .store import KvStore
 
 _JOB = pages.record_dtype(abi.JOB)
 _ENTRY = pages.record_dtype(abi.PAGE_ENTRY)
 _HEADER = pages.record_dtype(abi.PARTIAL_HEADER)
-_EMPTY_TOP = -(1 << 15)  # below every top a card can send
-
-
-@dataclass(frozen=True)
-class Partial:
-    """What attending to a part of the context gives, unnormalised and exact.
-
-    `a + b` is the partial of both parts. It is associative and commutative, bit for bit.
-
-    Attributes
-    ----------
-    kv_type : KvType
-    run_max : int16 (...)
-        Integer maximum of the scores, log2 units; RUN_MAX_EMPTY without tokens.
-    run_sum, run_sum_wide : Wide (...)
-        Sums of p as used for out, and with more bits for the log-sum-exp; unit 2^-SUM_UNIT.
-    out : Wide (..., head_dim)
-        Unit 2^-(KvFormat.unit + OUT_UNIT).
-    """
-
-    kv_type: KvType
-    run_max: np.ndarray
-    run_sum: Wide
-    run_sum_wide: Wide
-    out: Wide
-
-    @classmethod
-    def empty(cls, kv_type: KvType, shape: tuple[int, ...], head_dim: int) -> "Partial":
-        """The partial of no tokens at all, the identity of `+`."""
-
-        def zeros(shape):
-            return Wide(np.zeros((*shape, N_LIMBS), np.int64), np.full(shape, _EMPTY_TOP))
-
-        run_max = np.full(shape, RUN_MAX_EMPTY, np.int16)
-        return cls(kv_type, run_max, zeros(shape), zeros(shape), zeros((*shape, head_dim)))
-
-    def __add__(self, other: "Partial") -> "Partial":
-        return Partial(
-            self.kv_type,
-            np.maximum(self.run_max, other.run_max),
-            self.run_sum + other.run_sum,
-            self.run_sum_wide + other.run_sum_wide,
-            self.out + other.out,
-        )
-
-    def __getitem__(self, index) -> "Partial":
-        """Index the leading axes."""
-        return Partial(
-            self.kv_type, self.run_max[index],
-            *(Wide(w.limbs[index], w.top[index])
-              for w in (self.run_sum, self.run_sum_wide, self.out)),
-        )  # fmt: skip
-
-    def __setitem__(self, index, value: "Partial") -> None:
-        self.run_max[index] = value.run_max
-        for mine, its in zip(self._wides(), value._wides(), strict=True):
-            mine.limbs[index], mine.top[index] = its.limbs, its.top
-
-    def reshape(self, *shape: int) -> "Partial":
-        """Reshape the leading axes."""
-        head_dim = self.out.top.shape[-1]
-        return Partial(
-            self.kv_type, self.run_max.reshape(shape),
-            *(Wide(w.limbs.reshape(*shape, N_LIMBS), w.top.reshape(shape))
-              for w in (self.run_sum, self.run_sum_wide)),
-            Wide(self.out.limbs.reshape(*shape, head_dim, N_LIMBS),
-                 self.out.top.reshape(*shape, head_dim)),
-        )  # fmt: skip
-
-    def normalise(self) -> tuple[np.ndarray, np.ndarray]:
-        """Attention over the part alone.
-
-        Returns
-        -------
-        out : float64 (..., head_dim)
-            0 without tokens.
-        lse_log2 : float64 (...)
-            log2 of the sum of 2^score; -inf without tokens.
-        """
-        # Mantissas and exponents apart: run_max alone may be +-32768.
-        total, total_exponent = self.run_sum.to_float()
-        wide, wide_exponent = self.run_sum_wide.to_float()
-        out, out_exponent = self.out.to_float()
-        some = total > 0
-        exponent = out_exponent - total_exponent[..., None]
-        exponent += SUM_UNIT - (KV_FORMATS[self.kv_type].unit + OUT_UNIT)
-        quotient = out / np.where(some, total, 1.0)[..., None]
-        out = np.where(some[..., None], np.ldexp(quotient, exponent.astype(np.int32)), 0.0)
-        some = wide > 0
-        lse_log2 = np.log2(np.where(some, wide, 1.0)) + (wide_exponent - SUM_UNIT)
-        return out, np.where(some, lse_log2, -np.inf)
-
-    def _wides(self):
-        return self.run_sum, self.run_sum_wide, self.out
 
 
 @dataclass
@@ -402,46 +301,6 @@ def check_card(card: Card, layout: PageLayout) -> None:
             f"a page has {layout.page_bytes} bytes and the card {card.kv_bytes} bytes of kv "
             "memory; lower page_tokens or raise kv_bytes"
         )
-
-
-def merge(outs, lses):
-    """Merge normalised parts of attention, each over its own part of the context.
-
-    Parameters
-    ----------
-    outs : (n_parts, ..., head_dim) or a sequence of (..., head_dim)
-        numpy or torch.
-    lses : (n_parts, ...) or a sequence of (...)
-        Natural logarithm of each part's sum of exponentials; -inf of a part without tokens.
-
-    Returns
-    -------
-    out : (..., head_dim), lse_ln : (...)
-        The family and dtype of the parts; computed in float64. Without any token 0 and -inf.
-
-    >>> merge([[[1.0]], [[3.0]]], [[0.0], [0.0]])[0]
-    array([[2.]])
-    """
-    if pages.is_torch(outs) or (isinstance(outs, list | tuple) and pages.is_torch(outs[0])):
-        import torch
-
-        outs = outs if pages.is_torch(outs) else torch.stack(tuple(outs))
-        lses = lses if pages.is_torch(lses) else torch.stack(tuple(lses))
-        out, lse = merge(outs.detach().cpu().double().numpy(), lses.detach().cpu().double().numpy())
-        return torch.from_numpy(out).to(outs), torch.from_numpy(lse).to(lses)
-    outs, lses = np.asarray(outs), np.asarray(lses)
-    if outs.shape[:-1] != lses.shape:
-        raise ValueError(f"outs {outs.shape} and lses {lses.shape} do not belong together")
-    largest = lses.max(axis=0)
-    shift = np.where(np.isneginf(largest), 0.0, largest)
-    weights = np.exp(lses.astype(np.float64) - shift)
-    total = weights.sum(axis=0)
-    some = total > 0
-    divisor = np.where(some, total, 1.0)
-    weighted = np.where(weights[..., None] > 0, outs * weights[..., None], 0.0)
-    out = weighted.sum(axis=0) / divisor[..., None]
-    lse_ln = np.where(some, np.log(divisor) + shift, -np.inf)
-    return out.astype(outs.dtype), lse_ln.astype(lses.dtype)
 
 
 def attend(q, k, v, card="model", scale=None, kv_dtype=None, page_tokens=128, directory=None):

@@ -25,9 +25,11 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from nearkv_hw.abi import KvType, PageLayout
 
 from . import pages
-from .attention import Figures, PageAttention, check_card, merge
+from .attention import Figures, PageAttention, check_card
 from .card import Card, open_card
-from .store import KvStore, PageId
+from .flash import PageId
+from .partial import merge
+from .store import KvStore
 
 _TORCH_TYPES = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}
 _ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
@@ -78,8 +80,10 @@ class NearStorageCache(Cache):
             layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
         except ValueError as error:
             raise ValueError(f"model {_name(config)} cannot use nearkv: {error}") from None
-        owned = open_card(card) if isinstance(card, str) else None
-        self.card: Card = card if owned is None else owned
+        owned = None
+        if isinstance(card, str):
+            card = owned = open_card(card)
+        self.card = card
         try:
             check_card(self.card, layout)
             directory = tempfile.gettempdir() if directory is None else directory
@@ -253,8 +257,10 @@ class _Layer(CacheLayerMixin):
         stored = [self._store.n_pages(sequence, self._index) for sequence in range(batch)]
         if self._positions == n_new:  # prefill: nothing but new tokens
             mask = None if valid is None else _causal(valid, n_new).to(query.device)
-            kv = (x.to(query.device, query.dtype) for x in (k, v))
-            out, _ = sdpa_attention_forward(module, query, *kv, mask, scaling=scale, is_causal=True)
+            k_here, v_here = (x.to(query.device, query.dtype) for x in (k, v))
+            out, _ = sdpa_attention_forward(
+                module, query, k_here, v_here, mask, scaling=scale, is_causal=True
+            )
             self.figures.prefill_tokens += batch * n_q_heads * n_new * (n_new + 1) // 2
         else:
             out = self._attend_past(query.detach().float().cpu(), k, v, valid, stored, scale)

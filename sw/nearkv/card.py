@@ -18,7 +18,7 @@ import numpy as np
 from nearkv_hw import abi
 from nearkv_hw.abi import Status
 
-from .store import Read, read_into
+from .flash import Read, read_into
 
 KV_BYTES = 64 << 20
 JOB_BYTES = 16 << 20
@@ -59,9 +59,11 @@ class Card(Protocol):
 
     def write_job(self, offset: int, data) -> None:
         """Copy bytes into job memory."""
+        ...
 
     def read_job(self, offset: int, nbytes: int) -> np.ndarray:
         """Bytes of job memory: uint8 (nbytes,), a copy."""
+        ...
 
     def run(
         self, queue: int, n_jobs: int, summary: int, timeout_s: float | None = None
@@ -71,9 +73,14 @@ class Card(Protocol):
         Raises CardError after `timeout_s`, if the queue could not be read, or if what answered is
         not the build that was opened. Jobs that failed are for the caller to find in their partials.
         """
+        ...
 
     def close(self) -> None:
         """Release the card and its memories."""
+
+    def __enter__(self) -> "Card": ...
+
+    def __exit__(self, *exception) -> None: ...
 
 
 class MemoryCard:

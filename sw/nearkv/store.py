@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV pages in files. The only code that opens page files.
+"""KV pages in files.
 
 One file per sequence. Inside it every (layer, kv head) owns extents of at least 1 MiB, preallocated
 so that its pages lie together on the drive and a full disk is noticed before anything is written.
-Pages are read and written past the page cache (O_DIRECT) where the file system allows it: they are
-read once per token, by the card, and would push out everything else.
 
 Beside each page file lies its index: one 64-byte record per page, with its own checksum, written
 after the page's bytes. `KvStore(directory, ...)` on an existing directory reads it back and stops at
@@ -21,7 +19,6 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
-from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -29,6 +26,7 @@ import numpy as np
 from nearkv_hw.abi import ABI_VERSION, PAGE_ALIGN_BYTES, Field, PageLayout, Record
 
 from . import pages
+from .flash import FlashError, PageId, Read, open_pages, read_into, reserve, write_from
 
 log = logging.getLogger("nearkv")
 
@@ -53,63 +51,7 @@ _INDEX = pages.record_dtype(INDEX_ENTRY)
 STORED_PAGE = np.dtype([("offset", "<i8"), ("page_len", "<u4"), ("crc_k", "<u4"), ("crc_v", "<u4")])
 
 
-class PageId(NamedTuple):
-    """Which page: its (layer, sequence, kv head) and its number within that."""
-
-    layer: int
-    sequence: int
-    kv_head: int
-    page: int
-
-    def __str__(self):
-        return (
-            f"page {self.page} of layer {self.layer}, sequence {self.sequence}, "
-            f"kv head {self.kv_head}"
-        )
-
-
-class FlashError(OSError):
-    """Page files could not be written or read.
-
-    Attributes
-    ----------
-    page : PageId or None
-    errno : int or None
-        As in OSError.
-    filename : str
-    offset : int or None
-        Byte offset in the file.
-    """
-
-    def __init__(self, what, *, page=None, errno=None, filename=None, offset=None, remedy=None):
-        super().__init__(errno, what, None if filename is None else str(filename))
-        self.page, self.offset = page, offset
-        where = [str(page)] if page else []
-        if filename is not None:
-            where.append(f"file {filename}" + (f" at byte {offset}" if offset is not None else ""))
-        reason = f": {os.strerror(errno)}" if errno else ""
-        self.message = f"{what}{' (' + ', '.join(where) + ')' if where else ''}{reason}"
-        if remedy:
-            self.message += f"; {remedy}"
-
-    def __str__(self):
-        return self.message
-
-
-class Read(NamedTuple):
-    """Consecutive pages of one file on their way into kv memory. Files outlive their reads."""
-
-    fd: int
-    path: Path
-    offset: int  # in the file, a multiple of 4096
-    nbytes: int
-    kv_offset: int
-    page: PageId  # the first
-    page_bytes: int
-
-    def page_at(self, done_bytes: int) -> PageId:
-        """The page that byte `done_bytes` of this read belongs to."""
-        return self.page._replace(page=self.page.page + done_bytes // self.page_bytes)
+_STORED_FIELDS = ("offset", "page_len", "crc_k", "crc_v")
 
 
 @dataclass
@@ -368,32 +310,19 @@ class KvStore:
             out.append(patterns)
         return out
 
-    def _open(self, path: Path, flags: int) -> int:
-        if self._direct:
-            try:
-                return os.open(path, flags | os.O_DIRECT, 0o644)
-            except OSError as error:
-                if error.errno != errno_codes.EINVAL:
-                    raise
+    def _file(self, sequence: int, *, create: bool = True) -> _File:
+        file = self._files.get(sequence)
+        if file is None:
+            path = self.directory / f"sequence-{sequence:06d}.kv"
+            fd, direct = open_pages(path, create=create, direct=self._direct)
+            if self._direct and not direct:
                 self._direct = False
                 log.warning(
                     "%s: the file system has no O_DIRECT; pages go through the page cache",
                     self.directory,
                 )
-        return os.open(path, flags, 0o644)
-
-    def _file(self, sequence: int, create: int = os.O_CREAT) -> _File:
-        file = self._files.get(sequence)
-        if file is None:
-            path = self.directory / f"sequence-{sequence:06d}.kv"
-            try:
-                fd = self._open(path, os.O_RDWR | create)
-                flags = os.O_RDWR | create | os.O_APPEND
-                index_fd = os.open(path.with_suffix(".index"), flags, 0o644)
-            except OSError as error:
-                raise FlashError(
-                    "cannot open a page file", errno=error.errno, filename=path
-                ) from error
+            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
+            index_fd = os.open(path.with_suffix(".index"), flags, 0o644)
             file = self._files[sequence] = _File(path, fd, index_fd)
         return file
 
@@ -414,15 +343,7 @@ class KvStore:
         extent_bytes = self.extent_pages * self.layout.page_bytes
         heads = self.n_kv_heads
         nbytes = need * heads * extent_bytes
-        try:
-            os.posix_fallocate(file.fd, file.end_bytes, nbytes)
-        except OSError as error:
-            raise FlashError(
-                f"no room for {nbytes >> 20} MiB more of KV pages", page=page, errno=error.errno,
-                filename=file.path, offset=file.end_bytes,
-                remedy="what is stored already is untouched; free some space or choose another "
-                "directory (--kv-dir)",
-            ) from error  # fmt: skip
+        reserve(file.fd, file.path, file.end_bytes, nbytes, page)
         starts = file.end_bytes + np.arange(heads * need, dtype=np.int64) * extent_bytes
         file.end_bytes += nbytes
         span.extents = np.concatenate([span.extents, starts.reshape(heads, need)], axis=1)
@@ -456,21 +377,8 @@ class KvStore:
             starts = np.flatnonzero(np.diff(offsets) != layout.page_bytes) + 1
             for a, b in itertools.pairwise([0, *starts, count]):
                 page = PageId(layer, sequence, head, first + int(a))
-                self._write(file.fd, data[head, a:b], int(offsets[a]), page, file.path)
+                write_from(file.fd, file.path, int(offsets[a]), data[head, a:b], page)
         self.bytes_written += nbytes
-
-    @staticmethod
-    def _write(fd: int, data: np.ndarray, offset: int, page: PageId | None, path: Path) -> None:
-        view = memoryview(data.reshape(-1))
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(fd, view[done:], offset + done)
-            except OSError as error:
-                raise FlashError(
-                    "cannot write KV pages", page=page, errno=error.errno, filename=path,
-                    offset=offset + done, remedy="what is stored already is untouched",
-                ) from error  # fmt: skip
 
     def _write_index(self, file, span, layer, sequence, first, count) -> None:
         """Append the records of new pages, in one write; their bytes are in the file by now."""
@@ -479,7 +387,7 @@ class KvStore:
         entries["layer"] = layer
         entries["kv_head"] = np.arange(self.n_kv_heads)[:, None]
         entries["page"] = first + np.arange(count)
-        for name in STORED_PAGE.names:
+        for name in _STORED_FIELDS:
             entries[name] = stored[name]
         records = entries.reshape(-1)
         raw = records.view(np.uint8).reshape(-1, INDEX_ENTRY.bytes)
@@ -496,12 +404,13 @@ class KvStore:
 
     def _reopen(self, sequence: int) -> None:
         """Rebuild the table of a sequence from its index."""
-        file = self._file(sequence, create=0)
+        file = self._file(sequence, create=False)
         raw = np.fromfile(file.path.with_suffix(".index"), np.uint8)
         raw = raw[: len(raw) // INDEX_ENTRY.bytes * INDEX_ENTRY.bytes]
         entries = raw.view(_INDEX)
         rows = raw.reshape(-1, INDEX_ENTRY.bytes)
-        good = [google_crc32c.value(row[:60].tobytes()) for row in rows] == entries["check"]
+        checks = [google_crc32c.value(row[:60].tobytes()) for row in rows]
+        good = np.array(checks, np.uint32) == entries["check"]
         entries = entries[: len(entries) if good.all() else int(np.argmin(good))]
         extent_bytes = self.extent_pages * self.layout.page_bytes
         for layer in np.unique(entries["layer"]):
@@ -517,7 +426,7 @@ class KvStore:
             span.extents = np.zeros((self.n_kv_heads, n_extents), np.int64)
             span.pages = np.zeros((self.n_kv_heads, n_extents * self.extent_pages), STORED_PAGE)
             mine = mine[mine["page"] < span.n_pages]
-            for name in STORED_PAGE.names:
+            for name in _STORED_FIELDS:
                 span.pages[name][mine["kv_head"], mine["page"]] = mine[name]
             span.extents[:] = span.pages["offset"][:, :: self.extent_pages]
             within = np.arange(self.extent_pages, dtype=np.int64) * self.layout.page_bytes
@@ -525,30 +434,3 @@ class KvStore:
         ends = entries["offset"].astype(np.int64) // extent_bytes * extent_bytes + extent_bytes
         file.end_bytes = max([os.fstat(file.fd).st_size, *ends.tolist()])
         file.end_bytes = -(-file.end_bytes // PAGE_ALIGN_BYTES) * PAGE_ALIGN_BYTES
-
-
-def read_into(read: Read, memory: np.ndarray) -> None:
-    """Carry out one read into uint8 `memory`, whose start is aligned to 4096 bytes.
-
-    Raises
-    ------
-    FlashError
-        If the drive reports an error, or the file ends before the read does.
-    """
-    view = memoryview(memory)[read.kv_offset : read.kv_offset + read.nbytes]
-    done = 0
-    while done < read.nbytes:
-        try:
-            got = os.preadv(read.fd, [view[done:]], read.offset + done)
-        except OSError as error:
-            raise FlashError(
-                "cannot read a KV page", page=read.page_at(done), errno=error.errno,
-                filename=read.path, offset=read.offset + done,
-            ) from error  # fmt: skip
-        done += got
-        if got == 0 or done % PAGE_ALIGN_BYTES:  # only the end of the file is not aligned
-            raise FlashError(
-                f"the page file ends {read.nbytes - done} bytes too early; it was truncated",
-                page=read.page_at(done), filename=read.path, offset=read.offset + done,
-                remedy="the sequence has to be computed again",
-            )  # fmt: skip

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import nearkv
-from nearkv.attention import PageAttention, Partial
+from nearkv.attention import PageAttention
 from nearkv.card import CardError
-from nearkv.store import FlashError, KvStore, PageId
+from nearkv.flash import FlashError, PageId
+from nearkv.partial import Partial
+from nearkv.store import KvStore
 from nearkv_hw import abi
 from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_sim.reference import attention as reference

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import nearkv
 from nearkv import NearStorageCache
-from nearkv.store import FlashError
+from nearkv.flash import FlashError
 
 # Of the largest logit. Any difference, however small, lets some K or V round to its neighbour, and
 # that is what is seen: two units in the last place of fp16.

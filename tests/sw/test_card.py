@@ -11,7 +11,7 @@ import pytest
 
 from nearkv import card as card_module
 from nearkv.card import Card, CardError, MemoryCard, open_card
-from nearkv.store import FlashError, PageId, Read
+from nearkv.flash import FlashError, PageId, Read
 from nearkv_hw import abi
 from nearkv_hw.config import PRESETS, preset
 

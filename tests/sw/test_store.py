@@ -12,7 +12,8 @@ import pytest
 
 from nearkv import pages
 from nearkv import store as store_module
-from nearkv.store import FlashError, KvStore, PageId
+from nearkv.flash import FlashError, PageId
+from nearkv.store import KvStore
 from nearkv_hw.abi import KvType, PageLayout
 
 LAYOUT = PageLayout(64, 32)
