@@ -111,7 +111,8 @@ class JobReader(wiring.Component):
     o_job : Out(stream of JobInfo)
     finished : Out(1), no more tiles will come in this run
     n_jobs : Out(32), jobs that were read; final when `finished`
-    error : Out(1), a job record could not be read: the queue was given up there
+    error : Out(1), a job record could not be read: the queue was given up there. Also if the
+        queue is not aligned to beats: nothing was read then
     """
 
     def __init__(self, rows: int, max_head_dim: int):
@@ -207,6 +208,9 @@ class JobReader(wiring.Component):
                         tile.q_bank.eq(0),
                     ]
                     m.next = "Ask Job"
+                    with m.If(self.args.queue[:6] != 0):
+                        m.d.sync += [self.error.eq(1), self.finished.eq(1)]
+                        m.next = "Idle"
             with m.State("Ask Job"):
                 with m.If(jobs_left == 0):
                     m.d.sync += self.finished.eq(1)

@@ -31,6 +31,9 @@ from .number import RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
 from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
 
 
+RESET_CYCLES = 32  # longer than any delay line
+
+
 class Kernel(wiring.Component):
     """The accelerator behind its buses.
 
@@ -319,11 +322,24 @@ class Top(Elaboratable):
     def elaborate(self, platform):
         m = Module()
         m.domains.sync = ClockDomain()
-        # Two registers on the reset: it fans out to the whole chip.
-        reset = Signal(2, init=3, reset_less=True)
-        m.d.comb += [ClockSignal().eq(self._clk), ResetSignal().eq(reset[1])]
-        m.d.sync += reset.eq(Cat(~self._rst_n, reset[0]))
+        # A short reset is stretched, until what lies in delay lines without a reset has left them.
+        released = Signal(reset_less=True)
+        hold = Signal(range(RESET_CYCLES), init=RESET_CYCLES - 1, reset_less=True)
+        reset = Signal(init=1, reset_less=True)
+        m.d.comb += [ClockSignal().eq(self._clk), ResetSignal().eq(reset)]
+        m.d.sync += [released.eq(self._rst_n), reset.eq(~released | (hold != 0))]
+        with m.If(~released):
+            m.d.sync += hold.eq(RESET_CYCLES - 1)
+        with m.Elif(hold != 0):
+            m.d.sync += hold.eq(hold - 1)
         m.submodules.kernel = self._kernel
         for wire, way, value in self._wires:
-            m.d.comb += wire.eq(value) if way == "o" else value.eq(wire)
+            if way == "i":
+                m.d.comb += value.eq(wire)
+            elif wire.name.endswith(("valid", "ready")):
+                # IHI 0022, A3.1.2: no valid from the first cycle of a reset. And nothing is taken
+                # until the reset inside is over.
+                m.d.comb += wire.eq(value & self._rst_n & ~reset)
+            else:
+                m.d.comb += wire.eq(value)
         return m

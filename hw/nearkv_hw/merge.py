@@ -487,7 +487,8 @@ class PartialWriter(wiring.Component):
                     m.next = "Ask Summary"
             with m.State("Ask Summary"):
                 m.d.comb += [
-                    self.spans.p.address.eq(self.args.job + self.args.summary),
+                    # Whole beats only; the low bits of a misaligned offset do not count.
+                    self.spans.p.address.eq(self.args.job + (self.args.summary[6:] << 6)),
                     self.spans.p.beats.eq(abi.SUMMARY.bytes // abi.BEAT_BYTES),
                     self.spans.valid.eq(1),
                 ]

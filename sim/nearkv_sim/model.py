@@ -65,6 +65,10 @@ class ModelCard:
             Accepted for the sake of the interface; the model always ends.
         """
         failed = kv_beats = partial_beats = kv_bursts = 0
+        # A queue or a summary that is not aligned to beats: as the hardware takes it.
+        error = Status.BUS_ERROR if queue % abi.BEAT_BYTES else Status(0)
+        summary -= summary % abi.BEAT_BYTES
+        n_jobs = 0 if error else n_jobs
         for i in range(n_jobs):
             record = abi.JOB.unpack(job[queue + i * abi.JOB.bytes :])
             run = _Job(self.config, kv, job, record)
@@ -77,7 +81,7 @@ class ModelCard:
             abi_version=abi.ABI_VERSION, config_hash=self.config.hash32,
             n_jobs=n_jobs, n_failed=failed, cycles=0, kv_beats=kv_beats, stream_cycles=0,
             starved_cycles=0, stalled_cycles=0, kv_bursts=kv_bursts, partial_beats=partial_beats,
-            error=0,
+            error=error,
         )  # fmt: skip
         job[summary : summary + len(packed)] = np.frombuffer(packed, np.uint8)
 
@@ -137,9 +141,7 @@ class _Job:
             and record["kv_type"] in KvType.__members__.values()
             and 1 <= record["n_pages"]
             and tiles <= abi.MAX_TILES
-            and not any(
-                record[name] % abi.BEAT_BYTES for name in ("page_table", "q", "partial")
-            )
+            and not any(record[name] % abi.BEAT_BYTES for name in ("page_table", "q", "partial"))
         )
 
     def _load_q(self) -> None:
