@@ -10,11 +10,16 @@ Importing it needs numpy only. transformers learns the attention implementation 
 both are imported, in whichever order.
 """
 
+from typing import TYPE_CHECKING
+
 from . import registration
 from .attention import attend
 from .card import CardError, open_card
 from .flash import FlashError
 from .partial import merge
+
+if TYPE_CHECKING:
+    from .cache import NearStorageCache
 
 __all__ = ["attend", "merge", "open_card", "NearStorageCache", "CardError", "FlashError"]
 

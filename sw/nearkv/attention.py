@@ -303,7 +303,9 @@ def check_card(card: Card, layout: PageLayout) -> None:
         )
 
 
-def attend(q, k, v, card="model", scale=None, kv_dtype=None, page_tokens=128, directory=None):
+def attend(
+    q, k, v, card: Card | str = "model", scale=None, kv_dtype=None, page_tokens=128, directory=None
+):
     """Decode attention of one token over a context, through real pages in a temporary store.
 
     Parameters

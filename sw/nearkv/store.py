@@ -11,6 +11,7 @@ the first record that is torn.
 
 from dataclasses import dataclass
 import errno as errno_codes
+import fcntl
 import itertools
 import json
 import logging
@@ -111,15 +112,19 @@ class KvStore:
             directory.mkdir(parents=True, exist_ok=True)
             if temporary:
                 directory = Path(tempfile.mkdtemp(prefix="nearkv-", dir=directory))
+                _sweep(directory.parent)
             self.directory = directory
-            self._claim()
-        except FlashError:
-            raise
+            self._lock_fd = os.open(directory / "store.json", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise FlashError(
                 "cannot write to the KV directory", errno=error.errno, filename=directory,
                 remedy="choose another with directory= (--kv-dir)",
             ) from error  # fmt: skip
+        try:
+            self._claim()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self):
         return self
@@ -129,12 +134,16 @@ class KvStore:
 
     def close(self) -> None:
         """Close every file; remove them all if the store is temporary. May be called twice."""
+        if self._lock_fd < 0:
+            return
         for file in self._files.values():
             file.close()
         self._files.clear()
         self._staging = None
         if self.temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
+        os.close(self._lock_fd)
+        self._lock_fd = -1
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -269,18 +278,23 @@ class KvStore:
             "page_tokens": self.layout.page_tokens, "kv_type": self.layout.kv_type.name,
             "n_kv_heads": self.n_kv_heads,
         }  # fmt: skip
-        path = self.directory / "store.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found != about:
-                raise ValueError(
-                    f"{self.directory} holds a store with {found}, not {about}; "
-                    "choose another directory"
-                )
-            for index in sorted(self.directory.glob("sequence-*.index")):
-                self._reopen(int(index.stem.removeprefix("sequence-")))
-        else:
-            path.write_text(json.dumps(about, indent=1) + "\n")
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FlashError(
+                "the KV store is in use", filename=self.directory, remedy="choose another directory"
+            ) from None
+        text = os.pread(self._lock_fd, 1 << 16, 0)
+        if not text:
+            os.pwrite(self._lock_fd, json.dumps(about, indent=1).encode(), 0)
+            return
+        found = json.loads(text)
+        if found != about:
+            raise ValueError(
+                f"{self.directory} holds a store with {found}, not {about}; choose another directory"
+            )
+        for index in sorted(self.directory.glob("sequence-*.index")):
+            self._reopen(int(index.stem.removeprefix("sequence-")))
 
     def _patterns(self, k, v, sequence, layer):
         kv_type = self.layout.kv_type
@@ -434,3 +448,21 @@ class KvStore:
         ends = entries["offset"].astype(np.int64) // extent_bytes * extent_bytes + extent_bytes
         file.end_bytes = max([os.fstat(file.fd).st_size, *ends.tolist()])
         file.end_bytes = -(-file.end_bytes // PAGE_ALIGN_BYTES) * PAGE_ALIGN_BYTES
+
+
+def _sweep(directory: Path) -> None:
+    """Remove temporary stores whose process has ended without closing them."""
+    for about in directory.glob("nearkv-*/store.json"):
+        try:
+            fd = os.open(about, os.O_RDWR)
+        except OSError:  # another user's, or gone
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Empty: its process is between making the file and locking it.
+            if os.fstat(fd).st_size:
+                shutil.rmtree(about.parent, ignore_errors=True)
+        except OSError:
+            pass  # in use
+        finally:
+            os.close(fd)

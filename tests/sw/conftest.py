@@ -2,8 +2,18 @@
 """Cards for the host's tests."""
 
 import pytest
+import torch
 
 import nearkv
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small models are faster on one thread, and do not suffer when the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import nearkv
 from nearkv import NearStorageCache
 from nearkv.flash import FlashError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Of the largest logit. Any difference, however small, lets some K or V round to its neighbour, and
 # that is what is seen: two units in the last place of fp16.
 LOGIT_BOUND = 2 * 2.0**-11

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import resource
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -236,6 +237,27 @@ def test_a_temporary_store_leaves_nothing(tmp_path):
         assert store.directory.parent == tmp_path
     store.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    code = (
+        "import os, sys; from nearkv.store import KvStore; from nearkv_hw.abi import PageLayout\n"
+        "KvStore(sys.argv[1], PageLayout(64), 1, temporary=True); os._exit(0)"
+    )
+    with KvStore(tmp_path, LAYOUT, 2, temporary=True) as alive:
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+        (tmp_path / "nearkv-unrelated").mkdir()
+        assert len(list(tmp_path.iterdir())) == 3
+        with KvStore(tmp_path, LAYOUT, 2, temporary=True) as store:
+            names = {alive.directory.name, store.directory.name, "nearkv-unrelated"}
+            assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_store_has_one_user(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2):
+        with pytest.raises(FlashError, match="in use.*choose another directory"):
+            KvStore(tmp_path, LAYOUT, 2)
+    KvStore(tmp_path, LAYOUT, 2).close()
 
 
 def test_truncated_spans_are_written_again(tmp_path):
