@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requi
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-model sim bench lint types verilog check-verilog abi-page clean
+.PHONY: help setup run test test-model sim bench lint types verilog check-verilog record-verilog \
+	abi-page clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (default)
@@ -76,6 +77,11 @@ verilog: setup ## write build/nearkv_$(CONFIG).v and its manifest
 
 check-verilog: setup ## the Verilog: reproducible, clean for Verilator, as recorded in tests/data
 	$(PYTEST) -m verilog
+
+record-verilog: setup ## record the Verilog's hashes in tests/data, after a change on purpose
+	for config in tiny smartssd; do \
+	$(BIN)/python -m nearkv_hw.emit --config $$config -o build/ || exit 1; done
+	cd build && sha256sum nearkv_tiny.v nearkv_smartssd.v > ../tests/data/verilog.sha256
 
 abi-page: setup ## rewrite hw/ABI.md from hw/nearkv_hw/abi.py
 	mkdir -p build

@@ -29,7 +29,7 @@ from nearkv_hw.config import Config
 _HARNESS = Path(__file__).with_name("card.cpp")
 _CXXFLAGS = ("-std=c++20", "-fPIC", "-DVL_USER_FINISH", "-DVL_USER_STOP", "-DVL_USER_FATAL")
 # The wheel was built elsewhere and remembers that machine's tools.
-_MAKEFLAGS = (
+MAKE_VARIABLES = (
     "CXX=g++ LINK=g++ AR=ar PYTHON3=python3 CFG_CXXFLAGS_PCH_I=-include "
     "OPT_FAST=-O3 OPT_SLOW=-O1 OPT_GLOBAL=-O2"
 )
@@ -262,11 +262,11 @@ def build(config: Config, *, trace: bool = False) -> Path:
     """
     source = emitted(config)
     flags = (*VERILATOR_FLAGS, *(("--trace-vcd",) if trace else ()))
-    identity = [source, _HARNESS.read_text(), abi_header(), repr((flags, _CXXFLAGS, _MAKEFLAGS)),
+    identity = [source, _HARNESS.read_text(), abi_header(), repr((flags, _CXXFLAGS, MAKE_VARIABLES)),
                 _version("verilator"), platform.machine()]  # fmt: skip
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
     library = cache_directory() / f"{config.name}-{key}.so"
-    with _locked(library):
+    with locked(library):
         if not library.exists():
             _compile(source, flags, library)
     return library
@@ -282,7 +282,7 @@ def emitted(config: Config) -> str:
     for path in sorted(Path(nearkv_hw.__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     file = cache_directory() / f"{config.name}-{digest.hexdigest()[:20]}.v"
-    with _locked(file):
+    with locked(file):
         if not file.exists():
             from nearkv_hw import emit
 
@@ -351,7 +351,7 @@ def _compile(source: str, flags: tuple[str, ...], library: Path) -> None:
     command = [
         "verilator", "--cc", "--exe", "--build", "-j", jobs, "--top-module", "nearkv", *flags,
         "-Mdir", "obj", "-o", "card.so", "-CFLAGS", " ".join((*_CXXFLAGS, f"-I{work}")),
-        "-LDFLAGS", "-shared -pthread", "-MAKEFLAGS", _MAKEFLAGS, "nearkv.v", "card.cpp",
+        "-LDFLAGS", "-shared -pthread", "-MAKEFLAGS", MAKE_VARIABLES, "nearkv.v", "card.cpp",
     ]  # fmt: skip
     with log.open("w") as output:
         output.write(" ".join(command) + "\n")
@@ -373,8 +373,8 @@ def _compile(source: str, flags: tuple[str, ...], library: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-class _locked:
-    """Held while one process builds `file`; the others wait for it."""
+class locked:
+    """Held while one process builds `file`; the others wait for it. A context manager."""
 
     def __init__(self, file: Path):
         self._path = file.with_suffix(".lock")
