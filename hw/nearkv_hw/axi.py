@@ -292,7 +292,7 @@ class WriteMaster(wiring.Component):
         address, left = Signal(64), Signal(16)
         beats, sent = Signal(range(self.MAX_BURST + 1)), Signal(range(self.MAX_BURST + 1))
         waiting = Signal(8)  # bursts without a response
-        issue = Signal()
+        issue, asked = Signal(), Signal()
         wiring.connect(m, wiring.flipped(self.i), queue.i)
         m.d.comb += [
             self.aw.p.address.eq(address),
@@ -323,21 +323,26 @@ class WriteMaster(wiring.Component):
                 m.d.sync += [beats.eq(Mux(left < limit, left, limit)), sent.eq(0)]
                 m.next = "Gather"
             with m.State("Gather"):
+                m.d.sync += asked.eq(0)
                 with m.If((queue.level >= beats) & ~waiting.all()):
-                    m.next = "Issue Burst"
-            with m.State("Issue Burst"):
-                m.d.comb += self.aw.valid.eq(1)
-                with m.If(self.aw.ready):
-                    m.d.comb += issue.eq(1)
                     m.next = "Send"
             with m.State("Send"):
-                m.d.comb += [self.w.valid.eq(1), queue.o.ready.eq(self.w.ready)]
-                with m.If(self.w.ready):
+                # Neither channel waits for the other (IHI 0022, A3.3.1).
+                all_sent = sent == beats
+                m.d.comb += [
+                    self.aw.valid.eq(~asked),
+                    issue.eq(~asked & self.aw.ready),
+                    self.w.valid.eq(~all_sent),
+                    queue.o.ready.eq(~all_sent & self.w.ready),
+                ]
+                with m.If(issue):
+                    m.d.sync += asked.eq(1)
+                with m.If(self.w.valid & self.w.ready):
                     m.d.sync += sent.eq(sent + 1)
-                    with m.If(self.w.p.last):
-                        m.d.sync += [address.eq(address + (beats << 6)), left.eq(left - beats)]
-                        with m.If(left == beats):
-                            m.next = "Take Span"
-                        with m.Else():
-                            m.next = "Size Burst"
+                with m.If((asked | issue) & (all_sent | (self.w.ready & self.w.p.last))):
+                    m.d.sync += [address.eq(address + (beats << 6)), left.eq(left - beats)]
+                    with m.If(left == beats):
+                        m.next = "Take Span"
+                    with m.Else():
+                        m.next = "Size Burst"
         return m

@@ -165,7 +165,7 @@ class KvFetch(wiring.Component):
     Members
     -------
     i_tile : In(stream of Tile)
-    flush : In(1), no tile will follow those already given
+    flush : In(1), no tile may follow soon: do not wait for one with a V pass
     ar, r : AXI read channels of the kv port
     q_address : Out; q_exponent : In, read port of the q store, one cycle later
     o_beat : Out(stream of 512 bits), o_block : Out(stream of Block)

@@ -14,7 +14,7 @@ from amaranth.lib.wiring import In, Out
 from . import abi
 from .axi import Burst, ControlArgs, ReadBeat, ReadMaster
 from .fifo import Queue
-from .number import WEIGHT_BITS
+from .number import SCALE_BITS, WEIGHT_BITS
 
 Q_BANKS = 2
 Q_EXPONENT_BITS = 11
@@ -183,6 +183,7 @@ class JobReader(wiring.Component):
             return master.spans.ready
 
         tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[7:])
+        mantissa = Signal(32)
         legal = Signal()
         m.d.comb += legal.eq(
             (group_size != 0) & (group_size <= self._rows)
@@ -191,6 +192,7 @@ class JobReader(wiring.Component):
             & (page_tokens[:5] == 0) & (page_tokens != 0)
             & ((page_tokens < abi.TILE_TOKENS) | (page_tokens[:7] == 0))
             & (page_tokens <= 32768)
+            & (mantissa[SCALE_BITS - 1 :] == 1)
             & (pages != 0) & (pages <= abi.MAX_TILES)
             & (small_product(pages[:12], tiles_per_page[:9]) <= abi.MAX_TILES)
             & (Cat(q_offset[:6], table_offset[:6], partial_offset[:6]) == 0)
@@ -229,7 +231,7 @@ class JobReader(wiring.Component):
                     kv_type.eq(field(abi.JOB, "kv_type")),
                     head_dim.eq(field(abi.JOB, "head_dim")),
                     page_tokens.eq(field(abi.JOB, "page_tokens")),
-                    params.mantissa.eq(field(abi.JOB, "score_mantissa")),
+                    mantissa.eq(field(abi.JOB, "score_mantissa")),
                     params.shift.eq(field(abi.JOB, "score_shift")),
                     info.eq(0),
                     info.tag.eq(field(abi.JOB, "tag")),
@@ -252,6 +254,7 @@ class JobReader(wiring.Component):
             with m.State("Check Job"):
                 m.d.sync += [
                     params.kv_type.eq(kv_type),
+                    params.mantissa.eq(mantissa),
                     params.parts.eq(head_dim[5:]),
                     params.pairs.eq((group_size + 1)[1:]),
                     tile.v_stride.eq(page_tokens),

@@ -120,7 +120,8 @@ class Kernel(wiring.Component):
             writer.idle.eq(master.idle),
             writer.error.eq(master.error),
             master.clear.eq(control.start),
-            fetch.flush.eq(jobs.finished),
+            # Also when the reader waits for the writer, which may be waiting for a V pass.
+            fetch.flush.eq(jobs.finished | (jobs.o_job.valid & ~jobs.o_job.ready)),
         ]
         self._weights(m, jobs, fetch, align, array, softmax)
         self._results(m, align, array, softmax, merge)

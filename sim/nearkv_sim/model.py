@@ -18,6 +18,7 @@ from nearkv_hw.config import Config
 from nearkv_hw.number import (
     N_LIMBS,
     RUN_MAX_EMPTY,
+    SCALE_BITS,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
     Wide,
@@ -139,6 +140,7 @@ class _Job:
         return (
             1 <= record["group_size"] <= config.rows
             and record["kv_type"] in KvType.__members__.values()
+            and record["score_mantissa"].bit_length() == SCALE_BITS
             and 1 <= record["n_pages"]
             and tiles <= abi.MAX_TILES
             and not any(record[name] % abi.BEAT_BYTES for name in ("page_table", "q", "partial"))
