@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cycles of a run, from the configuration and the shapes of the jobs alone.
+
+The accelerator is a chain of stations, each of which takes its steps in a fixed order, one a cycle at
+best. So the time of a step is the largest of a few earlier times plus a constant (max-plus algebra):
+the step before, its operand's arrival, and the release of the place its result needs. `predict`
+works through these recurrences, block by block for the array and tile by tile for the stations
+behind it. It simulates no cycle and no data. `nearkv bench stream` holds it against the RTL.
+"""
+
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from nearkv_hw import abi
+from nearkv_hw.align import Align
+from nearkv_hw.array import MacArray
+from nearkv_hw.config import Config
+from nearkv_hw.merge import V_QUEUE_CHANNELS
+from nearkv_hw.softmax import P_BANKS, RAW_QUEUE_TOKENS, SCORE_QUEUE_PAIRS, Exp2, Score
+
+LANES = abi.BLOCK_TOKENS
+BURST_BEATS = abi.BURST_BYTES // abi.BEAT_BYTES
+
+# From the last beat of a block at the bus to its announcement: registers, five stages of exponents,
+# and the way through the queue of blocks.
+_INSPECT = 8
+# From a beat that leaves the beat queue to the address of the burst that takes its place.
+_ASK = 4
+_BURST_OVERHEAD = 4  # the read master takes so many cycles per burst
+# From a block's last beat to its first result at the head of the queue behind the array.
+_LEAVE = Align.latency + MacArray.latency + 2
+# From a tile's last score to its maxima, from its last weight to its V pass.
+_MAXIMA = Score.latency + 3
+_P_READY = Exp2.latency + 2
+_MAXIMA_QUEUE = _SUMS_QUEUE = 4  # tiles
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """A job as far as its cycles go."""
+
+    head_dim: int
+    group_size: int
+    n_tokens: int
+    page_tokens: int = abi.TILE_TOKENS
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What the memory gives: beats a cycle once a burst has begun, and when.
+
+    Attributes
+    ----------
+    latency : int
+        Cycles from an accepted address to the first beat.
+    refresh_interval, refresh_cycles : int
+        Every so often the memory gives nothing for so long. 0: never.
+    """
+
+    latency: int = 100
+    refresh_interval: int = 0
+    refresh_cycles: int = 0
+
+    def after(self, start: float, beats: int) -> float:
+        """When the last of `beats` beats arrives if the first may arrive at `start`."""
+        end = start + beats - 1
+        if self.refresh_interval:
+            free = self.refresh_interval - self.refresh_cycles
+            # Count time in which the memory works: whole intervals, then the rest.
+            whole, rest = divmod(start, self.refresh_interval)
+            work = whole * free + max(0.0, rest - self.refresh_cycles) + beats - 1
+            whole, rest = divmod(work, free)
+            end = whole * self.refresh_interval + self.refresh_cycles + rest
+        return end
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Counters of the summary as the model expects them."""
+
+    kv_beats: int
+    stream_cycles: int
+    starved_cycles: int
+    stalled_cycles: int
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the stream's cycles in which a beat of K or V was used."""
+        return self.kv_beats / self.stream_cycles
+
+
+@dataclass
+class _Tile:
+    """What a V pass needs to know when its turn comes."""
+
+    parts: int
+    pairs: int
+    tokens: int
+    p_ready: float
+
+
+class _Steps:
+    """A station that takes one step a cycle, and when it took each."""
+
+    def __init__(self):
+        self.times = array("d")
+
+    def at(self, step: int) -> float:
+        """Time of a step; -inf for steps before the first."""
+        return self.times[step] if step >= 0 else -np.inf
+
+    def run(self, not_before: np.ndarray) -> np.ndarray:
+        """Take more steps, none before its time; when they were taken."""
+        index = np.arange(1, len(not_before) + 1)
+        last = self.at(len(self.times) - 1)
+        done = np.maximum(np.maximum.accumulate(not_before - index), last) + index
+        self.times.extend(done)
+        return done
+
+
+def predict(config: Config, jobs: list[JobShape], supply: Supply | None = None) -> Prediction:
+    """Counters of a run over these jobs.
+
+    Parameters
+    ----------
+    config : Config
+    jobs : list of JobShape
+    supply : Supply, optional
+        Default: one beat a cycle after 100 cycles.
+    """
+    return _Run(config, supply or Supply()).through(jobs)
+
+
+class _Run:
+    """The state of all stations, as far as the passes have been worked through."""
+
+    def __init__(self, config: Config, supply: Supply):
+        self.config, self.supply = config, supply
+        self.read_beats, self.read_end = 0, -1.0  # arrival of the last beat
+        self.array = _Steps()
+        self.starved = self.stalled = 0.0
+        self.score, self.weigh, self.merge = _Steps(), _Steps(), _Steps()
+        # When the place of each token in the raw queue, of each channel in the V queue is free again.
+        self.raw_freed, self.v_freed = _Steps(), _Steps()
+        self.raw_taken = self.v_taken = 0
+        # Ends of tiles: second pass of the softmax, V pass, merge.
+        self.weigh_ends, self.v_ends, self.merge_ends = [], [], []
+
+    def through(self, jobs: list[JobShape]) -> Prediction:
+        waiting: list[_Tile] = []
+        for job in jobs:
+            layout = abi.PageLayout(job.head_dim, job.page_tokens)
+            pairs = -(-job.group_size // abi.ROW_STEP)
+            for first in range(0, job.n_tokens, job.page_tokens):
+                for _, tokens in layout.tiles(min(job.page_tokens, job.n_tokens - first)):
+                    if len(waiting) > self.config.lookahead_tiles:
+                        self._v_pass(waiting.pop(0))
+                    waiting.append(self._k_pass(job.head_dim, pairs, tokens))
+        for tile in waiting:
+            self._v_pass(tile)
+        times = self.array.times
+        return Prediction(
+            kv_beats=len(times),
+            stream_cycles=round(times[-1] - times[0]) + 1,
+            starved_cycles=round(self.starved),
+            stalled_cycles=round(self.stalled),
+        )
+
+    def _read(self, blocks: int, rows: int) -> list[float]:
+        """When each block of a pass can be issued, as far as reading goes."""
+        ready = []
+        for _ in range(blocks):
+            for begin in range(0, rows, BURST_BEATS):
+                beats = min(BURST_BEATS, rows - begin)
+                # A burst is asked for when the beat queue has room for all of it.
+                full = self.read_beats + beats - self.config.beat_fifo_beats
+                asked = self.array.at(full - 1) + _ASK if full > 0 else -np.inf
+                start = max(self.read_end + 1, asked + self.supply.latency)
+                self.read_end = self.supply.after(start, max(beats, _BURST_OVERHEAD))
+                self.read_beats += beats
+            ready.append(self.read_end + _INSPECT)
+        return ready
+
+    def _issue(self, rows: int, ready: float, room: float) -> float:
+        """Issue a block; when its last beat was issued."""
+        before = self.array.at(len(self.array.times) - 1)
+        earliest = max(before + 1, room, before + LANES + 1 - rows)
+        begin = max(ready, earliest)
+        if np.isfinite(before):
+            idle = begin - before - 1
+            starved = min(idle, max(0.0, ready - before - 1))
+            self.starved += starved
+            self.stalled += idle - starved
+        return self.array.run(np.full(rows, begin) + np.arange(rows))[-1]
+
+    def _k_pass(self, head_dim: int, pairs: int, tokens: int) -> _Tile:
+        tiles = len(self.weigh_ends)
+        for n, ready in enumerate(self._read(-(-tokens // LANES), head_dim)):
+            lanes = min(LANES, tokens - n * LANES)
+            room = self.raw_freed.at(self.raw_taken + LANES - RAW_QUEUE_TOKENS - 1) + 1
+            end = self._issue(head_dim, ready, room)
+            self.raw_taken += lanes
+            steps = np.repeat(end + _LEAVE + np.arange(lanes), pairs)
+            # A score takes its place in the queue from one a queue's length before it.
+            at = len(self.score.times) - SCORE_QUEUE_PAIRS
+            for i in range(max(0, -at), len(steps)):
+                if at + i < len(self.weigh.times):
+                    steps[i] = max(steps[i], self.weigh.times[at + i] + 1)
+            if n == 0 and tiles >= _MAXIMA_QUEUE:
+                steps[0] = max(steps[0], self.weigh_ends[tiles - _MAXIMA_QUEUE] + 1)
+            self.raw_freed.times.extend(self.score.run(steps)[pairs - 1 :: pairs])
+        # Weights: when the maxima are known, a bank of the p store is free, and so is a place for
+        # the sums.
+        start = self.score.times[-1] + _MAXIMA
+        if tiles >= P_BANKS:
+            start = max(start, self.v_ends[tiles - P_BANKS] + 1)
+        if tiles >= _SUMS_QUEUE:
+            start = max(start, self.merge_ends[tiles - _SUMS_QUEUE] + 1)
+        done = self.weigh.run(np.full(tokens * pairs, start))[-1]
+        self.weigh_ends.append(done)
+        return _Tile(head_dim // LANES, pairs, tokens, done + _P_READY)
+
+    def _v_pass(self, tile: _Tile) -> None:
+        room = tile.p_ready
+        self.merge.run(np.full(2 * tile.pairs, tile.p_ready))
+        for ready in self._read(tile.parts, tile.tokens):
+            freed = self.v_freed.at(self.v_taken + LANES - V_QUEUE_CHANNELS - 1) + 1
+            end = self._issue(tile.tokens, ready, max(room, freed))
+            self.v_taken += LANES
+            room = -np.inf
+            steps = np.repeat(end + _LEAVE + np.arange(LANES), tile.pairs)
+            self.v_freed.times.extend(self.merge.run(steps)[tile.pairs - 1 :: tile.pairs])
+        self.v_ends.append(self.array.times[-1])
+        self.merge_ends.append(self.merge.times[-1])
