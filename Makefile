@@ -35,7 +35,7 @@ $(READY): pyproject.toml requirements/constraints.txt
 	@echo 'setup 1/4: .venv with $(PYTHON)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo 'make setup: $(PYTHON) -m venv' \
 	'failed; on Debian and Ubuntu: apt install python3-venv. Then: rm -rf .venv' >&2; exit 1; }
-	@echo 'setup 2/4: torch (the largest part; see README for its CPU build)'
+	@echo 'setup 2/4: torch, the largest part (see README for its CPU build)'
 	@$(PIP) $$(grep '^torch==' requirements/constraints.txt)
 	@echo 'setup 3/4: nearkv and its tools'
 	@$(PIP) --editable '.[hardware,demo,dev]'
