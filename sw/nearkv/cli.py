@@ -2,6 +2,7 @@
 """The command `nearkv`."""
 
 import argparse
+import os
 from pathlib import Path
 import sys
 import time
@@ -28,8 +29,10 @@ What is the second tower made of, and how tall is it?"""
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code. Errors of use and of the machine are one line on stderr."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    # Before torch is loaded: by default its threads spin between the pieces of a layer, on the cores
+    # that the card's model and the readers need. On a busy machine that costs a factor of ten.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .card import CardError
 
     try:

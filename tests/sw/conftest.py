@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cards for the host's tests."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as nearkv.cli does, and why is said there
+
 import pytest
 import torch
 
