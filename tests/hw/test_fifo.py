@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queues keep order and content, hold what they promise, and obey the stream rules."""
+
+from amaranth.lib import data
+import pytest
+
+from nearkv_hw.fifo import Queue
+
+
+@pytest.mark.parametrize("depth", [1, 4, 32, 33])
+def test_queue_gives_back_what_it_was_given_in_order(bench, pauses, rng, depth):
+    dut = Queue(data.StructLayout({"a": 7, "b": 9}), depth)
+    items = [int(x) for x in rng.integers(1 << 16, size=200)]
+    run = bench(dut)
+    run.source(dut.i, items, pauses(0))
+    out = run.sink(dut.o, pauses(1))
+    levels = run.tap(1, dut.level)
+    run.run(lambda: len(out) == len(items), extra=5)
+    assert out.items == items
+    assert max(level for (level,) in levels.items) <= depth
+    assert levels.items[-1] == (0,)
+
+
+@pytest.mark.parametrize("depth, latency", [(8, 1), (65, 2)])
+def test_queue_accepts_an_entry_every_cycle_and_passes_it_on_after_its_latency(
+    bench, depth, latency
+):
+    dut = Queue(8, depth)
+    run = bench(dut)
+    source, out = run.source(dut.i, range(100)), run.sink(dut.o)
+    run.run(lambda: len(out) == 100)
+    assert source.cycles == list(range(100))
+    assert out.cycles == [cycle + latency for cycle in source.cycles]
+
+
+@pytest.mark.parametrize("depth", [1, 32, 33])
+def test_queue_holds_depth_entries(bench, depth):
+    dut = Queue(8, depth)
+    run = bench(dut)
+    source = run.source(dut.i, range(100))
+    run.run(lambda: run.cycle == 80)
+    assert len(source.cycles) == depth
+
+
+def test_queue_of_nothing_is_refused(refuses):
+    with refuses("at least 1 entry, not 0"):
+        Queue(8, 0)
