@@ -251,6 +251,7 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
 # family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
 _FAMILIES: dict[str, Callable[..., Card]] = {
     "model": _simulated("nearkv_sim.model", "ModelCard", timeout_s=60.0),
+    "twin": _simulated("nearkv_sim.twin", "TwinCard", timeout_s=60.0),
     "rtl": _simulated("nearkv_sim.rtl", "RtlCard", timeout_s=600.0),
 }
 
@@ -261,7 +262,8 @@ def open_card(name: str = "model", **options) -> Card:
     Parameters
     ----------
     name : str
-        "model": the bit-exact model in numpy. "rtl": the emitted Verilog in Verilator.
+        "model": the bit-exact model in numpy. "twin": the same bits, native and fast. "rtl": the
+        emitted Verilog in Verilator.
     config : str or nearkv_hw.config.Config
         The build to imitate. Default "smartssd".
     kv_bytes, job_bytes : int

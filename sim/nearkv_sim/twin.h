@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the parts of the card `twin` share: twin.cpp walks jobs and pages, and hands tiles to one of the
+// paths, which are twin_kernel.h compiled for different instruction sets.
+//
+// Header-only parts are kept out of here on purpose: a function compiled for AVX-512 must never be the
+// one that the linker picks for everybody.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "twin_constants.h"  // generated from nearkv_hw.abi and nearkv_hw.number
+
+namespace twin {
+
+constexpr int MAX_PARTS = MAX_HEAD_DIM / BLOCK_TOKENS;
+constexpr int LANES = BLOCK_TOKENS;
+// Doubles from one row of weights to the next: enough for a tile and for a head, and not a multiple of
+// 4096 bytes after few rows, which would crowd the rows into few sets of the cache.
+constexpr int WEIGHT_STRIDE = (MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS) + 8;
+constexpr int NO_TOP = -(1 << 20);  // of a sum to which nothing was added
+
+// What all tiles of a job share.
+struct Query {
+    int head_dim, rows, group_size, kv_type, page_tokens;
+    int64_t mantissa;
+    int shift;
+    int largest_exponent;                           // of all channels
+    alignas(64) double weight[MAX_ROWS][WEIGHT_STRIDE];  // [row][channel]
+    double weight_sum[MAX_ROWS];
+    alignas(64) int32_t exponent[MAX_HEAD_DIM];
+    alignas(64) uint32_t exponent_pair[MAX_HEAD_DIM];  // the low 16 bits twice
+};
+
+// Exact sums of 32 lanes in the format of number.Wide, all under one top. Limbs 0 and 2 are the low and
+// the high half of `even`, limbs 1 and 3 of `odd`: what a 64-bit product falls into with two masks.
+struct BlockSum {
+    alignas(64) uint64_t even[LANES];
+    uint64_t odd[LANES];
+    int top;
+};
+
+// The running sums of one job, or of a part of its tiles.
+struct Sums {
+    BlockSum out[MAX_ROWS][MAX_PARTS];
+    BlockSum denominators[MAX_ROWS];  // lane 0: run_sum, lane 1: run_sum_wide
+    int run_max[MAX_ROWS];
+    bool saturated;
+};
+
+struct Tile {
+    const uint16_t* k;  // [block][channel][32]
+    const uint16_t* v;  // of the first part; the next is page_tokens * 32 elements further
+    int tokens;
+    bool non_finite;  // found by the path
+};
+
+// What a thread needs while it computes a tile.
+struct Scratch {
+    alignas(64) float x[(MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS) * LANES];
+    alignas(64) float scale[MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS];
+    alignas(64) double raw[MAX_ROWS][TILE_TOKENS];       // S, then the scores as int64
+    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];       // [row][token]
+    alignas(64) double o[MAX_ROWS][LANES];
+    int block_exponent[TILE_TOKENS / BLOCK_TOKENS];
+    int tile_max[MAX_ROWS];
+    double p_sum[MAX_ROWS];
+};
+
+struct Path {
+    const char* name;
+    bool (*supported)();
+    // K of a tile: from elements to the weights p and their sums. V of a tile: p V, added to the sums.
+    void (*scores)(const Query&, Tile&, Scratch&, Sums&);
+    void (*values)(const Query&, Tile&, Scratch&, Sums&);
+};
+
+// CRC-32C of more bytes, given that of those before.
+using Crc = uint32_t (*)(uint32_t crc, const uint8_t* data, size_t n);
+
+extern const Path AVX512, AVX2, PORTABLE;
+uint32_t crc_portable(uint32_t crc, const uint8_t* data, size_t n);
+uint32_t crc_sse42(uint32_t crc, const uint8_t* data, size_t n);
+uint32_t crc_avx512(uint32_t crc, const uint8_t* data, size_t n);
+bool crc_sse42_supported();
+bool crc_avx512_supported();
+// x^n modulo the polynomial, in the bit order of a CRC (bit 31 is x^0).
+uint32_t crc_power(uint64_t n);
+uint32_t crc_multiply(uint32_t a, uint32_t b);
+
+}  // namespace twin

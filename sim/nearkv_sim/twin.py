@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Card `twin`: the accelerator on the processor, bit for bit, as fast as a SmartSSD's flash.
+
+The work is done by `twin.cpp` and its neighbours, which setup.py compiles into `nearkv_sim._twin` when
+the package is installed. Their constants are generated here from `nearkv_hw.abi` and
+`nearkv_hw.number`; nothing is written down twice. Which instructions are used is decided at run time.
+"""
+
+import ctypes
+from functools import cache
+import hashlib
+import importlib.util
+import inspect
+import os
+from pathlib import Path
+import time
+
+import numpy as np
+
+from nearkv_hw import abi, number
+from nearkv_hw.abi import KvType, Status
+from nearkv_hw.config import Config
+
+PATHS = ("avx512", "avx2", "portable")
+_FOLDER = Path(__file__).parent
+SOURCES = ("twin.cpp", "twin_avx512.cpp", "twin_avx2.cpp", "twin_portable.cpp")
+HEADERS = ("twin.h", "twin_kernel.h")
+
+# Python sees Ctrl-C and the clock between slices.
+_SLICE_S = 0.1
+
+
+class TwinError(RuntimeError):
+    """The twin cannot be used on this machine or in this installation."""
+
+
+class TwinCard:
+    """Executes job queues natively.
+
+    Parameters
+    ----------
+    config : Config
+        The build to imitate: it limits rows and head_dim and identifies itself in the summary.
+    threads : int, optional
+        At most this many at once; default all processors that this process may use.
+    path : str
+        "avx512", "avx2", "portable", or "auto": the first of them that this processor has.
+
+    Raises
+    ------
+    TwinError
+        If the native part is not there, is of other sources, or the processor lacks the path.
+    """
+
+    def __init__(self, config: Config, *, threads: int | None = None, path: str = "auto"):
+        if threads is None:
+            threads = len(os.sched_getaffinity(0))
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        if path not in ("auto", *PATHS):
+            raise ValueError(f"path must be auto, {', '.join(PATHS)}, not {path!r}")
+        self.config, self.threads = config, threads
+        self._handle = None
+        self._library = load()
+        found = self._library.twin_path(path.encode())
+        if found is None:
+            raise TwinError(f"this processor does not have the instructions of the path {path}")
+        self.path = found.decode()
+        self._handle = self._library.twin_open(
+            config.rows, config.max_head_dim, threads, self.path.encode()
+        )
+        if not self._handle:
+            raise TwinError(f"no memory, or {threads} threads cannot be started")
+
+    def close(self) -> None:
+        if self._handle:
+            self._library.twin_close(self._handle)
+        self._handle = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
+        """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
+
+        Other Python threads run meanwhile. One run at a time.
+
+        Parameters
+        ----------
+        kv, job : uint8 (n,), contiguous
+            The card's two memories. `job` is written in place.
+        queue, summary : int
+            Offsets in job memory.
+        timeout_s : float, optional
+            Wall-clock limit. What was written until then stays; the card can be used again.
+
+        Raises
+        ------
+        TimeoutError
+        ValueError
+            If a record of the queue leaves job memory; nothing was computed then.
+        """
+        if not self._handle:
+            raise ValueError("the card is closed")
+        for name, memory in (("kv", kv), ("job", job)):
+            if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
+                raise ValueError(f"{name} must be a contiguous uint8 vector")
+        if not job.flags.writeable:
+            raise ValueError("job must be writeable")
+        if min(queue, n_jobs, summary) < 0 or (
+            max(queue + n_jobs * abi.JOB.bytes, summary + abi.SUMMARY.bytes) > len(job)
+        ):
+            raise ValueError("queue and summary must lie in job memory")
+        # A queue or a summary that is not aligned to beats: as the hardware takes it.
+        error = Status.BUS_ERROR if queue % abi.BEAT_BYTES else Status(0)
+        summary -= summary % abi.BEAT_BYTES
+        n_jobs = 0 if error else n_jobs
+        begin = time.monotonic()
+        if self._library.twin_start(
+            self._handle, kv.ctypes.data, kv.nbytes, job.ctypes.data, job.nbytes, queue, n_jobs
+        ):
+            raise ValueError(self._library.twin_error(self._handle).decode())
+        left = _SLICE_S if timeout_s is None else timeout_s
+        while not self._library.twin_run(self._handle, max(0.0, min(left, _SLICE_S))):
+            if timeout_s is not None:
+                left = timeout_s - (time.monotonic() - begin)
+                if left <= 0:
+                    raise TimeoutError(f"the path {self.path} on {self.threads} threads")
+        counters = (ctypes.c_uint64 * 4)()
+        self._library.twin_counters(self._handle, counters)
+        kv_beats, kv_bursts, partial_beats, n_failed = counters
+        packed = abi.SUMMARY.pack(
+            abi_version=abi.ABI_VERSION, config_hash=self.config.hash32,
+            n_jobs=n_jobs, n_failed=n_failed, cycles=0, kv_beats=kv_beats, stream_cycles=0,
+            starved_cycles=0, stalled_cycles=0, kv_bursts=kv_bursts, partial_beats=partial_beats,
+            error=error,
+        )  # fmt: skip
+        job[summary : summary + len(packed)] = np.frombuffer(packed, np.uint8)
+
+
+def supported_paths() -> list[str]:
+    """The paths that this processor has, fastest first."""
+    return [path for path in PATHS if load().twin_path(path.encode())]
+
+
+def crc32c(path: str, data: np.ndarray, crc: int = 0) -> int:
+    """CRC-32C of contiguous bytes as a path computes it; `crc` is that of the bytes before."""
+    return load().twin_crc32c(path.encode(), crc, data.ctypes.data, data.nbytes)
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The native part, with the types of its functions.
+
+    Raises
+    ------
+    TwinError
+        If it is missing or stale; the message has the command that mends it.
+    """
+    remedy = "to compile it (g++ is needed): make setup, or pip install --editable ."
+    spec = importlib.util.find_spec("nearkv_sim._twin")
+    if spec is None or spec.origin is None:
+        raise TwinError(f"the native part of the card twin is not compiled; {remedy}")
+    library = ctypes.CDLL(spec.origin)
+    library.twin_identity.restype = ctypes.c_char_p
+    if library.twin_identity().decode() != identity():
+        raise TwinError(f"the native part of the card twin is of other sources; {remedy}")
+    pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
+    types = {
+        "path": (ctypes.c_char_p, [ctypes.c_char_p]),
+        "crc32c": (ctypes.c_uint32, [ctypes.c_char_p, ctypes.c_uint32, pointer, u64]),
+        "open": (pointer, [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]),
+        "close": (None, [pointer]),
+        "error": (ctypes.c_char_p, [pointer]),
+        "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
+        "run": (ctypes.c_int, [pointer, ctypes.c_double]),
+        "counters": (None, [pointer, ctypes.POINTER(u64)]),
+    }
+    for name, (result, arguments) in types.items():
+        function = getattr(library, "twin_" + name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def identity() -> str:
+    """Digest of all that the native part is compiled from."""
+    digest = hashlib.sha256(_constants().encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update(name.encode() + b"\0" + (_FOLDER / name).read_bytes())
+    return digest.hexdigest()
+
+
+def header() -> str:
+    """The C++ header `twin_constants.h`: what `abi` and `number` say, and the identity."""
+    return f'{_constants()}\n#define TWIN_IDENTITY "{identity()}"\n'
+
+
+def _constants() -> str:
+    lines = [
+        "// Generated from nearkv_hw.abi and nearkv_hw.number by nearkv_sim.twin.",
+        "#pragma once",
+        "#include <stdint.h>",
+        "namespace twin {",
+    ]
+    values = {
+        "MAX_HEAD_DIM": inspect.signature(abi.check_head_dim).parameters["maximum"].default,
+        "MAX_PAGE_TOKENS": _longest_page(),
+        "N_KV_TYPES": len(KvType),
+        "KV_ELEMENT_BYTES": {kv_type.element_bytes for kv_type in KvType},
+        "LIMB_STEP_LOG2": (number.LIMB_STEP - 1).bit_length(),
+        "EXP2_SEGMENT_BITS": (number.EXP2_SEGMENTS - 1).bit_length(),
+        **{f"STATUS_{flag.name}": int(flag) for flag in Status},
+        **{f"KV_{kv_type.name}": int(kv_type) for kv_type in KvType},
+        **{
+            name: getattr(abi, name)
+            for name in (
+                "BEAT_BYTES", "BURST_BYTES", "PAGE_ALIGN_BYTES", "BLOCK_TOKENS", "TILE_TOKENS",
+                "MAX_TILES", "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
+            )
+        },
+        **{
+            name: getattr(number, name)
+            for name in (
+                "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_MIN", "Q_EXPONENT_MAX", "RAW_SHIFT",
+                "SCALE_BITS", "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
+                "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
+                "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",
+                "WINDOW_TOP",
+            )
+        },
+    }  # fmt: skip
+    (values["KV_ELEMENT_BYTES"],) = values["KV_ELEMENT_BYTES"]
+    lines += [f"constexpr int {name} = {value};" for name, value in values.items()]
+    lines += [
+        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u;",
+        f"constexpr int64_t SCORE_LIMIT = {number.SCORE_LIMIT};",
+        "struct KvFormat { int exponent_bits, mantissa_bits, align_bits, unit; };",
+    ]
+    for kv_type, form in number.KV_FORMATS.items():
+        fields = (form.exponent_bits, form.mantissa_bits, form.align_bits, form.unit)
+        lines.append(f"constexpr KvFormat {kv_type.name} = {{{', '.join(map(str, fields))}}};")
+    for i, column in enumerate(number.exp2_table().T):
+        text = ", ".join(map(str, column))
+        lines.append(f"alignas(64) constexpr int64_t EXP2_A{i}[{len(column)}] = {{{text}}};")
+    lines += ["namespace abi {"]
+    for record in (abi.JOB, abi.PAGE_ENTRY, abi.Q_RECORD, abi.PARTIAL_HEADER):
+        lines += _struct(record)
+    return "\n".join([*lines, "}  // namespace abi", "}  // namespace twin"])
+
+
+def _longest_page() -> int:
+    """The largest page_tokens that the ABI allows."""
+
+    def legal(page_tokens):
+        try:
+            abi.check_page_tokens(page_tokens)
+        except ValueError:
+            return False
+        return True
+
+    return max(filter(legal, range(0, 1 << 16, abi.TILE_TOKENS)))
+
+
+def _struct(record: abi.Record) -> list[str]:
+    """A record as a C++ struct, bytes that belong to no field included."""
+    names = {"B": "uint8_t", "H": "uint16_t", "I": "uint32_t", "Q": "uint64_t",
+             "b": "int8_t", "h": "int16_t", "i": "int32_t", "q": "int64_t"}  # fmt: skip
+    struct = "".join(word.capitalize() for word in record.name.split("_"))
+    lines, end = [f"struct {struct} {{"], 0
+    for field in record.fields:
+        if field.offset > end:
+            lines.append(f"    uint8_t reserved_{end}[{field.offset - end}];")
+        count = f"[{field.count}]" if field.count > 1 else ""
+        lines.append(f"    {names[field.code]} {field.name}{count};")
+        end = field.offset + field.count * field.bits // 8
+    if record.bytes > end:
+        lines.append(f"    uint8_t reserved_{end}[{record.bytes - end}];")
+    return [*lines, "};", f'static_assert(sizeof({struct}) == {record.bytes}, "{record.name}");']

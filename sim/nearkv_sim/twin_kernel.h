@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+// One tile of attention, exactly: the arithmetic of align.py, softmax.py and merge.py on vectors.
+//
+// Included once by each twin_<path>.cpp, which says beforehand how wide its vectors are (SIMD_BYTES) and
+// afterwards how the few operations go that differ between instruction sets (`struct Simd`).
+//
+// Every sum is an integer below 2^53, held in doubles; so the order of additions does not matter, and
+// neither does fusing them. An aligned element x travels as the float x + BIAS, because adding BIAS is
+// also what rounds it; the dot products start at -BIAS * sum of weights.
+
+#include "twin.h"
+
+namespace twin {
+namespace {
+
+constexpr int F32_LANES = SIMD_BYTES / 4, F64_LANES = SIMD_BYTES / 8, I16_LANES = SIMD_BYTES / 2;
+typedef float F32 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef double F64 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef int16_t I16 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef int32_t I32 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef int64_t I64 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef uint16_t U16 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef uint64_t U64 __attribute__((vector_size(SIMD_BYTES), may_alias));
+typedef U16 U16Loose __attribute__((aligned(2)));  // pages need not be aligned to vectors
+
+#define TWIN_INLINE static inline __attribute__((always_inline))
+
+template <class V>
+TWIN_INLINE V larger(V a, V b) {
+    return a > b ? a : b;
+}
+
+template <class V>
+TWIN_INLINE V smaller(V a, V b) {
+    return a < b ? a : b;
+}
+
+// A vector with one value in all lanes.
+template <class V, class T>
+TWIN_INLINE V all(T value) {
+    return V{} + value;
+}
+
+// Integers of magnitude below 2^51 lie in the low mantissa bits of x + MAGIC.
+constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52
+constexpr int64_t MAGIC_BITS = 0x4338000000000000;
+// The same of floats: integers of magnitude up to 2^22, which is what an element aligns to.
+constexpr float BIAS = 12582912.0f;  // 1.5 * 2^23
+static_assert(KV_BITS == 23, "an aligned element must fit the mantissa of BIAS");
+
+// Defaults of the operations that an instruction set may do better.
+struct Generic {
+    // a * b + c, exact by the caller's promise
+    static F64 multiply_add(F64 a, F64 b, F64 c) { return a * b + c; }
+    static I64 to_int(F64 a) { return (I64)(a + MAGIC) - MAGIC_BITS; }
+    static F64 to_double(I64 a) { return (F64)(a + MAGIC_BITS) - MAGIC; }
+    // floor(a / 2^n) for |a| < 2^62 and n <= 62
+    static I64 shift_right(I64 a, int n) {
+        return (I64)((U64)(a + (int64_t(1) << 62)) >> n) - (int64_t(1) << (62 - n));
+    }
+    static I64 shift_right(I64 a, I64 n) { return (I64)((U64)a >> (U64)n); }  // a not negative
+    static I64 multiply(I64 a, int64_t b) { return a * b; }
+    static I64 multiply_32(I64 a, I64 b) { return a * b; }  // both in 0 .. 2^32 - 1
+    static I16 larger_16(I16 a, I16 b) { return larger(a, b); }
+};
+
+template <KvFormat FORMAT>
+struct Elements {
+    static constexpr int MAX_FIELD = (1 << FORMAT.exponent_bits) - 1;
+    static constexpr int MANTISSA_BITS = FORMAT.mantissa_bits;
+};
+
+struct Extent {
+    int exponent;  // the largest of the block
+    bool finite;
+};
+
+// The largest exponent of a block: of `n` rows whose own exponents are added, in its first `lanes` lanes.
+template <KvFormat FORMAT, class Simd>
+TWIN_INLINE Extent extent(const uint16_t* block, int n, const uint32_t* row_exponent, int lanes) {
+    constexpr int VECTORS = LANES / I16_LANES;
+    constexpr int16_t ONE = 1 << FORMAT.mantissa_bits;  // exponent field 1, which 0 counts as
+    I16 magnitude[VECTORS], total[VECTORS];
+    for (int v = 0; v < VECTORS; v++) magnitude[v] = all<I16>(ONE), total[v] = all<I16>(int16_t(-32768));
+    for (int r = 0; r < n; r++) {
+        I16 added = row_exponent ? (I16)all<U32>(row_exponent[r]) : I16{};
+        for (int v = 0; v < VECTORS; v++) {
+            I16 element = (I16) * (const U16Loose*)(block + r * LANES + v * I16_LANES);
+            element = Simd::larger_16(element & int16_t(0x7FFF), all<I16>(ONE));
+            magnitude[v] = Simd::larger_16(magnitude[v], element);
+            if (row_exponent) {
+                I16 field = (I16)((U16)element >> FORMAT.mantissa_bits);
+                total[v] = Simd::larger_16(total[v], field + added);
+            }
+        }
+    }
+    alignas(64) int16_t magnitudes[LANES], totals[LANES];
+    for (int v = 0; v < VECTORS; v++) {
+        *(I16*)(magnitudes + v * I16_LANES) = magnitude[v];
+        *(I16*)(totals + v * I16_LANES) = total[v];
+    }
+    int largest = -32768, largest_magnitude = ONE;
+    for (int t = 0; t < lanes; t++) {
+        if (totals[t] > largest) largest = totals[t];
+        if (magnitudes[t] > largest_magnitude) largest_magnitude = magnitudes[t];
+    }
+    int field = largest_magnitude >> FORMAT.mantissa_bits;
+    return {row_exponent ? largest : field, field < (1 << FORMAT.exponent_bits) - 1};
+}
+
+// x + BIAS of a block by the letter of align.model: any exponents, Inf and NaN.
+template <KvFormat FORMAT>
+static void align_exactly(const uint16_t* block, int n, const int32_t* row_exponent, int exponent,
+                          float* x) {
+    for (int i = 0; i < n * LANES; i++) {
+        int element = block[i], field = element >> FORMAT.mantissa_bits & ((1 << FORMAT.exponent_bits) - 1);
+        int significand = (element & ((1 << FORMAT.mantissa_bits) - 1)) | (field > 0) << FORMAT.mantissa_bits;
+        int shift = exponent - (field > 1 ? field : 1) - (row_exponent ? row_exponent[i / LANES] : 0);
+        shift = shift < 0 ? 0 : shift > KV_BITS ? KV_BITS : shift;
+        int rounded = ((significand << FORMAT.align_bits << 1 >> shift) + 1) >> 1;
+        x[i] = BIAS + static_cast<float>(element >> 15 ? -rounded : rounded);
+    }
+}
+
+// The same with floating point operations, which scale by 2^k and round like it as long as 2^k and the
+// elements are finite floats.
+template <KvFormat FORMAT, class Simd>
+TWIN_INLINE void align(const uint16_t* block, int n, const int32_t* row_exponent, int largest_row_exponent,
+                       Extent extent, float* scale, float* x) {
+    const int base = FORMAT.unit - extent.exponent;
+    if (!extent.finite || base + largest_row_exponent > 127) {
+        align_exactly<FORMAT>(block, n, row_exponent, extent.exponent, x);
+        return;
+    }
+    for (int r = 0; r < n; r += F32_LANES) {  // up to a vector past n, which is never used
+        I32 power = all<I32>(base + 127);
+        if (row_exponent) power += *(const I32*)(row_exponent + r);
+        *(I32*)(scale + r) = power > 0 ? (power << 23) | Simd::SCALE_NUDGE : I32{};
+    }
+    for (int r = 0; r < n; r++) {
+        F32 factor = all<F32>(scale[r]);
+        for (int t = r * LANES; t < (r + 1) * LANES; t += F32_LANES) {
+            F32 element;
+            if constexpr (FORMAT.mantissa_bits == 10)
+                element = Simd::load_fp16(block + t);
+            else
+                element = Simd::load_bf16(block + t);
+            *(F32*)(x + t) = Simd::round(element, factor);
+        }
+    }
+}
+
+// out[row][lane] = sum over r of weight[row][r] * x[r][lane], for ROWS rows at once.
+template <int ROWS, class Simd>
+static void dot_rows(const float* x, int n, const double* weight, const double* weight_sum, double* out,
+                     int out_stride) {
+    // As many lanes as the registers hold accumulators for.
+    constexpr int VECTORS = ROWS * LANES / F64_LANES <= Simd::ACCUMULATORS ? LANES / F64_LANES
+                            : ROWS * LANES / F64_LANES / 2 <= Simd::ACCUMULATORS
+                                ? LANES / F64_LANES / 2
+                                : (Simd::ACCUMULATORS / ROWS > 2 ? 2 : Simd::ACCUMULATORS / ROWS);
+    static_assert(VECTORS >= 1 && LANES / F64_LANES % VECTORS == 0);
+    for (int lane = 0; lane < LANES; lane += VECTORS * F64_LANES) {
+        F64 sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) sum[i][v] = all<F64>(-double(BIAS) * weight_sum[i]);
+        for (int r = 0; r < n; r++) {
+            F64 element[VECTORS];
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++)
+                element[v] = Simd::widen(x + r * LANES + lane + v * F64_LANES);
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; i++) {
+                F64 w = all<F64>(weight[i * WEIGHT_STRIDE + r]);
+#pragma GCC unroll 16
+                for (int v = 0; v < VECTORS; v++)
+                    sum[i][v] = Simd::multiply_add(w, element[v], sum[i][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++)
+                *(F64*)(out + i * out_stride + lane + v * F64_LANES) = sum[i][v];
+    }
+}
+
+template <class Simd, int ROWS = Simd::ROWS_AT_ONCE>
+static void dot(const float* x, int n, int rows, const double* weight, const double* weight_sum, double* out,
+                int out_stride) {
+    if constexpr (ROWS > 0) {
+        while (rows >= ROWS) {
+            dot_rows<ROWS, Simd>(x, n, weight, weight_sum, out, out_stride);
+            rows -= ROWS, weight += ROWS * WEIGHT_STRIDE, weight_sum += ROWS, out += ROWS * out_stride;
+        }
+        dot<Simd, ROWS - 1>(x, n, rows, weight, weight_sum, out, out_stride);
+    }
+}
+
+constexpr int64_t SCORE_UNIT = int64_t(1) << SCORE_FRAC_BITS;
+constexpr int64_t NO_SCORE = -(int64_t(1) << 44);  // of a token that is not there: its weight becomes 0
+
+// softmax.score_model on the sums of one block, in place. True if a score left the range.
+template <class Simd>
+TWIN_INLINE bool to_scores(double* raw, int64_t mantissa, int shift) {
+    I64 most{}, least{};
+    if (shift > SCORE_SHIFT_MAX) shift = SCORE_SHIFT_MAX;
+    for (int t = 0; t < LANES; t += F64_LANES) {
+        I64 sum = Simd::to_int(*(const F64*)(raw + t));
+        I64 product = Simd::multiply(Simd::shift_right(sum, RAW_SHIFT), mantissa), score;
+        if (shift >= 1)
+            score = Simd::shift_right(Simd::shift_right(product, shift - 1) + 1, 1);
+        else
+            score = product < 0 ? all<I64>(-SCORE_LIMIT - 1) : product > 0 ? all<I64>(SCORE_LIMIT + 1) : I64{};
+        most = larger(most, score);
+        least = smaller(least, score);
+        *(I64*)(raw + t) = smaller(larger(score, all<I64>(-SCORE_LIMIT)), all<I64>(SCORE_LIMIT));
+    }
+    bool beyond = false;
+    for (int i = 0; i < F64_LANES; i++) beyond |= most[i] > SCORE_LIMIT || least[i] < -SCORE_LIMIT;
+    return beyond;
+}
+
+// softmax.model on one row of scores; `blocks` blocks of it are there.
+template <class Simd>
+TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& tile_max, int64_t& tile_sum,
+                            int64_t& tile_wide) {
+    I64 most = all<I64>(NO_SCORE);
+    for (int t = 0; t < blocks * LANES; t += F64_LANES) most = larger(most, *(const I64*)(score + t));
+    int64_t highest = NO_SCORE;
+    for (int i = 0; i < F64_LANES; i++)
+        if (most[i] > highest) highest = most[i];
+    tile_max = static_cast<int>((highest + SCORE_UNIT - 1) >> SCORE_FRAC_BITS);
+
+    constexpr int U_BITS = SCORE_FRAC_BITS - EXP2_SEGMENT_BITS, DROP = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS;
+    constexpr int NARROW = P_WIDE_FRAC_BITS - P_BITS;
+    const int64_t ceiling = tile_max * SCORE_UNIT;
+    I64 sum{}, wide_sum{};
+    for (int t = 0; t < blocks * LANES; t += F64_LANES) {
+        I64 below = *(const I64*)(score + t) - ceiling;
+        I64 fraction = below & (SCORE_UNIT - 1);
+        I64 segment = fraction >> U_BITS, u = fraction & ((1 << U_BITS) - 1);
+        I64 slope = Simd::look_up(EXP2_A1, segment) +
+                    (I64)((U64)Simd::multiply_32(Simd::look_up(EXP2_A2, segment), u) >> U_BITS);
+        I64 value = Simd::look_up(EXP2_A0, segment) + (I64)((U64)Simd::multiply_32(slope, u) >> U_BITS);
+        I64 power = (I64)((U64)(value + (1 << (DROP - 1))) >> DROP);
+        // Not below 0: how many binades the score's floor lies below the maximum.
+        I64 binades = (I64)((U64)(SCORE_UNIT - 1 - below) >> SCORE_FRAC_BITS);
+        I64 wide = Simd::shift_right(power, smaller(binades, all<I64>(P_WIDE_FRAC_BITS + 1)));
+        I64 weight = smaller((I64)((U64)(wide + (1 << (NARROW - 1))) >> NARROW), all<I64>(P_MAX));
+        sum += weight;
+        wide_sum += wide;
+        *(F64*)(p + t) = Simd::to_double(weight);
+    }
+    tile_sum = tile_wide = 0;
+    for (int i = 0; i < F64_LANES; i++) tile_sum += sum[i], tile_wide += wide_sum[i];
+}
+
+// Drop limbs that fall out below when the top rises.
+static void raise_top(BlockSum& sum, int top) {
+    for (int down = top - sum.top < N_LIMBS ? top - sum.top : N_LIMBS; down > 0; down--)
+        for (int i = 0; i < LANES; i += F64_LANES) {
+            U64 even = *(U64*)(sum.even + i);
+            *(U64*)(sum.even + i) = *(U64*)(sum.odd + i);
+            *(U64*)(sum.odd + i) = even >> 32;
+        }
+    sum.top = top;
+}
+
+// sum += mantissa * 2^exponent, for `lanes` lanes of integers of magnitude up to 2^46.
+template <class Simd>
+TWIN_INLINE void add(BlockSum& sum, const double* mantissa, int lanes, int exponent) {
+    const int place = exponent + WINDOW_TOP, top = place >> LIMB_STEP_LOG2;
+    if (top > sum.top) raise_top(sum, top);
+    const int down = sum.top - top;
+    if (down >= N_LIMBS) return;
+    static_assert(LIMB_STEP == 16, "the masks below");
+    for (int i = 0; i < lanes; i += F64_LANES) {
+        I64 z = Simd::to_int(*(const F64*)(mantissa + i)) << ((place & (LIMB_STEP - 1)) + 1);
+        I64 even = z & 0x0000FFFF0000FFFF;
+        I64 odd = (I64)((I32)z >> 16) & int64_t(0xFFFFFFFF0000FFFF);
+        for (int j = 0; j < down; j++) {
+            U64 low = (U64)even;
+            even = odd;
+            odd = (I64)(low >> 32);
+        }
+        *(I32*)(sum.even + i) += (I32)even;
+        *(I32*)(sum.odd + i) += (I32)odd;
+    }
+}
+
+template <KvFormat FORMAT, class Simd>
+static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
+    const int blocks = (tile.tokens + LANES - 1) / LANES;
+    for (int b = 0; b < blocks; b++) {
+        const uint16_t* k = tile.k + b * query.head_dim * LANES;
+        const int lanes = tile.tokens - b * LANES < LANES ? tile.tokens - b * LANES : LANES;
+        Extent found = extent<FORMAT, Simd>(k, query.head_dim, query.exponent_pair, lanes);
+        tile.non_finite |= !found.finite;
+        align<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, scratch.scale,
+                            scratch.x);
+        dot<Simd>(scratch.x, query.head_dim, query.rows, query.weight[0], query.weight_sum,
+                  &scratch.raw[0][b * LANES], TILE_TOKENS);
+        for (int i = 0; i < query.rows; i++) {
+            double* raw = &scratch.raw[i][b * LANES];
+            for (int t = lanes; t < LANES; t++) raw[t] = 0;
+            bool beyond = to_scores<Simd>(raw, query.mantissa, query.shift - found.exponent);
+            sums.saturated |= beyond && i < query.group_size;
+            for (int t = lanes; t < LANES; t++) reinterpret_cast<int64_t*>(raw)[t] = NO_SCORE;
+        }
+    }
+    for (int i = 0; i < query.rows; i++) {
+        int64_t tile_sum = 0, tile_wide = 0;
+        int& tile_max = scratch.tile_max[i];
+        tile_max = RUN_MAX_EMPTY;
+        if (blocks)
+            to_weights<Simd>(reinterpret_cast<const int64_t*>(scratch.raw[i]), blocks, scratch.p[i], tile_max,
+                             tile_sum, tile_wide);
+        scratch.p_sum[i] = static_cast<double>(tile_sum);
+        if (tile_max > sums.run_max[i]) sums.run_max[i] = tile_max;
+        alignas(64) double pair[F64_LANES > 2 ? F64_LANES : 2] = {
+            static_cast<double>(tile_sum << SUM_SHIFT), static_cast<double>(tile_wide << SUM_WIDE_SHIFT)};
+        add<Simd>(sums.denominators[i], pair, 2, tile_max);
+    }
+}
+
+template <KvFormat FORMAT, class Simd>
+static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
+    for (int part = 0; part < query.head_dim / LANES; part++) {
+        const uint16_t* v = tile.v + size_t(part) * query.page_tokens * LANES;
+        int exponent = EXPONENT_FLOOR;
+        if (tile.tokens) {
+            Extent found = extent<FORMAT, Simd>(v, tile.tokens, nullptr, LANES);
+            tile.non_finite |= !found.finite;
+            exponent = found.exponent;
+            align<FORMAT, Simd>(v, tile.tokens, nullptr, 0, found, scratch.scale, scratch.x);
+        }
+        dot<Simd>(scratch.x, tile.tokens, query.rows, scratch.p[0], scratch.p_sum, scratch.o[0], LANES);
+        for (int i = 0; i < query.rows; i++)
+            add<Simd>(sums.out[i][part], scratch.o[i], LANES, scratch.tile_max[i] + exponent);
+    }
+}
+
+template <class Simd>
+static void scores(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
+    if (query.kv_type == KV_FP16)
+        scores_of<FP16, Simd>(query, tile, scratch, sums);
+    else
+        scores_of<BF16, Simd>(query, tile, scratch, sums);
+}
+
+template <class Simd>
+static void values(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
+    if (query.kv_type == KV_FP16)
+        values_of<FP16, Simd>(query, tile, scratch, sums);
+    else
+        values_of<BF16, Simd>(query, tile, scratch, sums);
+}
+
+}  // namespace
+}  // namespace twin
