@@ -5,6 +5,7 @@ import argparse
 import os
 from pathlib import Path
 import sys
+import threading
 import time
 
 PROMPT = """\
@@ -78,7 +79,14 @@ def _generate(options) -> int:
 
     card_options = {"config": options.card_config} if options.card_config else {}
     # Before the model, which takes longer: a wrong name should not have to wait for it.
-    with open_card(options.card, **card_options) as card:
+    patience = f"opening card {options.card}; the first time, this can take some minutes"
+    timer = threading.Timer(3, print, (patience,), {"file": sys.stderr})
+    timer.start()
+    try:
+        opened = open_card(options.card, **card_options)
+    finally:
+        timer.cancel()
+    with opened as card:
         from . import models
         from .cache import NearStorageCache
 
@@ -152,6 +160,7 @@ def _report(cache, n_prompt: int, start: float, times: list[float]):
     decode_s = times[-1] - times[0]
     rate = f"{(len(times) - 1) / decode_s:.2f} tokens/s" if len(times) > 1 else "-"
     attended = figures.card_tokens + figures.host_tokens
+    cycles = f" in {figures.cycles:,} cycles" if figures.cycles else ""
     share = f"{100 * figures.card_tokens / attended:.0f}%" if attended else "-"
     yield ""
     yield (
@@ -161,7 +170,7 @@ def _report(cache, n_prompt: int, start: float, times: list[float]):
     yield (
         f"KV written {store.bytes_written / 2**20:.1f} MiB, read {figures.kv_bytes / 2**20:.1f} MiB "
         f"in {figures.pages} pages ({figures.load_s:.2f} s); card {figures.run_s:.2f} s for "
-        f"{figures.jobs} jobs; {share} of decode attention by the card"
+        f"{figures.jobs} jobs{cycles}; {share} of decode attention by the card"
     )
 
 

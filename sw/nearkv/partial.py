@@ -129,6 +129,8 @@ def merge(outs, lses):
     >>> merge([[[1.0]], [[3.0]]], [[0.0], [0.0]])[0]
     array([[2.]])
     """
+    if not len(outs):
+        raise ValueError("merge needs at least one part")
     if is_torch(outs[0]):
         import torch
 

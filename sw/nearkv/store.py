@@ -10,7 +10,6 @@ the first record that is torn.
 """
 
 from dataclasses import dataclass
-import errno as errno_codes
 import fcntl
 import itertools
 import json
@@ -70,7 +69,8 @@ class _File:
     def __init__(self, path: Path, fd: int, index_fd: int):
         self.path, self.fd, self.index_fd = path, fd, index_fd
         self.spans: dict[int, _Span] = {}
-        self.end_bytes = 0
+        self.end_bytes = 0  # of the extents
+        self.index_bytes = 0
 
     def close(self):
         os.close(self.fd)
@@ -335,8 +335,12 @@ class KvStore:
                     "%s: the file system has no O_DIRECT; pages go through the page cache",
                     self.directory,
                 )
-            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
-            index_fd = os.open(path.with_suffix(".index"), flags, 0o644)
+            try:
+                index = path.with_suffix(".index")
+                index_fd, _ = open_pages(index, create=create, direct=False)
+            except FlashError:
+                os.close(fd)
+                raise
             file = self._files[sequence] = _File(path, fd, index_fd)
         return file
 
@@ -395,7 +399,7 @@ class KvStore:
         self.bytes_written += nbytes
 
     def _write_index(self, file, span, layer, sequence, first, count) -> None:
-        """Append the records of new pages, in one write; their bytes are in the file by now."""
+        """Append the records of new pages; the pages themselves are in their file by now."""
         entries = np.zeros((self.n_kv_heads, count), _INDEX)
         stored = span.pages[:, first : first + count]
         entries["layer"] = layer
@@ -406,15 +410,10 @@ class KvStore:
         records = entries.reshape(-1)
         raw = records.view(np.uint8).reshape(-1, INDEX_ENTRY.bytes)
         records["check"] = [google_crc32c.value(row[:60].tobytes()) for row in raw]
-        data = raw.tobytes()
-        try:
-            if os.write(file.index_fd, data) != len(data):
-                raise OSError(errno_codes.ENOSPC, os.strerror(errno_codes.ENOSPC))
-        except OSError as error:
-            raise FlashError(
-                "cannot write the index of KV pages", page=PageId(layer, sequence, 0, first),
-                errno=error.errno, filename=file.path.with_suffix(".index"),
-            ) from error  # fmt: skip
+        path = file.path.with_suffix(".index")
+        page = PageId(layer, sequence, 0, first)
+        write_from(file.index_fd, path, file.index_bytes, raw, page)
+        file.index_bytes += raw.nbytes
 
     def _reopen(self, sequence: int) -> None:
         """Rebuild the table of a sequence from its index."""
@@ -426,6 +425,8 @@ class KvStore:
         checks = [google_crc32c.value(row[:60].tobytes()) for row in rows]
         good = np.array(checks, np.uint32) == entries["check"]
         entries = entries[: len(entries) if good.all() else int(np.argmin(good))]
+        file.index_bytes = entries.nbytes  # what is torn is overwritten
+        file.end_bytes = os.fstat(file.fd).st_size
         extent_bytes = self.extent_pages * self.layout.page_bytes
         for layer in np.unique(entries["layer"]):
             mine = entries[entries["layer"] == layer]
@@ -445,8 +446,7 @@ class KvStore:
             span.extents[:] = span.pages["offset"][:, :: self.extent_pages]
             within = np.arange(self.extent_pages, dtype=np.int64) * self.layout.page_bytes
             span.pages["offset"] = (span.extents[..., None] + within).reshape(self.n_kv_heads, -1)
-        ends = entries["offset"].astype(np.int64) // extent_bytes * extent_bytes + extent_bytes
-        file.end_bytes = max([os.fstat(file.fd).st_size, *ends.tolist()])
+            file.end_bytes = max(file.end_bytes, int(span.extents.max(initial=0)) + extent_bytes)
         file.end_bytes = -(-file.end_bytes // PAGE_ALIGN_BYTES) * PAGE_ALIGN_BYTES
 
 

@@ -347,3 +347,30 @@ def test_a_job_without_an_answer_is_an_error(tmp_path):
             CardError, match="layer 0, sequence 0, kv head 0: no status was written"
         ):
             PageAttention(silent, store).attend(0, [0], q, 0.125)
+
+
+# --- the simulated hardware ------------------------------------------------------------------
+
+
+@pytest.fixture
+def rtl_card():
+    try:
+        return nearkv.open_card("rtl", config="tiny")
+    except CardError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.sim
+def test_the_rtl_card_gives_the_bits_of_the_model_card(rtl_card, tmp_path):
+    with rtl_card, nearkv.open_card("model", config="tiny") as model_card:
+        with KvStore(tmp_path, PageLayout(64, 32), 2) as store:
+            q = _stored(store, 75)
+            partials = [
+                PageAttention(card, store).attend(0, [0], q, 0.125)
+                for card in (rtl_card, model_card)
+            ]
+            _assert_same_bits(*partials)
+            path, offset = store.locate(PageId(0, 0, 1, 1))
+            _flip(path, offset)
+            with pytest.raises(CardError, match="page 1 of layer 0, sequence 0, kv head 1"):
+                PageAttention(rtl_card, store).attend(0, [0], q, 0.125)

@@ -95,7 +95,7 @@ def _assert_error(result, *texts):
 
 def test_errors_are_one_line(capsys, tiny_model, tmp_path):
     model = ["--model", tiny_model, "--prompt", "w1"]
-    _assert_error(_run(capsys, "--card", "fpga"), "no card 'fpga'", "'model', 'rtl'")
+    _assert_error(_run(capsys, "--card", "fpga"), "no card 'fpga'", "'model'", "'rtl'")
     _assert_error(_run(capsys, "--prompt", " "), "the prompt is empty")
     _assert_error(_run(capsys, *model, "--max-new-tokens", 0), "at least 1, not 0")
     _assert_error(_run(capsys, *model, "--page-tokens", 100), "page_tokens must be 32, 64, 96")

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What importing nearkv may bring along."""
 
+import doctest
+import importlib
 from pathlib import Path
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 import nearkv
@@ -49,6 +52,14 @@ def test_transformers_knows_nearkv_whichever_is_imported_first(imports):
         "AutoModelForCausalLM.from_config(config, attn_implementation='nearkv')\n"
     )
     assert "nearkv" in loaded
+
+
+@pytest.mark.parametrize("name", ["attention", "card", "partial"])
+def test_examples_in_docstrings_hold(name):
+    module = importlib.import_module(f"nearkv.{name}")
+    result = doctest.testmod(module, extraglobs={"np": numpy})
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_unknown_attributes_are_refused():

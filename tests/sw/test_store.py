@@ -296,9 +296,15 @@ def test_reopening_stops_at_a_torn_index(tmp_path, lost_bytes):
             store.append(0, 0, k, v)
     index = tmp_path / "sequence-000000.index"
     os.truncate(index, index.stat().st_size - lost_bytes)
+    left = 2 if lost_bytes <= 128 else 1
     with KvStore(tmp_path, LAYOUT, 2) as store:
-        assert store.n_pages(0, 0) == (2 if lost_bytes <= 128 else 1)
-        store.read_pages(PageId(0, 0, 1, 0), store.n_pages(0, 0))
+        assert store.n_pages(0, 0) == left
+        store.read_pages(PageId(0, 0, 1, 0), left)
+        store.append(0, 0, v, k)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        np.testing.assert_array_equal(
+            _read(store, 0, 0, 1)[0], np.concatenate([k[1]] * left + [v[1]])
+        )
 
 
 def test_reopening_without_a_page_file_names_it(tmp_path):
@@ -310,7 +316,7 @@ def test_reopening_without_a_page_file_names_it(tmp_path):
 
 
 def test_an_index_entry_is_written_after_its_pages(tmp_path, monkeypatch):
-    def fail(fd, data, offset):
+    def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with KvStore(tmp_path, LAYOUT, 2) as store:
