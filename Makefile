@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-model sim bench lint types verilog check-verilog record-verilog \
-	abi-page clean
+	formal abi-page clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (default)
@@ -53,7 +53,7 @@ run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=model or 
 	$(BIN)/nearkv generate --card $(CARD) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
 
 test: setup ## the fast tests, then a short run of the simulated kernel and of the demo model
-	$(PYTEST) -m 'not sim and not model and not bench and not verilog'
+	$(PYTEST) -m 'not sim and not formal and not model and not bench and not verilog'
 	$(PYTEST) -m smoke
 
 test-model: setup ## all tests that run the demo model
@@ -61,6 +61,9 @@ test-model: setup ## all tests that run the demo model
 
 sim: setup ## all simulations of the whole kernel: Verilator and cocotb
 	$(PYTEST) -m sim
+
+formal: setup ## prove properties of the gateware (needs the extra `formal`)
+	$(PYTEST) -m formal
 
 bench: setup ## measure the simulated kernel: cycles per second, beats used back to back
 	$(BIN)/python -m nearkv_sim.bench_rtl --config $(CONFIG)

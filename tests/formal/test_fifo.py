@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue gives out what it took, in order, and never holds more than it may."""
+
+import pytest
+
+from nearkv_hw.fifo import Queue
+
+BITS = 4
+
+
+# One entry; LUT RAM up to 32 entries, also with a depth that is no power of two; block RAM above.
+@pytest.mark.parametrize("depth", [1, 4, 12, 32, 33, 48, 1025])
+def test_queue_keeps_order_and_never_overflows_by_induction(bench, depth):
+    """One arbitrary entry is followed from when it goes in, behind `ahead` others, until it leaves:
+    just after those, unchanged. A queue in block RAM says early that it is full, when its last
+    place is the output register and that is still empty."""
+    b, m = bench, bench.m
+    dut = b.add(Queue(BITS, depth))
+    puts, gets = dut.i.valid & dut.i.ready, dut.o.valid & dut.o.ready
+    held = b.counter(puts, gets)
+    b.claim_stream(dut.o)
+    b.claim(dut.level == held)
+    b.claim(held <= depth)
+    b.claim(~dut.i.ready, when=held == depth)
+    b.claim(dut.i.ready, when=held < (depth if depth <= 32 else depth - 1))
+    b.claim(~dut.o.valid, when=held == 0)
+
+    following, ahead = b.ghost(1, "following"), b.ghost(16, "ahead")
+    followed = b.ghost(BITS, "followed")
+    leaves = following & gets & (ahead == 0)
+    with m.If(puts & ~following & b.free(1, "follow")):
+        m.d.sync += [following.eq(1), ahead.eq(held - gets), followed.eq(dut.i.payload)]
+    with m.If(following & gets):
+        m.d.sync += ahead.eq(ahead - 1)
+    with m.If(leaves):
+        m.d.sync += following.eq(0)
+    b.claim(dut.o.payload == followed, when=leaves)
+    b.cover(leaves & (followed == 5))
+    if depth <= 12:
+        b.cover(held == depth)
+
+    # Where it lies meanwhile.
+    level, oldest, size = b.claim_queue(dut)
+    at_output = 0
+    if depth > 32:
+        at_output = dut.inside("inner").r_rdy
+        first = following & at_output & (ahead == 0)
+        b.claim(dut.o.payload == followed, when=first)
+        following = following & ~first
+    b.claim(held == level + at_output)
+    b.claim(ahead < held, when=following)
+    word = dut.word("fifo.storage", b.around(oldest + (ahead - at_output)[:16], size))
+    b.claim(word == followed, when=following)
+    b.prove(reach=2 * depth + 4 if depth <= 12 else 8)
