@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores, exponentials and the softmax of tiles: definition, model and gateware agree."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+
+from nearkv_hw import abi, number, softmax
+from nearkv_hw.align import Align
+from nearkv_hw.number import (
+    P_BITS,
+    P_MAX,
+    P_WIDE_FRAC_BITS,
+    RAW_BITS,
+    RAW_SHIFT,
+    RUN_MAX_EMPTY,
+    SCORE_FRAC_BITS,
+    SCORE_LIMIT,
+)
+from nearkv_hw.softmax import (
+    P_BANKS,
+    Exp2,
+    Score,
+    Softmax,
+    TileHead,
+    raw_layout,
+    score_model,
+    tile_sum_layout,
+)
+
+# From the last beat that the aligner issues to the address of its weights.
+READ_DELAY = Align.latency - 1
+UNIT = 1 << SCORE_FRAC_BITS
+RAW_MAX = (1 << (RAW_BITS - 1)) - 1
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def score_by_definition(raw, mantissa, shift):
+    """Half a unit rounds up; what leaves the range is clipped, and said so."""
+    if shift >= 1:
+        score = (raw * mantissa + (1 << (shift - 1))) >> shift
+    else:
+        score = raw * mantissa << -shift
+        # Shifts below 1 are beyond what a sensible scale needs: all but 0 counts as out of range.
+        score = score and (SCORE_LIMIT + 1 if score > 0 else -SCORE_LIMIT - 1)
+    return max(-SCORE_LIMIT, min(SCORE_LIMIT, score)), abs(score) > SCORE_LIMIT
+
+
+def score_cases(rng, n=1500):
+    """Raw sums, mantissas and shifts: extremes, ties, the edges of the range, and random ones."""
+    cases = []
+    for raw in (0, 1, -1, 2, -2, RAW_MAX, -RAW_MAX - 1, 1 << 17, -(1 << 17), (1 << 17) - 1):
+        for mantissa in (1 << 23, (1 << 24) - 1, 0xB8AA3B):
+            cases += [
+                (raw, mantissa, s) for s in (-70, -1, 0, 1, 2, 22, 23, 24, 57, 58, 63, 64, 99)
+            ]
+    for score in (SCORE_LIMIT, -SCORE_LIMIT):  # just inside, on and beyond the edge
+        for shift in (24, 26, 30):
+            raw = (score << shift) >> 23
+            cases += [(raw + d, 1 << 23, shift) for d in range(-3, 4) if abs(raw + d) <= RAW_MAX]
+    for _ in range(n):
+        bits = int(rng.integers(1, RAW_BITS))
+        raw = int(rng.integers(-(1 << (bits - 1)), 1 << (bits - 1)))
+        cases.append((raw, int(rng.integers(1 << 23, 1 << 24)), int(rng.integers(-3, 70))))
+    return cases
+
+
+def test_score_model_equals_the_definition(rng):
+    cases = score_cases(rng)
+    raw, mantissa, shift = np.array(cases).T
+    score, saturated = score_model(raw << RAW_SHIFT, mantissa, shift)
+    want = [score_by_definition(*case) for case in cases]
+    np.testing.assert_array_equal(score, [s for s, _ in want])
+    np.testing.assert_array_equal(saturated, [s for _, s in want])
+    # The bits below RAW_SHIFT are dropped.
+    again, _ = score_model((raw << RAW_SHIFT) + (1 << RAW_SHIFT) - 1, mantissa, shift)
+    np.testing.assert_array_equal(again, score)
+
+
+def test_score_equals_its_model_every_cycle_after_its_latency(bench, rng):
+    cases = score_cases(rng, 800)
+    dut = Score()
+    run = bench(dut)
+
+    def feed():
+        for raw, mantissa, shift in cases:
+            clipped = min(max(shift, 0), number.SCORE_SHIFT_MAX)  # as the kernel does
+            yield [(dut.raw, raw), (dut.mantissa, mantissa), (dut.shift, clipped)]
+        while True:
+            yield []
+
+    run.script([], feed())
+    out = run.tap(1, dut.o, dut.saturated)
+    run.run(lambda: len(out) == len(cases) + Score.latency)
+    raw, mantissa, shift = np.array(cases).T
+    score, saturated = score_model(raw << RAW_SHIFT, mantissa, shift)
+    got = np.array(out.items[Score.latency :])
+    np.testing.assert_array_equal(got[:, 0], score)
+    np.testing.assert_array_equal(got[:, 1], saturated)
+
+
+# --- exp2 -----------------------------------------------------------------------------------------
+
+
+def powers(score, tile_max):
+    """p and wide of scores under a given tile_max, by the model: in a tile with one more token."""
+    tile = np.stack([score, tile_max * UNIT], axis=-1)
+    p, largest, _, wide_sum = softmax.model(tile, True)
+    np.testing.assert_array_equal(largest, tile_max)
+    return p[:, 0], wide_sum - int(number.exp2(np.array([0]))[0])
+
+
+def power_cases(rng, n=800):
+    tile_max = rng.integers(-32767, 32768, n)
+    below = rng.integers(0, 26 * UNIT, n)
+    below[:40] = np.arange(40) * UNIT // 4  # whole and quarter halvings
+    below[40:60] = np.arange(20)  # just below the maximum
+    tile_max[60:70], below[60:70] = 32767, 2 * SCORE_LIMIT - np.arange(10)  # as far as it goes
+    tile_max[70:80], below[70:80] = -32767 + 20, 20 * UNIT - np.arange(10)
+    score = tile_max * UNIT - below
+    inside = np.abs(score) <= SCORE_LIMIT
+    return score[inside], tile_max[inside]
+
+
+def test_exp2_equals_its_model_every_cycle_after_its_latency(bench, rng):
+    score, tile_max = power_cases(rng)
+    dut = Exp2()
+    run = bench(dut)
+
+    def feed():
+        for s, m in zip(score, tile_max, strict=True):
+            yield [(dut.score, int(s)), (dut.tile_max, int(m))]
+        while True:
+            yield []
+
+    run.script([], feed())
+    out = run.tap(1, dut.p, dut.wide)
+    run.run(lambda: len(out) == len(score) + Exp2.latency)
+    p, wide = powers(score, tile_max)
+    got = np.array(out.items[Exp2.latency :])
+    np.testing.assert_array_equal(got[:, 0], p)
+    np.testing.assert_array_equal(got[:, 1], wide)
+
+
+def test_weights_are_within_their_bounds_of_the_exact_power(rng):
+    score, tile_max = power_cases(rng, 20000)
+    p, wide = powers(score, tile_max)
+    exact = np.exp2((score - tile_max * UNIT) / UNIT)
+    share = 2.0**-20.5 * exact
+    assert (np.abs(wide / 2.0**P_WIDE_FRAC_BITS - exact) <= share + 2.0**-P_WIDE_FRAC_BITS).all()
+    assert (np.abs(p / 2.0**P_BITS - exact) <= share + 2.0**-P_BITS).all()
+    assert p.max() == P_MAX
+
+
+def test_model_of_a_tile_equals_the_definition(rng):
+    score = rng.integers(-40 * UNIT, 40 * UNIT, (6, 50))
+    score[1] = 3 * UNIT  # whole numbers: the maximum is not rounded up
+    score[2] = -3 * UNIT + 1
+    keep = rng.random((6, 50)) < 0.5
+    keep[3] = False
+    keep[1:3] = True
+    p, tile_max, tile_sum, tile_wide = softmax.model(score, keep)
+    assert tile_max[1:4].tolist() == [3, -2, RUN_MAX_EMPTY]
+    for tile in range(6):
+        kept = [int(s) for s in score[tile][keep[tile]]]
+        assert tile_max[tile] == max((-(-s // UNIT) for s in kept), default=RUN_MAX_EMPTY)
+        weights = []
+        for s in kept:
+            halvings, fraction = divmod(s - int(tile_max[tile]) * UNIT, UNIT)
+            wide = int(number.exp2(np.array([fraction]))[0]) >> min(-halvings, 40)
+            weights.append((min((wide + 16) >> 5, P_MAX), wide))
+        assert p[tile][keep[tile]].tolist() == [w for w, _ in weights]
+        assert not p[tile][~keep[tile]].any()
+        assert tile_sum[tile] == sum(w for w, _ in weights)
+        assert tile_wide[tile] == sum(w for _, w in weights)
+
+
+# --- the component --------------------------------------------------------------------------------
+
+
+class Tiles:
+    """Tiles with random raw sums, what the model makes of them, and the payloads for the bench."""
+
+    def __init__(self, rng, rows, sizes, kinds=("near", "far", "equal", "saturating", "shallow")):
+        self.rows, self.heads, self.raw, self.want = rows, [], [], []
+        for n, (tokens, pairs) in enumerate(sizes):
+            kind = kinds[n % len(kinds)]
+            mantissa = int(rng.integers(1 << 23, 1 << 24))
+            used = 2 * pairs
+            # One shift for each K block of 32 tokens.
+            shift = np.repeat(rng.integers(29, 34, 4), 32)[:tokens]
+            raw = rng.integers(-RAW_MAX - 1, RAW_MAX + 1, (tokens, rows))
+            if kind == "near":  # scores of a few units
+                raw >>= 6
+            elif kind == "equal":
+                raw[:] = raw[:1] >> 8
+                shift[:] = shift[:1]
+            elif kind == "saturating":
+                shift = shift - 14
+                shift[::3] = 0
+                raw[1::5] = 0
+            elif kind == "shallow":
+                shift = np.minimum(shift + 31, number.SCORE_SHIFT_MAX)
+            score, saturated = score_model(
+                raw[:, :used].T << RAW_SHIFT, mantissa, shift[None, :]
+            )  # (used, tokens)
+            empty = np.full((used, 1), 0)  # the model wants a token, if only to ignore it
+            p, tile_max, tile_sum, tile_wide = softmax.model(
+                np.concatenate([score, empty], axis=1), np.arange(tokens + 1) < tokens
+            )
+            self.want.append((p[:, :tokens], tile_max, tile_sum, tile_wide, bool(saturated.any())))
+            self.heads.append(
+                {
+                    "params": {"pairs": pairs, "mantissa": mantissa},
+                    "tokens": tokens, "job_first": n % 3 == 0, "job_last": n % 3 == 2,
+                }
+            )  # fmt: skip
+            self.raw.append(
+                [
+                    {"sums": [int(x) for x in raw[token]], "shift": int(shift[token])}
+                    for token in range(tokens)
+                ]
+            )
+
+    def __len__(self):
+        return len(self.heads)
+
+    def check_sum(self, n, value, bench):
+        got = bench.fields(tile_sum_layout(self.rows), value)
+        _, tile_max, tile_sum, tile_wide, saturated = self.want[n]
+        head = self.heads[n]
+        assert got.head.tokens == head["tokens"]
+        assert got.head.params.pairs == head["params"]["pairs"]
+        assert (got.head.job_first, got.head.job_last) == (head["job_first"], head["job_last"])
+        used = 2 * head["params"]["pairs"]
+        np.testing.assert_array_equal([got.tile_max[r] for r in range(used)], tile_max)
+        np.testing.assert_array_equal([got.tile_sum[r] for r in range(used)], tile_sum)
+        np.testing.assert_array_equal([got.tile_wide[r] for r in range(used)], tile_wide)
+        assert got.saturated == saturated
+
+
+def simulate(bench, tiles, pause_head=None, pause_raw=None, pause_sum=None, hold=0, wait=None):
+    """Runs all tiles through; an agent reads each bank as the V pass does and frees it.
+
+    `hold`: cycles that the agent lets pass before it reads a bank. `wait`: it begins only when
+    this is true.
+    """
+    dut = Softmax(tiles.rows)
+    run = bench(dut)
+    run.source(dut.i_head, [bench.bits(TileHead, head) for head in tiles.heads], pause_head)
+    raw = [
+        bench.bits(raw_layout(tiles.rows), token) for tokens in tiles.raw for token in tokens
+    ]  # fmt: skip
+    run.source(dut.i_raw, raw, pause_raw)
+    sums = run.sink(dut.o_sum, pause_sum)
+    ready = run.tap(dut.p_ready)
+    freed = []
+
+    def reader():
+        pending = deque()
+
+        def cycle(*sets):
+            ready, *p = yield [(dut.p_free, 0), *sets]
+            if ready:
+                pending.append(run.cycle)
+            return p
+
+        for n, head in enumerate(tiles.heads):
+            while not pending or run.cycle < pending[0] + hold or (wait and not wait(run)):
+                yield from cycle()
+            pending.popleft()
+            rows, got = max(head["tokens"], 1), []
+            # As the aligner does: it frees the bank with the last beat that it issues, and that
+            # beat's weights are read some cycles later. The memory takes one cycle more.
+            for i in range(rows + READ_DELAY + 1):
+                sets = [(dut.p_free, int(i == rows - 1))]
+                if READ_DELAY <= i < READ_DELAY + rows:
+                    sets.append((dut.p_address, n % P_BANKS * abi.TILE_TOKENS + i - READ_DELAY))
+                p = yield from cycle(*sets)
+                if i > READ_DELAY:
+                    got.append(p)
+            used = 2 * head["params"]["pairs"]
+            got = np.array(got)[: head["tokens"], :used]
+            np.testing.assert_array_equal(got.T, tiles.want[n][0])
+            freed.append(run.cycle)
+        while True:
+            yield [(dut.p_free, 0)]
+
+    run.script([dut.p_ready, *dut.p], reader())
+    run.run(lambda: len(sums) == len(freed) == len(tiles), extra=20)
+    for n, value in enumerate(sums.items):
+        tiles.check_sum(n, value, bench)
+    assert len(ready) == len(sums) == len(freed) == len(tiles)
+    return ready, sums, freed
+
+
+SIZES = ((70, 2), (0, 2), (1, 1), (33, 1), (128, 2), (0, 1), (0, 2), (1, 2), (96, 1), (128, 1))
+
+
+def test_softmax_equals_its_model_for_full_ragged_single_and_empty_tiles(bench, pauses, rng):
+    tiles = Tiles(rng, 4, SIZES)
+    simulate(bench, tiles, pauses(0), pauses(1), pauses(3))
+
+
+@pytest.mark.parametrize("rows", [2, 6, 8])
+def test_softmax_serves_every_number_of_pairs(bench, rng, rows):
+    sizes = [(int(rng.integers(1, 40)), pairs) for pairs in range(1, rows // 2 + 1)]
+    simulate(bench, Tiles(rng, rows, [*sizes, *reversed(sizes)]))
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_softmax_has_no_gap_between_tiles(bench, rng, pairs):
+    """One pair of rows a cycle, on and on: a tile takes tokens * pairs cycles."""
+    sizes = [(tokens, pairs) for tokens in (128, 96, 128, 64, 128, 128)]
+    ready, sums, _ = simulate(bench, Tiles(rng, 4, sizes))
+    want = [tokens * pairs for tokens, _ in sizes[1:]]
+    assert np.diff(ready.cycles).tolist() == want
+    assert np.diff(sums.cycles).tolist() == want
+
+
+def test_softmax_stops_when_all_banks_are_full_and_keeps_what_is_in_them(bench, rng):
+    tiles = Tiles(rng, 2, [(20, 1)] * 7)
+    held_until = 600
+    ready, _, _ = simulate(bench, tiles, wait=lambda run: run.cycle > held_until)
+    assert len([cycle for cycle in ready.cycles if cycle < held_until]) == P_BANKS
+
+
+def test_softmax_waits_for_a_merge_that_takes_no_sums(bench, rng):
+    tiles = Tiles(rng, 2, [(9, 1)] * 9)
+    pause = (cycle < 500 for cycle in range(100000))
+    ready, sums, _ = simulate(bench, tiles, pause_sum=pause)
+    early = [cycle for cycle in ready.cycles if cycle < 500]
+    assert P_BANKS <= len(early) < len(tiles)
+    assert min(sums.cycles) >= 500
+
+
+def test_softmax_is_slowed_but_not_disturbed_by_slow_readers(bench, pauses, rng):
+    simulate(bench, Tiles(rng, 2, [(30, 1)] * 6), pauses(1), pauses(0), pauses(2), hold=45)
+
+
+@pytest.mark.parametrize("rows", [0, 3, -2])
+def test_rows_come_in_pairs(refuses, rows):
+    with refuses(f"rows must be even and positive, not {rows}"):
+        Softmax(rows)
