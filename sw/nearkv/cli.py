@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", default=PROMPT, help="text, or - for standard input (default: built in)")
     add("--raw", action="store_true", help="continue the prompt itself, without a chat template")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--card", default="model", help="model or rtl (default: %(default)s)")
+    add("--card", default="model", help="model, twin or rtl (default: %(default)s)")
     add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
     add("--kv-dir", metavar="DIR", help="where page files go (default: for temporary files)")
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
