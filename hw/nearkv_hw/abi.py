@@ -47,7 +47,7 @@ class Status(IntFlag):
     ILLEGAL_JOB = 8  # a field of the job, or of a page table entry, is out of range
     BUS_ERROR = 16  # an AXI read was answered with SLVERR or DECERR
     NON_FINITE = 32  # an Inf or NaN among the valid elements of K or V
-    SATURATED = 64  # a score left the range of the score format (|s| >= 32767 in log2 units)
+    SATURATED = 64  # a score left the range of the score format (|s| > 32767 in log2 units)
 
     def describe(self) -> str:
         """The set flags in words, for error messages."""
@@ -57,7 +57,7 @@ class Status(IntFlag):
             Status.ILLEGAL_JOB: "illegal job or page table entry",
             Status.BUS_ERROR: "AXI bus error",
             Status.NON_FINITE: "Inf or NaN in K or V",
-            Status.SATURATED: "score out of range (|s| >= 32767 log2 units)",
+            Status.SATURATED: "score out of range (|s| > 32767 log2 units)",
         }
         if not self & Status.DONE:
             return "no status was written"

@@ -30,7 +30,6 @@ from .merge import V_QUEUE_CHANNELS, Merge, PartialWriter, v_layout
 from .number import RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
 from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
 
-
 RESET_CYCLES = 32  # longer than any delay line
 
 

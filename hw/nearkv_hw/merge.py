@@ -62,10 +62,11 @@ class Accumulate(wiring.Component):
 
     Members
     -------
-    o : In(48 signed), |o| <= 2^46; exponent : In(18 signed)
+    o : In(48 signed), |o| < 2^47; exponent : In(18 signed)
     fresh : In(1), there is no old sum
     old_top : In(14 signed), one cycle later; old : In(Limbs), two cycles later
     top : Out(14 signed) of the sum, limbs : Out(Limbs)
+    early_top : Out(14 signed), top one cycle earlier
 
     Timing: `latency` cycles from o to limbs and top.
     """
@@ -81,6 +82,7 @@ class Accumulate(wiring.Component):
                 "old_top": In(signed(TOP_BITS)),
                 "old": In(Limbs),
                 "top": Out(signed(TOP_BITS)),
+                "early_top": Out(signed(TOP_BITS)),
                 "limbs": Out(Limbs),
             }
         )
@@ -137,7 +139,7 @@ class Accumulate(wiring.Component):
             total = Signal(signed(LIMB_BITS), name=f"limb_{j}", reset_less=True)
             m.d.sync += total.eq(terms[0] + terms[1])
             m.d.comb += self.limbs[j].eq(total)
-        m.d.comb += self.top.eq(register(top, "top_4"))
+        m.d.comb += [self.early_top.eq(top), self.top.eq(register(top, "top_4"))]
         return m
 
 
@@ -282,7 +284,7 @@ class Merge(wiring.Component):
                 unit.old_top.eq(tops_read.data[i]),
                 unit.old.eq(old[i]),
                 new[i].eq(unit.limbs),
-                new_tops[i].eq(unit.top),
+                new_tops[i].eq(unit.early_top),
                 out.i.p[i].limbs.eq(unit.limbs),
                 out.i.p[i].top.eq(unit.top),
             ]
@@ -294,12 +296,14 @@ class Merge(wiring.Component):
                 write.data.eq(new),
                 write.en.eq(done.valid & (done.in_sums == in_sums_memory)),
             ]
-        # The top belongs to a whole block: its old value serves until the last channel.
+        # The top belongs to a whole block: its old value serves until the last channel. A tile of one
+        # block and one pair reads it again three steps later, for which it is there just in time.
+        early = later[Accumulate.latency - 1]
         tops_write = tops.write_port()
         m.d.comb += [
-            tops_write.addr.eq(done.top_address),
+            tops_write.addr.eq(early.top_address),
             tops_write.data.eq(new_tops),
-            tops_write.en.eq(done.valid & done.block_end),
+            tops_write.en.eq(early.valid & early.block_end),
             out.i.valid.eq(done.valid & done.out),
         ]
 

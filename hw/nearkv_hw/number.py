@@ -102,7 +102,7 @@ EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to P_WIDE_FRAC
 LIMB_STEP = 16  # one limb counts 2^16 of the limb below
 LIMB_BITS = 28  # stored: 2^11 tiles of 16-bit parts, signed
 N_LIMBS = 4
-WINDOW_TOP = 47  # |o| <= 2^46, so o * 2^X stays below 2^(X + 47)
+WINDOW_TOP = 47  # |o| < 2^47, so o * 2^X stays below 2^(X + 47)
 assert MAX_TILES << LIMB_STEP <= 1 << (LIMB_BITS - 1)
 assert P_BITS + (KV_BITS - 1) + (TILE_TOKENS - 1).bit_length() < WINDOW_TOP
 
@@ -285,7 +285,7 @@ class Wide:
 
     @classmethod
     def of(cls, mantissa: np.ndarray, exponent: np.ndarray) -> "Wide":
-        """mantissa * 2^exponent; |mantissa| <= 2^46, shapes broadcast."""
+        """mantissa * 2^exponent; |mantissa| < 2^47, shapes broadcast."""
         mantissa, exponent = np.broadcast_arrays(
             np.asarray(mantissa, np.int64), np.asarray(exponent, np.int64)
         )
