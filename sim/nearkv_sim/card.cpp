@@ -8,6 +8,7 @@
 // Compiled together with the verilated kernel into a shared library; `rtl.py` is its only caller. What
 // host and card agree on (BEAT_BYTES, ...) comes from `nearkv_hw.abi` through the generated `abi.h`.
 
+#include <algorithm>
 #include <array>
 #include <cinttypes>
 #include <cstdarg>
@@ -85,6 +86,72 @@ struct Settings {
     uint64_t read_latency = 0, write_latency = 0, outstanding = 16;
 };
 
+// One DRAM behind both masters: a beat a cycle at best, shared; refresh; rows that must be opened; the
+// bus turned round for writes. In cycles of the kernel. Without it each port has a bus of its own.
+class Dram {
+  public:
+    struct Timing {
+        uint64_t refresh_interval, refresh_cycles, row_bytes, banks, activate_cycles,
+            row_cycle_cycles, turnaround_cycles;
+    };
+    uint64_t refresh_lost = 0, write_lost = 0;  // cycles without read data for these reasons
+
+    void configure(const Timing& timing) {
+        timing_ = timing;
+        banks_.assign(timing.banks, {});
+    }
+    bool enabled() const { return !banks_.empty(); }
+
+    // A read burst is accepted: the cycle from which its row can deliver.
+    uint64_t open_row(uint64_t address, uint64_t now) {
+        uint64_t place = address / timing_.row_bytes;
+        Bank& bank = banks_[place % timing_.banks];
+        uint64_t row = place / timing_.banks;
+        if (!bank.open || bank.row != row) {
+            uint64_t begin = bank.open ? std::max(now, bank.opened + timing_.row_cycle_cycles) : now;
+            bank = {true, row, begin};
+        }
+        return std::max(now, bank.opened + timing_.activate_cycles);
+    }
+
+    // A whole write burst goes to the memory when its data is there.
+    void write(uint64_t beats, uint64_t now) {
+        uint64_t at = std::max(now, writing_until_);
+        for (uint64_t left = beats + 2 * timing_.turnaround_cycles; left; ++at)
+            if (at % timing_.refresh_interval >= timing_.refresh_cycles) --left;
+        writing_until_ = at;
+    }
+
+    bool free(uint64_t now) const {
+        return now != last_read_ && now >= writing_until_ &&
+               now % timing_.refresh_interval >= timing_.refresh_cycles;
+    }
+
+    // Whether the next read beat may move in this cycle; one may.
+    bool read(uint64_t now) {
+        if (now == last_read_) return false;
+        if (now % timing_.refresh_interval < timing_.refresh_cycles) {
+            if (now != lost_) ++refresh_lost, lost_ = now;
+            return false;
+        }
+        if (now < writing_until_) {
+            if (now != lost_) ++write_lost, lost_ = now;
+            return false;
+        }
+        last_read_ = now;
+        return true;
+    }
+
+  private:
+    struct Bank {
+        bool open = false;
+        uint64_t row = 0, opened = 0;
+    };
+    Timing timing_{};
+    std::vector<Bank> banks_;
+    uint64_t writing_until_ = 0, last_read_ = ~0ull, lost_ = ~0ull;
+};
+
 // A channel driven by the kernel: once valid, it must hold until ready (IHI 0022, A3.2.1).
 template <typename Payload>
 class Held {
@@ -136,10 +203,12 @@ struct Reader {
     VlWide<BEAT_BYTES / 4>& rdata;
 
     const Memory* memory = nullptr;
+    Dram* dram = nullptr;
     Settings settings{};
     uint64_t fault_begin = 0, fault_end = 0;  // offsets answered with SLVERR
     Pauses ar_pauses, r_pauses;
     uint64_t bursts = 0, beats = 0;
+    uint64_t idle = 0;  // cycles from the first to the last beat in which it waited to be asked
 
     struct Burst {
         uint64_t address, left, ready_cycle;
@@ -158,7 +227,9 @@ struct Reader {
             if (arvalid && arready) {
                 check_burst(ar_name.c_str(), a);
                 uint64_t jitter = ar_pauses.active() ? ar_pauses.random() % 32 : 0;
-                queue.push_back({a.address, a.length + 1u, now + settings.read_latency + jitter, a.id});
+                uint64_t ready = now + settings.read_latency + jitter;
+                if (dram->enabled()) ready = dram->open_row(a.address, now) + settings.read_latency;
+                queue.push_back({a.address, a.length + 1u, ready, a.id});
                 ++bursts;
                 moved = true;
             }
@@ -177,7 +248,11 @@ struct Reader {
     void drive(uint64_t now) {
         arready = queue.size() < settings.outstanding && !ar_pauses.paused();
         if (offered_) return;
-        if (queue.empty() || queue.front().ready_cycle > now || r_pauses.paused()) {
+        if (queue.empty() || queue.front().ready_cycle > now || r_pauses.paused() ||
+            (dram->enabled() && !dram->read(now))) {
+            // The memory could have delivered, had it been asked in time.
+            if (queue.empty() || queue.front().ready_cycle > now)
+                if (!dram->enabled() || dram->free(now)) ++idle_running_;
             if (rvalid) {
                 rvalid = 0;
                 // Nobody may look at these without valid.
@@ -187,6 +262,8 @@ struct Reader {
             return;
         }
         const Burst& head = queue.front();
+        if (!beats) idle_running_ = 0;
+        idle = idle_running_;
         rvalid = offered_ = true;
         rid = head.id;
         rlast = head.left == 1;
@@ -208,6 +285,7 @@ struct Reader {
     }
 
     bool ar_was_valid_ = false, offered_ = false;
+    uint64_t idle_running_ = 0;
 };
 
 // The write channels of one master.
@@ -221,6 +299,7 @@ struct Writer {
     CData &bid, &bvalid, &bready, &bresp;
 
     const Memory* memory = nullptr;
+    Dram* dram = nullptr;
     Settings settings{};
     std::vector<uint8_t> allowed;  // one flag per beat of memory
     Pauses aw_pauses, w_pauses, b_pauses;
@@ -323,6 +402,7 @@ struct Writer {
         burst.address += BEAT_BYTES;
         if (--burst.left) return;
         uint64_t jitter = b_pauses.active() ? b_pauses.random() % 32 : 0;
+        if (dram->enabled()) dram->write(burst.data.size(), now);
         burst.ready_cycle = now + settings.write_latency + jitter;
         answered.push_back(std::move(burst));
         open.pop_front();
@@ -352,6 +432,7 @@ class Card {
                top_->m_axi_job_bready, top_->m_axi_job_bresp} {
         kv_.memory = &kv_memory_;
         job_.memory = out_.memory = &job_memory_;
+        kv_.dram = job_.dram = out_.dram = &dram_;
     }
 
     ~Card() {
@@ -372,6 +453,8 @@ class Card {
                          &out_.aw_pauses, &out_.w_pauses, &out_.b_pauses, &control_pauses_};
         for (Pauses* pauses : all) pauses->configure(++seed * 64, stalls);
     }
+
+    void dram(const Dram::Timing& timing) { dram_.configure(timing); }
 
     void trace([[maybe_unused]] const char* path) {
 #if VM_TRACE
@@ -507,11 +590,13 @@ class Card {
                  " kv_beats=%" PRIu64 " kv_outstanding=%zu kv_arvalid=%d kv_rvalid=%d kv_rready=%d"
                  " job_bursts=%" PRIu64 " job_beats=%" PRIu64
                  " job_outstanding=%zu job_rvalid=%d job_rready=%d out_bursts=%" PRIu64
-                 " out_beats=%" PRIu64 " out_outstanding=%zu out_awvalid=%d out_wvalid=%d",
+                 " out_beats=%" PRIu64 " out_outstanding=%zu out_awvalid=%d out_wvalid=%d"
+                 " dram_refresh_lost=%" PRIu64 " dram_write_lost=%" PRIu64 " kv_idle=%" PRIu64,
                  cycle_, cycle_ - moved_cycle_, kv_.bursts, kv_.beats, kv_.queue.size(),
                  int(kv_.arvalid), int(kv_.rvalid), int(kv_.rready), job_.bursts, job_.beats,
                  job_.queue.size(), int(job_.rvalid), int(job_.rready), out_.bursts, out_.beats,
-                 out_.open.size() + out_.answered.size(), int(out_.awvalid), int(out_.wvalid));
+                 out_.open.size() + out_.answered.size(), int(out_.awvalid), int(out_.wvalid),
+                 dram_.refresh_lost, dram_.write_lost, kv_.idle);
         text = line;
         return text.c_str();
     }
@@ -523,6 +608,7 @@ class Card {
     std::unique_ptr<VerilatedVcdC> trace_;
 #endif
     Memory kv_memory_, job_memory_;
+    Dram dram_;
     Reader kv_, job_;
     Writer out_;
     Pauses control_pauses_;
@@ -561,8 +647,9 @@ class Card {
         top_->eval();
         dump();
         ++cycle_;
-        kv_.drive(cycle_);
+        // Few reads come from the job port, and all others wait for what they bring.
         job_.drive(cycle_);
+        kv_.drive(cycle_);
         out_.drive(cycle_);
     }
 
@@ -617,6 +704,13 @@ void card_configure(void* card, uint64_t read_latency, uint64_t write_latency,
                     uint64_t outstanding, uint64_t seed, double stalls, uint64_t quiet_cycles) {
     static_cast<Card*>(card)->configure(read_latency, write_latency, outstanding, seed, stalls,
                                         quiet_cycles);
+}
+
+void card_dram(void* card, uint64_t refresh_interval, uint64_t refresh_cycles, uint64_t row_bytes,
+               uint64_t banks, uint64_t activate_cycles, uint64_t row_cycle_cycles,
+               uint64_t turnaround_cycles) {
+    static_cast<Card*>(card)->dram({refresh_interval, refresh_cycles, row_bytes, banks,
+                                    activate_cycles, row_cycle_cycles, turnaround_cycles});
 }
 
 void card_trace(void* card, const char* path) { static_cast<Card*>(card)->trace(path); }

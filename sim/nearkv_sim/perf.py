@@ -16,6 +16,7 @@ import numpy as np
 from nearkv_hw import abi
 from nearkv_hw.align import Align
 from nearkv_hw.array import MacArray
+from nearkv_hw.axi import WriteMaster
 from nearkv_hw.config import Config
 from nearkv_hw.merge import V_QUEUE_CHANNELS
 from nearkv_hw.softmax import P_BANKS, RAW_QUEUE_TOKENS, SCORE_QUEUE_PAIRS, Exp2, Score
@@ -48,32 +49,51 @@ class JobShape:
 
 
 @dataclass(frozen=True)
-class Supply:
-    """What the memory gives: beats a cycle once a burst has begun, and when.
+class Dram:
+    """Timings of one DRAM behind both ports of the card, in cycles of the kernel.
+
+    At best it moves one beat a cycle, for reads and writes together.
 
     Attributes
     ----------
-    latency : int
-        Cycles from an accepted address to the first beat.
     refresh_interval, refresh_cycles : int
-        Every so often the memory gives nothing for so long. 0: never.
+        tREFI and tRFC: so often nothing moves for so long.
+    row_bytes, banks : int
+        Consecutive rows lie in consecutive banks.
+    activate_cycles : int
+        tRP + tRCD: closing one row and opening another.
+    row_cycle_cycles : int
+        tRC: from one opening of a bank to the next.
+    turnaround_cycles : int
+        Between reads and writes, each way.
     """
 
-    latency: int = 100
-    refresh_interval: int = 0
-    refresh_cycles: int = 0
+    refresh_interval: int
+    refresh_cycles: int
+    row_bytes: int
+    banks: int
+    activate_cycles: int
+    row_cycle_cycles: int
+    turnaround_cycles: int
 
-    def after(self, start: float, beats: int) -> float:
-        """When the last of `beats` beats arrives if the first may arrive at `start`."""
-        end = start + beats - 1
-        if self.refresh_interval:
-            free = self.refresh_interval - self.refresh_cycles
-            # Count time in which the memory works: whole intervals, then the rest.
-            whole, rest = divmod(start, self.refresh_interval)
-            work = whole * free + max(0.0, rest - self.refresh_cycles) + beats - 1
-            whole, rest = divmod(work, free)
-            end = whole * self.refresh_interval + self.refresh_cycles + rest
-        return end
+    def after(self, start: float, beats: float) -> float:
+        """When the last of `beats` beats moves if the first may at `start`."""
+        free = self.refresh_interval - self.refresh_cycles
+        # Count time in which the memory works: whole intervals, then the rest.
+        whole, rest = divmod(start, self.refresh_interval)
+        whole, rest = divmod(whole * free + max(0, rest - self.refresh_cycles) + beats - 1, free)
+        return whole * self.refresh_interval + self.refresh_cycles + rest
+
+
+# The SmartSSD's DDR4-2400, 64 bits of data from four x16 chips of 8 Gbit, seen from a kernel clock of
+# 300 MHz, at which a beat a cycle is its peak of 19.2 GB/s. Times from JEDEC JESD79-4, speed bin
+# DDR4-2400R: tREFI 7.8 us, tRFC 350 ns, tRP = tRCD = 13.32 ns, tRC 45.32 ns, turnarounds of 8 to 10
+# clocks of 0.833 ns and the write latency; 4 x 2 KiB rows, 2 x 4 banks.
+DDR4_2400 = Dram(
+    refresh_interval=2340, refresh_cycles=105, row_bytes=8192, banks=8, activate_cycles=8,
+    row_cycle_cycles=14, turnaround_cycles=5,
+)  # fmt: skip
+READ_LATENCY = 100  # of the simulated memories, as of a real controller behind an interconnect
 
 
 @dataclass(frozen=True)
@@ -120,24 +140,24 @@ class _Steps:
         return done
 
 
-def predict(config: Config, jobs: list[JobShape], supply: Supply | None = None) -> Prediction:
+def predict(config: Config, jobs: list[JobShape], dram: Dram | None = None) -> Prediction:
     """Counters of a run over these jobs.
 
     Parameters
     ----------
     config : Config
     jobs : list of JobShape
-    supply : Supply, optional
-        Default: one beat a cycle after 100 cycles.
+    dram : Dram, optional
+        Default: a bus for each port that always moves a beat a cycle.
     """
-    return _Run(config, supply or Supply()).through(jobs)
+    return _Run(config, dram).through(jobs)
 
 
 class _Run:
     """The state of all stations, as far as the passes have been worked through."""
 
-    def __init__(self, config: Config, supply: Supply):
-        self.config, self.supply = config, supply
+    def __init__(self, config: Config, dram: Dram | None):
+        self.config, self.dram = config, dram
         self.read_beats, self.read_end = 0, -1.0  # arrival of the last beat
         self.array = _Steps()
         self.starved = self.stalled = 0.0
@@ -151,6 +171,7 @@ class _Run:
     def through(self, jobs: list[JobShape]) -> Prediction:
         waiting: list[_Tile] = []
         for job in jobs:
+            self._share(job)
             layout = abi.PageLayout(job.head_dim, job.page_tokens)
             pairs = -(-job.group_size // abi.ROW_STEP)
             for first in range(0, job.n_tokens, job.page_tokens):
@@ -177,11 +198,29 @@ class _Run:
                 # A burst is asked for when the beat queue has room for all of it.
                 full = self.read_beats + beats - self.config.beat_fifo_beats
                 asked = self.array.at(full - 1) + _ASK if full > 0 else -np.inf
-                start = max(self.read_end + 1, asked + self.supply.latency)
-                self.read_end = self.supply.after(start, max(beats, _BURST_OVERHEAD))
+                start = max(self.read_end + 1, asked + READ_LATENCY)
+                self._move(start, max(beats, _BURST_OVERHEAD))
                 self.read_beats += beats
             ready.append(self.read_end + _INSPECT)
         return ready
+
+    def _move(self, start: float, beats: float) -> None:
+        """The kv port reads, or in vain, for as long as the memory is busy with something else."""
+        if self.dram:
+            self.read_end = self.dram.after(start, beats)
+        else:
+            self.read_end = start + beats - 1
+
+    def _share(self, job: JobShape) -> None:
+        """What a job's query block, page table and partial take from the one memory."""
+        if not self.dram:
+            return
+        pages = -(-job.n_tokens // job.page_tokens)
+        reads = 1 + job.head_dim + -(-pages * abi.PAGE_ENTRY.bytes // abi.BEAT_BYTES)
+        writes = abi.partial_bytes(job.head_dim, job.group_size) // abi.BEAT_BYTES
+        bursts = -(-(writes - 1) // WriteMaster.MAX_BURST) + 1
+        turns = 2 * self.dram.turnaround_cycles * bursts
+        self._move(self.read_end + 1, reads + writes + turns)
 
     def _issue(self, rows: int, ready: float, room: float) -> float:
         """Issue a block; when its last beat was issued."""

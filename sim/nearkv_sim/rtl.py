@@ -7,6 +7,7 @@ works on the caller's memories in place.
 """
 
 import ctypes
+from dataclasses import astuple
 import fcntl
 import hashlib
 import importlib.metadata
@@ -25,6 +26,8 @@ import numpy as np
 
 from nearkv_hw import abi
 from nearkv_hw.config import Config
+
+from . import perf
 
 _HARNESS = Path(__file__).with_name("card.cpp")
 _CXXFLAGS = ("-std=c++20", "-fPIC", "-DVL_USER_FINISH", "-DVL_USER_STOP", "-DVL_USER_FATAL")
@@ -78,6 +81,8 @@ class RtlCard:
         Share of cycles, 0 to 0.9, in which each channel pauses at random.
     seed : int
         Of the pauses.
+    dram : perf.Dram, optional
+        One memory with these timings behind both ports, instead of a free bus for each.
     trace : path, optional
         Write a VCD waveform of everything there.
 
@@ -98,6 +103,7 @@ class RtlCard:
         outstanding: int = 32,
         stalls: float = 0.0,
         seed: int = 0,
+        dram: perf.Dram | None = None,
         trace: str | os.PathLike | None = None,
     ):
         if not 0 <= stalls <= 0.9:
@@ -112,6 +118,8 @@ class RtlCard:
         self._library.card_configure(
             self._handle, read_latency, write_latency, outstanding, seed, stalls, 50_000
         )
+        if dram is not None:
+            self._library.card_dram(self._handle, *astuple(dram))
         if trace is not None:
             self._library.card_trace(self._handle, os.fsencode(trace))
         self._attach(np.zeros(abi.BEAT_BYTES, np.uint8), np.zeros(abi.BEAT_BYTES, np.uint8))
@@ -219,7 +227,17 @@ class RtlCard:
         self._call("finish")
         self.last_run = {
             name: after[name] - before[name]
-            for name in ("cycle", "kv_bursts", "kv_beats", "job_bursts", "out_beats")
+            for name in (
+                "cycle",
+                "kv_bursts",
+                "kv_beats",
+                "job_bursts",
+                "job_beats",
+                "out_beats",
+                "dram_refresh_lost",
+                "dram_write_lost",
+                "kv_idle",
+            )
         }
         self.last_run["seconds"] = time.monotonic() - begin
 
@@ -396,6 +414,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "error": (text, [pointer]),
         "state": (text, [pointer]),
         "configure": (None, [pointer, u64, u64, u64, u64, ctypes.c_double, u64]),
+        "dram": (None, [pointer, *[u64] * 7]),
         "trace": (None, [pointer, text]),
         "memories": (None, [pointer, pointer, u64, u64, pointer, u64, u64]),
         "allow": (None, [pointer, u64, u64]),
