@@ -65,8 +65,8 @@ sim: setup ## all simulations of the whole kernel: Verilator and cocotb
 formal: setup ## prove properties of the gateware (needs the extra `formal`)
 	$(PYTEST) -m formal
 
-bench: setup ## measure the simulated kernel: cycles per second, beats used back to back
-	$(BIN)/python -m nearkv_sim.bench_rtl --config $(CONFIG)
+bench: setup ## measure: the simulated kernel's stream of beats (minutes)
+	$(BIN)/nearkv bench stream --config $(CONFIG)
 
 lint: setup ## check format and style
 	$(BIN)/ruff format --check .

@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-dir", metavar="DIR", help="where page files go (default: for temporary files)")
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
     add("--page-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    from . import bench
+
+    measure = commands.add_parser("bench", help="measure, beside the limit or a peer")
+    bench.add_arguments(measure)
+    measure.set_defaults(run=bench.run)
     return parser
 
 
