@@ -314,7 +314,7 @@ def write_partials(bench, rng, rows, specs, pauses, *, queue_error=0, bus_error=
 
     for stream, items, side in (
         (dut.i_job, infos, 0), (dut.i_faults_k, faults_k, 1), (dut.i_faults_v, faults_v, 2),
-        (dut.i_end, ends, 3), (dut.i, numbers, 4),
+        (dut.i_end, ends, 4), (dut.i, numbers, 3),
     ):  # fmt: skip
         run.source(stream, items, pauses(side))
     spans, data = run.sink(dut.spans, pauses(5)), run.sink(dut.o, pauses(6))
