@@ -165,7 +165,7 @@ class _Job:
             data = self.kv[address : address + self.layout.page_bytes]
             if len(data) < self.layout.page_bytes:
                 # What lies beyond the memory is answered with an error and no data.
-                data = np.resize(np.concatenate([data, [0]]), self.layout.page_bytes)
+                data = np.zeros(self.layout.page_bytes, np.uint8)
                 page_len, flags = 0, flags | Status.BUS_ERROR
             page = _Page(self.layout, data, page_len, flags)
             self._account(address, page_len)
