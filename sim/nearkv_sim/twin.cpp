@@ -274,7 +274,7 @@ class Card {
         uint64_t tiles = uint64_t(job.n_pages) * ((tokens + TILE_TOKENS - 1) / TILE_TOKENS);
         return (whole || small) && job.head_dim % BLOCK_TOKENS == 0 && 0 < job.head_dim &&
                job.head_dim <= max_head_dim_ && 1 <= job.group_size && job.group_size <= rows_ &&
-               job.kv_type < N_KV_TYPES && 1 <= job.n_pages && tiles <= MAX_TILES &&
+               job.kv_type < N_KV_TYPES && job.score_mantissa >> (SCALE_BITS - 1) == 1 && 1 <= job.n_pages && tiles <= MAX_TILES &&
                job.page_table % BEAT_BYTES == 0 && job.q % BEAT_BYTES == 0 && job.partial % BEAT_BYTES == 0;
     }
 
@@ -314,9 +314,10 @@ class Card {
         const abi::Job& fields = job.fields;
         query.head_dim = fields.head_dim, query.rows = job.rows, query.group_size = fields.group_size;
         query.kv_type = fields.kv_type, query.page_tokens = fields.page_tokens;
-        query.mantissa = fields.score_mantissa & ((1 << SCALE_BITS) - 1);
+        query.mantissa = fields.score_mantissa;
         query.shift = fields.score_shift;
         query.largest_exponent = Q_EXPONENT_MIN;
+        query.weighted_rows = 0;
         std::fill_n(query.weight_sum, job.rows, 0.0);
         for (int r = 0; r < fields.head_dim; r++) {
             abi::QRecord record;
@@ -329,6 +330,7 @@ class Card {
                 constexpr int drop = 32 - WEIGHT_BITS;
                 query.weight[i][r] = static_cast<int32_t>(uint32_t(record.weight[i]) << drop) >> drop;
                 query.weight_sum[i] += query.weight[i][r];
+                if (query.weight[i][r] != 0) query.weighted_rows = std::max(query.weighted_rows, i + 1);
             }
         }
     }
@@ -362,6 +364,10 @@ class Card {
         const uint8_t* v = kv_ + page.address + part_bytes(job.fields) + uint64_t(at.first) * BEAT_BYTES;
         tile.k = reinterpret_cast<const uint16_t*>(k);
         tile.v = reinterpret_cast<const uint16_t*>(v);
+        if (i + 1 < static_cast<int>(job.tiles.size())) {
+            const TileRef& next = job.tiles[i + 1];
+            tile.next_k = reinterpret_cast<const uint16_t*>(kv_ + job.pages[next.page].address) + next.first * head_dim;
+        }
         const size_t blocks = (at.tokens + LANES - 1) / LANES;
         check.crc_k = crc(0, k, blocks * head_dim * BEAT_BYTES);
         path.scores(worker.query, tile, worker.scratch, worker.sums);

@@ -24,6 +24,7 @@ constexpr int NO_TOP = -(1 << 20);  // of a sum to which nothing was added
 // What all tiles of a job share.
 struct Query {
     int head_dim, rows, group_size, kv_type, page_tokens;
+    int weighted_rows;  // rows from here on have no weight: the one that pads an odd group
     int64_t mantissa;
     int shift;
     int largest_exponent;                           // of all channels
@@ -52,6 +53,7 @@ struct Sums {
 struct Tile {
     const uint16_t* k;  // [block][channel][32]
     const uint16_t* v;  // of the first part; the next is page_tokens * 32 elements further
+    const uint16_t* next_k;  // of the tile that will follow, to fetch it from memory in time; or null
     int tokens;
     bool non_finite;  // found by the path
 };

@@ -22,9 +22,12 @@ struct Avx2 : Generic {
     // from zero. Elements have few enough bits that nothing else changes.
     static constexpr int SCALE_NUDGE = 1;
 
-    static F32 load_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-    static F32 load_bf16(const uint16_t* p) {
-        return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+    template <int MANTISSA_BITS>
+    static F32 load(const uint16_t* p) {
+        __m128i bits = _mm_loadu_si128((const __m128i*)p);
+        if constexpr (MANTISSA_BITS == BF16.mantissa_bits)
+            return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+        return _mm256_cvtph_ps(bits);
     }
     static F32 round(F32 element, F32 scale) { return _mm256_fmadd_ps(element, scale, all<F32>(BIAS)); }
     static F64 widen(const float* p) { return _mm256_cvtps_pd(_mm_load_ps(p)); }

@@ -21,9 +21,12 @@ struct Avx512 : Generic {
     static constexpr int ACCUMULATORS = 24, ROWS_AT_ONCE = 8;
     static constexpr int SCALE_NUDGE = 1;  // see twin_avx2.cpp
 
-    static F32 load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-    static F32 load_bf16(const uint16_t* p) {
-        return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+    template <int MANTISSA_BITS>
+    static F32 load(const uint16_t* p) {
+        __m256i bits = _mm256_loadu_si256((const __m256i*)p);
+        if constexpr (MANTISSA_BITS == BF16.mantissa_bits)
+            return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+        return _mm512_cvtph_ps(bits);
     }
     static F32 round(F32 element, F32 scale) { return _mm512_fmadd_ps(element, scale, all<F32>(BIAS)); }
     static F64 widen(const float* p) { return _mm512_cvtps_pd(_mm256_load_ps(p)); }

@@ -36,10 +36,10 @@ TWIN_INLINE V smaller(V a, V b) {
     return a < b ? a : b;
 }
 
-// A vector with one value in all lanes.
+// A vector with one value in all lanes. (x - 0 is x for every x; x + 0 is not for -0.)
 template <class V, class T>
 TWIN_INLINE V all(T value) {
-    return V{} + value;
+    return value - V{};
 }
 
 // Integers of magnitude below 2^51 lie in the low mantissa bits of x + MAGIC.
@@ -65,12 +65,6 @@ struct Generic {
     static I16 larger_16(I16 a, I16 b) { return larger(a, b); }
 };
 
-template <KvFormat FORMAT>
-struct Elements {
-    static constexpr int MAX_FIELD = (1 << FORMAT.exponent_bits) - 1;
-    static constexpr int MANTISSA_BITS = FORMAT.mantissa_bits;
-};
-
 struct Extent {
     int exponent;  // the largest of the block
     bool finite;
@@ -78,35 +72,41 @@ struct Extent {
 
 // The largest exponent of a block: of `n` rows whose own exponents are added, in its first `lanes` lanes.
 template <KvFormat FORMAT, class Simd>
-TWIN_INLINE Extent extent(const uint16_t* block, int n, const uint32_t* row_exponent, int lanes) {
+TWIN_INLINE Extent extent(const uint16_t* block, int n, const uint32_t* row_exponent, int largest_row_exponent,
+                          int lanes, const uint16_t* ahead) {
     constexpr int VECTORS = LANES / I16_LANES;
-    constexpr int16_t ONE = 1 << FORMAT.mantissa_bits;  // exponent field 1, which 0 counts as
-    I16 magnitude[VECTORS], total[VECTORS];
-    for (int v = 0; v < VECTORS; v++) magnitude[v] = all<I16>(ONE), total[v] = all<I16>(int16_t(-32768));
-    for (int r = 0; r < n; r++) {
-        I16 added = row_exponent ? (I16)all<U32>(row_exponent[r]) : I16{};
+    constexpr int16_t ONE = 1 << FORMAT.mantissa_bits;  // exponent field 1
+    // Of each lane: the largest exponent or, without row exponents, magnitude; and whether a magnitude
+    // plus one exponent reached the sign bit, which only Inf and NaN do.
+    I16 largest[VECTORS], reached[VECTORS];
+    for (int v = 0; v < VECTORS; v++) largest[v] = all<I16>(int16_t(-32768)), reached[v] = I16{};
+    for (ptrdiff_t r = 0; r < n; r++) {
+        if (r % 4 == 0) __builtin_prefetch(ahead + r / 4 * LANES, 0, 2);
         for (int v = 0; v < VECTORS; v++) {
-            I16 element = (I16) * (const U16Loose*)(block + r * LANES + v * I16_LANES);
-            element = Simd::larger_16(element & int16_t(0x7FFF), all<I16>(ONE));
-            magnitude[v] = Simd::larger_16(magnitude[v], element);
+            I16 magnitude = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES)) & int16_t(0x7FFF);
+            reached[v] |= magnitude + ONE;
             if (row_exponent) {
-                I16 field = (I16)((U16)element >> FORMAT.mantissa_bits);
-                total[v] = Simd::larger_16(total[v], field + added);
+                I16 field = (I16)((U16)magnitude >> FORMAT.mantissa_bits);
+                largest[v] = Simd::larger_16(largest[v], field + (I16)all<U32>(row_exponent[r]));
+            } else {
+                largest[v] = Simd::larger_16(largest[v], magnitude);
             }
         }
     }
-    alignas(64) int16_t magnitudes[LANES], totals[LANES];
+    alignas(64) int16_t most[LANES], any[LANES];
     for (int v = 0; v < VECTORS; v++) {
-        *(I16*)(magnitudes + v * I16_LANES) = magnitude[v];
-        *(I16*)(totals + v * I16_LANES) = total[v];
+        *(I16*)(most + v * I16_LANES) = largest[v];
+        *(I16*)(any + v * I16_LANES) = reached[v];
     }
-    int largest = -32768, largest_magnitude = ONE;
+    // Exponent field 0 counts as 1, so no row is below its own exponent plus 1.
+    int exponent = largest_row_exponent + 1;
+    bool finite = true;
     for (int t = 0; t < lanes; t++) {
-        if (totals[t] > largest) largest = totals[t];
-        if (magnitudes[t] > largest_magnitude) largest_magnitude = magnitudes[t];
+        int it = row_exponent ? most[t] : most[t] >> FORMAT.mantissa_bits;
+        if (it > exponent) exponent = it;
+        finite &= any[t] >= 0;
     }
-    int field = largest_magnitude >> FORMAT.mantissa_bits;
-    return {row_exponent ? largest : field, field < (1 << FORMAT.exponent_bits) - 1};
+    return {exponent, finite};
 }
 
 // x + BIAS of a block by the letter of align.model: any exponents, Inf and NaN.
@@ -124,10 +124,10 @@ static void align_exactly(const uint16_t* block, int n, const int32_t* row_expon
 }
 
 // The same with floating point operations, which scale by 2^k and round like it as long as 2^k and the
-// elements are finite floats.
+// elements are finite floats. Fetches as many bytes from `ahead`: the memory works while this computes.
 template <KvFormat FORMAT, class Simd>
 TWIN_INLINE void align(const uint16_t* block, int n, const int32_t* row_exponent, int largest_row_exponent,
-                       Extent extent, float* scale, float* x) {
+                       Extent extent, const uint16_t* ahead, float* scale, float* x) {
     const int base = FORMAT.unit - extent.exponent;
     if (!extent.finite || base + largest_row_exponent > 127) {
         align_exactly<FORMAT>(block, n, row_exponent, extent.exponent, x);
@@ -138,23 +138,19 @@ TWIN_INLINE void align(const uint16_t* block, int n, const int32_t* row_exponent
         if (row_exponent) power += *(const I32*)(row_exponent + r);
         *(I32*)(scale + r) = power > 0 ? (power << 23) | Simd::SCALE_NUDGE : I32{};
     }
-    for (int r = 0; r < n; r++) {
+    for (ptrdiff_t r = 0; r < n; r++, block += LANES, x += LANES) {
+        if (r % 4 == 0) __builtin_prefetch(ahead + (n + r) / 4 * LANES, 0, 2);
         F32 factor = all<F32>(scale[r]);
-        for (int t = r * LANES; t < (r + 1) * LANES; t += F32_LANES) {
-            F32 element;
-            if constexpr (FORMAT.mantissa_bits == 10)
-                element = Simd::load_fp16(block + t);
-            else
-                element = Simd::load_bf16(block + t);
-            *(F32*)(x + t) = Simd::round(element, factor);
-        }
+#pragma GCC unroll 16
+        for (int t = 0; t < LANES; t += F32_LANES)
+            *(F32*)(x + t) = Simd::round(Simd::template load<FORMAT.mantissa_bits>(block + t), factor);
     }
 }
 
 // out[row][lane] = sum over r of weight[row][r] * x[r][lane], for ROWS rows at once.
 template <int ROWS, class Simd>
 static void dot_rows(const float* x, int n, const double* weight, const double* weight_sum, double* out,
-                     int out_stride) {
+                     int out_stride, const uint16_t* ahead) {
     // As many lanes as the registers hold accumulators for.
     constexpr int VECTORS = ROWS * LANES / F64_LANES <= Simd::ACCUMULATORS ? LANES / F64_LANES
                             : ROWS * LANES / F64_LANES / 2 <= Simd::ACCUMULATORS
@@ -167,7 +163,9 @@ static void dot_rows(const float* x, int n, const double* weight, const double* 
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++) sum[i][v] = all<F64>(-double(BIAS) * weight_sum[i]);
-        for (int r = 0; r < n; r++) {
+#pragma GCC unroll 2
+        for (ptrdiff_t r = 0; r < n; r++) {
+            if (r % 2 == 0) __builtin_prefetch(ahead + r / 2 * LANES, 0, 2);
             F64 element[VECTORS];
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
@@ -190,13 +188,13 @@ static void dot_rows(const float* x, int n, const double* weight, const double* 
 
 template <class Simd, int ROWS = Simd::ROWS_AT_ONCE>
 static void dot(const float* x, int n, int rows, const double* weight, const double* weight_sum, double* out,
-                int out_stride) {
+                int out_stride, const uint16_t* ahead) {
     if constexpr (ROWS > 0) {
         while (rows >= ROWS) {
-            dot_rows<ROWS, Simd>(x, n, weight, weight_sum, out, out_stride);
+            dot_rows<ROWS, Simd>(x, n, weight, weight_sum, out, out_stride, ahead);
             rows -= ROWS, weight += ROWS * WEIGHT_STRIDE, weight_sum += ROWS, out += ROWS * out_stride;
         }
-        dot<Simd, ROWS - 1>(x, n, rows, weight, weight_sum, out, out_stride);
+        dot<Simd, ROWS - 1>(x, n, rows, weight, weight_sum, out, out_stride, ahead);
     }
 }
 
@@ -298,15 +296,19 @@ static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
     for (int b = 0; b < blocks; b++) {
         const uint16_t* k = tile.k + b * query.head_dim * LANES;
         const int lanes = tile.tokens - b * LANES < LANES ? tile.tokens - b * LANES : LANES;
-        Extent found = extent<FORMAT, Simd>(k, query.head_dim, query.exponent_pair, lanes);
+        // As many elements of V: whole parts if the head is as long as a tile, else about that.
+        const uint16_t* ahead = tile.v + ptrdiff_t(b) * query.head_dim / TILE_TOKENS * query.page_tokens * LANES +
+                                b * query.head_dim % TILE_TOKENS * LANES;
+        Extent found = extent<FORMAT, Simd>(k, query.head_dim, query.exponent_pair, query.largest_exponent,
+                                            lanes, ahead);
         tile.non_finite |= !found.finite;
-        align<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, scratch.scale,
-                            scratch.x);
-        dot<Simd>(scratch.x, query.head_dim, query.rows, query.weight[0], query.weight_sum,
-                  &scratch.raw[0][b * LANES], TILE_TOKENS);
+        align<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, ahead,
+                            scratch.scale, scratch.x);
+        dot<Simd>(scratch.x, query.head_dim, query.weighted_rows, query.weight[0], query.weight_sum,
+                  &scratch.raw[0][b * LANES], TILE_TOKENS, ahead + query.head_dim / 2 * LANES);
         for (int i = 0; i < query.rows; i++) {
             double* raw = &scratch.raw[i][b * LANES];
-            for (int t = lanes; t < LANES; t++) raw[t] = 0;
+            for (int t = i < query.weighted_rows ? lanes : 0; t < LANES; t++) raw[t] = 0;
             bool beyond = to_scores<Simd>(raw, query.mantissa, query.shift - found.exponent);
             sums.saturated |= beyond && i < query.group_size;
             for (int t = lanes; t < LANES; t++) reinterpret_cast<int64_t*>(raw)[t] = NO_SCORE;
@@ -332,13 +334,15 @@ static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
     for (int part = 0; part < query.head_dim / LANES; part++) {
         const uint16_t* v = tile.v + size_t(part) * query.page_tokens * LANES;
         int exponent = EXPONENT_FLOOR;
+        const uint16_t* ahead = (tile.next_k ? tile.next_k : v) + part * TILE_TOKENS * LANES;
         if (tile.tokens) {
-            Extent found = extent<FORMAT, Simd>(v, tile.tokens, nullptr, LANES);
+            Extent found = extent<FORMAT, Simd>(v, tile.tokens, nullptr, 0, LANES, ahead);
             tile.non_finite |= !found.finite;
             exponent = found.exponent;
-            align<FORMAT, Simd>(v, tile.tokens, nullptr, 0, found, scratch.scale, scratch.x);
+            align<FORMAT, Simd>(v, tile.tokens, nullptr, 0, found, ahead, scratch.scale, scratch.x);
         }
-        dot<Simd>(scratch.x, tile.tokens, query.rows, scratch.p[0], scratch.p_sum, scratch.o[0], LANES);
+        dot<Simd>(scratch.x, tile.tokens, query.rows, scratch.p[0], scratch.p_sum, scratch.o[0], LANES,
+                  ahead + tile.tokens / 2 * LANES);
         for (int i = 0; i < query.rows; i++)
             add<Simd>(sums.out[i][part], scratch.o[i], LANES, scratch.tile_max[i] + exponent);
     }

@@ -13,13 +13,12 @@ struct Portable : Generic {
     typedef uint16_t Half __attribute__((vector_size(8), may_alias, aligned(2)));
     typedef float Pair __attribute__((vector_size(8), may_alias, aligned(4)));
 
-    static F32 load_fp16(const uint16_t* p) {
+    template <int MANTISSA_BITS>
+    static F32 load(const uint16_t* p) {
         I32 bits = __builtin_convertvector(*(const Half*)p, I32);
+        if constexpr (MANTISSA_BITS == BF16.mantissa_bits) return (F32)(bits << 16);
         F32 magnitude = (F32)((bits & 0x7FFF) << 13) * 0x1p112f;  // the exponents' biases differ by 112
         return (F32)((I32)magnitude | (bits & 0x8000) << 16);
-    }
-    static F32 load_bf16(const uint16_t* p) {
-        return (F32)(__builtin_convertvector(*(const Half*)p, I32) << 16);
     }
     // Half away from zero: half an odd number of the last place is exact in a float up to 2^22.
     static F32 round(F32 element, F32 scale) {
