@@ -9,6 +9,7 @@ behind it. It simulates no cycle and no data. `nearkv bench stream` holds it aga
 """
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,9 +190,11 @@ class _Run:
             stalled_cycles=round(self.stalled),
         )
 
-    def _read(self, blocks: int, rows: int) -> list[float]:
-        """When each block of a pass can be issued, as far as reading goes."""
-        ready = []
+    def _read(self, blocks: int, rows: int) -> Iterator[float]:
+        """When each block of a pass can be issued, as far as reading goes.
+
+        Reading a block may need the room of the one before it: issue each before the next.
+        """
         for _ in range(blocks):
             for begin in range(0, rows, BURST_BEATS):
                 beats = min(BURST_BEATS, rows - begin)
@@ -201,8 +204,7 @@ class _Run:
                 start = max(self.read_end + 1, asked + READ_LATENCY)
                 self._move(start, max(beats, _BURST_OVERHEAD))
                 self.read_beats += beats
-            ready.append(self.read_end + _INSPECT)
-        return ready
+            yield self.read_end + _INSPECT
 
     def _move(self, start: float, beats: float) -> None:
         """The kv port reads, or in vain, for as long as the memory is busy with something else."""
