@@ -114,6 +114,7 @@ def loads(
     flash_write = token * on_flash * policy.write_copies
     on_card = share["card"] + share["card_dram"]
 
+    tail = 0.0  # seconds of CPU for what waits in host memory and is not a share of its own
     # Records between host and cards, per step. HILOS and INF2: q, k, v down and out up, in fp16.
     if policy.abi_jobs:
         down, up, n_jobs = traffic.job_bytes(
@@ -126,6 +127,7 @@ def loads(
         records = heads * width * (2 * model.group_size + 2)
         if policy.resend_tail:
             waiting = np.asarray(policy.writeback_steps) / 2
+            tail = heads * on_card * waiting * width / host.attention_bytes_per_s  # K only
             records = records + heads * waiting * (width + 2 * model.group_size)
         n_jobs, passes = 1, 1
     records = records * on_card
@@ -159,10 +161,13 @@ def loads(
     hbm = active + kv * (kv_share + x_share * (2 if not policy.absorb else 2 * rho))
     cpu_read = kv * share["dram_cpu"]
     dram = cpu_read + from_dram + w_dram
-    on_cpu = cpu_read / host.attention_bytes_per_s
+    # CPUs unpack to fp16 first: their rate is one of elements, whatever the type.
+    as_fp16 = model.kv_bytes("fp16") / model.kv_bytes(policy.kv_type)
+    on_cpu = cpu_read * as_fp16 / host.attention_bytes_per_s + tail
     if cards.on_host:
         dram = dram + 2 * card_read
-        on_cpu = on_cpu + engine
+        on_cpu = on_cpu + engine * as_fp16
+        engine = engine * as_fp16
     busy = {
         "drive": drive + blocked,
         "uplink": uplink / drives.uplink_bytes_per_s,
@@ -179,6 +184,10 @@ def loads(
         busy["dram"] = dram / host.memory_bytes_per_s
     if policy.serial_card:
         busy["card"] = p2p + engine + blocked
+        if policy.x_after_cards:
+            x_bytes, x_work = kv * rho * share["dram_x"], batch * context * share["dram_x"] * x_flops
+            busy["card"] = busy["card"] + x_bytes / gpu.link_bytes_per_s
+            busy["card"] = busy["card"] + x_work / (gpu.flops * p.gemm_efficiency)
     else:
         busy["p2p"], busy["engine"] = p2p, engine
     serial = {
@@ -194,6 +203,18 @@ def loads(
         "host memory": dram,
     }
     return Loads(busy, serial, moved)
+
+
+def pipeline_seconds(dense: Number, attention: Number, micro_batches: Number, n_layers: int):
+    """A step whose layers alternate between a dense stage and attention, in seconds.
+
+    A micro-batch needs its own attention before its next dense stage, so one alone overlaps nothing
+    and two overlap everything only if the stages are equal. `dense`, `attention`: seconds of the
+    whole step. `events.simulate_layers` is the same pipeline, event by event.
+    """
+    fill = np.minimum(dense, attention) / (micro_batches * n_layers)
+    steady = np.maximum(np.maximum(dense, attention), (dense + attention) / micro_batches)
+    return np.where(np.asarray(micro_batches) > 1, steady + fill, dense + attention)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Policy:
     buffered : flash reaches the GPU through the page cache and a copy (FlexGen), not directly
     serial_card : a card loads, then computes (HILOS); otherwise both at once
     small_requests : P2P reads per head and block, not in long extents (INF2)
+    x_after_cards : the GPU attends to its X when the cards are done, not beside them (INF2)
     sync_writes : new K and V are written synchronously every `writeback_steps` steps
     writeback_steps : tokens gathered before they go to flash
     resend_tail : the gathered tokens go to the cards at every step (HILOS)
@@ -47,6 +48,7 @@ class Policy:
     buffered: bool = False
     serial_card: bool = False
     small_requests: bool = False
+    x_after_cards: bool = False
     sync_writes: bool = False
     writeback_steps: Number = 1
     resend_tail: bool = False
@@ -111,6 +113,7 @@ def inf2(
         shares={"card": 1.0 - share, "dram_x": share},
         serial_card=True,
         small_requests=True,
+        x_after_cards=True,
         sync_writes=True,
         writeback_steps=2 if wb else 1,
     )
