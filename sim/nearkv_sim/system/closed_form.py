@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import traffic
-from .describe import KV_FORMATS, Machine, Model, Number, Parameters, Work, parameters
+from .describe import Machine, Model, Number, Parameters, Work, parameters
 from .policy import TIERS, Policy, weight_shares
 
 RESOURCES = {
@@ -355,4 +355,3 @@ def estimate(
     )
 
 
-__all__ = ["KV_FORMATS", "LINKS", "RESOURCES", "Estimate", "Loads", "estimate", "loads"]
