@@ -105,7 +105,8 @@ def loads(
     gpu, host, drives, cards = machine.gpu, machine.host, machine.drives, machine.cards
 
     active = model.active_weight_bytes(batch)
-    w_dram, w_flash = active * weights["dram"], active * weights["flash"]
+    streamed = active * policy.weight_passes
+    w_dram, w_flash = streamed * weights["dram"], streamed * weights["flash"]
     card_read = kv * share["card"] * policy.read_share
     x_read, kv_read = kv * rho * share["flash_x"], kv * share["flash_kv"]
     flash_read = card_read + x_read + kv_read + w_flash
@@ -314,8 +315,8 @@ def estimate(
     capacity = machine.drives.count * machine.drives.capacity_bytes
     feasible = (
         (batch >= 1)
-        & (stored + weights["flash"] * model.weight_bytes <= capacity)
-        & (batch * length * token * in_dram <= room * (1 + 1e-9))
+        & (stored + weights["flash"] * model.weight_bytes <= capacity * (1 + 1e-6))
+        & (batch * length * token * in_dram <= room * (1 + 1e-6))
     )
     uses_cards = np.asarray(shares.get("card", 0.0)) + shares.get("card_dram", 0.0) > 0
     feasible = feasible & (~uses_cards | (np.asarray(machine.cards.count) > 0))

@@ -266,10 +266,15 @@ def optimise_many(
     work: Work,
     limits: Limits | None = None,
     p: Parameters | None = None,
+    **facts,
 ) -> closed_form.Estimate:
-    """As `optimise`, for arrays of work or machines: 128-token pages, the smallest permitted type."""
+    """As `optimise`, for arrays of work or machines: 128-token pages, the smallest permitted type.
+
+    `facts` go to `policy.nearkv`. Points at which nothing fits are NaN.
+    """
     limits, p = limits or Limits(), p or parameters()
-    policy = nearkv(kv_type=min(limits.kv_types, key=lambda n: KV_FORMATS[n].element_bytes))
+    kv_type = min(limits.kv_types, key=lambda n: KV_FORMATS[n].element_bytes)
+    policy = nearkv(kv_type=kv_type, **facts)
     x = solve_many(programme(model, machine, work, policy, limits, p))
     shares, weights = _split(x)
     return closed_form.estimate(

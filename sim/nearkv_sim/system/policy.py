@@ -41,6 +41,7 @@ class Policy:
     write_copies : times K and V are written to flash (SparF keeps K twice)
     big_weights_on_flash : models above 100 B parameters keep what the GPU does not hold on flash
     shrink_batch : run the largest batch that host memory holds
+    weight_passes : times a step streams the weights that the GPU does not hold
     """
 
     name: str
@@ -58,6 +59,7 @@ class Policy:
     write_copies: float = 1.0
     big_weights_on_flash: bool = True
     shrink_batch: bool = False
+    weight_passes: Number = 1
     page_tokens: int = 128
     rows: int = 8
     kv_type: str = "fp16"
