@@ -235,5 +235,6 @@ def _what_if(args, model, machine, work) -> int:
         print(f"  {name:9}{seconds:10.4f} s  {bar:{BAR}}  {about}")
     print("\nmoved in a step")
     for name, size in plan["step_bytes"].items():
-        print(f"  {name:13}{size / 1e9:12.3f} GB")
+        about = " (of what is on the GPU link)" if name == "weights" else ""
+        print(f"  {name:13}{size / 1e9:12.3f} GB{about}")
     return 0

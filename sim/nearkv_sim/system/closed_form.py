@@ -30,7 +30,6 @@ RESOURCES = {
     "cpu": "attention on the CPUs",
     "dram": "host memory",
 }
-LINKS = ("flash read", "flash write", "uplink", "gpu link", "card memory", "host memory")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def loads(
     tail = 0.0  # seconds of CPU for what waits in host memory and is not a share of its own
     # Records between host and cards, per step. HILOS and INF2: q, k, v down and out up, in fp16.
     if policy.abi_jobs:
-        down, up, n_jobs = traffic.job_bytes(
+        down, up, _ = traffic.job_bytes(
             model.head_dim, model.group_size, policy.page_tokens, context, policy.rows
         )
         passes = -(-model.group_size // policy.rows)
@@ -130,7 +129,7 @@ def loads(
             waiting = np.asarray(policy.writeback_steps) / 2
             tail = heads * on_card * waiting * width / host.attention_bytes_per_s  # K only
             records = records + heads * waiting * (width + 2 * model.group_size)
-        n_jobs, passes = 1, 1
+        passes = 1
     records = records * on_card
 
     flash_rate, n_cards = machine.flash_read_bytes_per_s, np.maximum(cards.count, 1e-9)
@@ -193,13 +192,14 @@ def loads(
         busy["p2p"], busy["engine"] = p2p, engine
     serial = {
         "layers": model.n_layers * p.layer_seconds + 0 * batch,
-        "jobs": heads * n_jobs * p.job_seconds * on_card,
+        "jobs": heads * p.job_seconds * on_card,
     }
     moved = {
         "flash read": flash_read,
         "flash write": flash_write,
         "uplink": uplink,
         "gpu link": link,
+        "weights": w_dram + w_flash,
         "card memory": card_read + attended,
         "host memory": dram,
     }
@@ -316,7 +316,7 @@ def estimate(
     feasible = (
         (batch >= 1)
         & (stored + weights["flash"] * model.weight_bytes <= capacity * (1 + 1e-6))
-        & (batch * length * token * in_dram <= room * (1 + 1e-6))
+        & (batch * length * token * in_dram <= room + 1e-6 * machine.host.memory_bytes)
     )
     uses_cards = np.asarray(shares.get("card", 0.0)) + shares.get("card_dram", 0.0) > 0
     feasible = feasible & (~uses_cards | (np.asarray(machine.cards.count) > 0))

@@ -71,13 +71,13 @@ def programme(
     p = p or parameters()
     names = [*TIERS, *WEIGHTS]
 
-    def at(name: str | None):
-        shares = {name: 1.0} if name in TIERS else {}
-        weights = {w: float(w == name) for w in WEIGHTS}
+    def at(share: str | None = None, weight: str | None = None):
+        shares = {share: 1.0} if share else {}
+        weights = {w: float(w == weight) for w in WEIGHTS}
         return closed_form.loads(model, machine, work, policy, shares, weights, p)
 
-    base = at(None)
-    corners = [at(name) for name in names]
+    base = at()
+    corners = [at(share=tier) for tier in TIERS] + [at(weight=w) for w in WEIGHTS]
     rows, bounds = [], []
 
     def row(coefficients, step, bound):
@@ -108,6 +108,8 @@ def programme(
     # A page is half full in the mean; its tokens are in memory, on whichever side.
     waiting = np.minimum(1.0, policy.page_tokens / 2 / work.mean_context)
     row([-1.0 * (n in IN_MEMORY) for n in TIERS] + [0.0] * 3, 0.0, -waiting)
+    if not machine.has_cards:
+        row([1.0 * (n in ("card", "card_dram")) for n in TIERS] + [0.0] * 3, 0.0, 0.0)
     if limits.min_drive_years:
         seconds = limits.min_drive_years * 365.25 * 86400
         rate = drives.count * drives.write_endurance_bytes / seconds
@@ -130,10 +132,33 @@ def programme(
     )
 
 
+def _scaled(lp: Programme):
+    """(cost, upper, bound, unit): time in units of the best single tier, so that all is near one.
+
+    Coefficients above 10^5 units are cut off there: such a tier has no part in an optimum.
+    """
+    m, n = lp.upper.shape[-2:]
+    upper, bound = lp.upper.reshape(-1, m, n).copy(), lp.bound.reshape(-1, m).copy()
+    timed = upper[0, :, -1] == -1.0
+    unit = np.maximum(upper[:, timed, : len(TIERS)].max(axis=1).min(axis=1), 1e-12)
+    upper[:, timed, :-1] = np.minimum(upper[:, timed, :-1] / unit[:, None, None], 1e5)
+    bound[:, timed] /= unit[:, None]
+    # The row of drive life is in seconds as well, with `output` of them to a step.
+    cost = lp.cost.reshape(-1, n).copy()
+    cost[:, :-1] /= unit[:, None]
+    other = np.flatnonzero(~timed & (upper[0, :, -1] != 0))
+    upper[:, other, :-1] /= unit[:, None, None]
+    bound[:, other] /= unit[:, None]
+    return cost, upper, bound, unit
+
+
 def solve(lp: Programme) -> np.ndarray | None:
     """x of one programme by scipy's HiGHS; None if nothing is feasible."""
-    found = linprog(lp.cost, lp.upper, lp.bound, lp.equal, np.ones(2), method="highs")
-    return found.x if found.status == 0 else None
+    cost, upper, bound, unit = (v[0] for v in _scaled(lp))
+    found = linprog(cost, upper, bound, lp.equal, np.ones(2), method="highs")
+    if found.status:
+        return None
+    return np.append(found.x[:-1], found.x[-1] * unit)
 
 
 def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
@@ -148,24 +173,20 @@ def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
         parts = [slice(i, i + CHUNK) for i in range(0, len(flat[0]), CHUNK)]
         found = [solve_many(Programme(*(v[i] for v in flat), lp.equal), most_pivots) for i in parts]
         return np.concatenate(found).reshape(*shape, n)
-    upper, bound = lp.upper.reshape(-1, m, n).copy(), lp.bound.reshape(-1, m)
+    cost, upper, bound, unit = _scaled(lp)
     points, start = len(upper), [list(TIERS).index("flash_kv"), n - 2]
     timed = upper[0, :, -1] < 0
-    # A tier 10^4 times slower than the best has no part in the optimum; keep the numbers tame.
-    unit = np.maximum(upper[:, timed, : len(TIERS)].max(axis=1).min(axis=1), 1e-9)
-    upper[:, timed] = np.minimum(upper[:, timed], 1e4 * unit[:, None, None])
     # step = longest - slack: a variable that may start at zero.
-    longest = 10 * (upper[:, timed][:, :, start].sum(2) - bound[:, timed]).max(axis=1) + unit
-    upper[:, :, -1] *= -unit[:, None]
-    bound = bound + np.where(timed, longest[:, None], 0.0)
+    longest = 10 * (upper[:, timed][:, :, start].sum(2) - bound[:, timed]).max(axis=1) + 1
+    bound = bound - upper[:, :, -1] * longest[:, None]
+    upper[:, :, -1] *= -1
     norm = np.maximum(np.abs(upper).max(axis=2), 1e-12)
     width = n + m + m + 1  # variables, slacks, artificials, right-hand side
     t = np.zeros((points, m + 3, width))
     t[:, :m, :n], t[:, :m, -1] = upper / norm[:, :, None], bound / norm + 1e-10 * np.arange(1, m + 1)
     t[:, :m, n : n + m] = np.eye(m)
     t[:, m : m + 2, :n], t[:, m : m + 2, -1] = lp.equal, 1.0
-    cost = lp.cost.reshape(-1, n) / unit[:, None]
-    t[:, -1, :n], t[:, -1, n - 1] = cost, -cost[:, -1] * unit
+    t[:, -1, :n], t[:, -1, n - 1] = cost, -cost[:, -1]
     for row, column in enumerate(start, m):
         t -= t[:, :, column, None] * t[:, row, None, :] * (np.arange(m + 3) != row)[:, None]
     negative = t[:, :m, -1] < 0
@@ -196,7 +217,7 @@ def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
     value = np.zeros((points, width - 1))
     np.put_along_axis(value, basis, t[:, :-1, -1], axis=1)
     result = value[:, :n]
-    result[:, -1] = longest - result[:, -1] * unit
+    result[:, -1] = (longest - result[:, -1]) * unit
     result[(value[:, n + m :] > 1e-7).any(axis=1)] = np.nan
     result[left] = np.nan
     return result.reshape(*shape, n)
@@ -212,6 +233,20 @@ def _split(x: np.ndarray) -> tuple[dict, dict]:
         {name: tiers[..., i] for i, name in enumerate(TIERS)},
         {name: weights[..., i] for i, name in enumerate(WEIGHTS)},
     )
+
+
+def _batches(model, machine, work, kv_type, limits, p) -> list:
+    """Batches to try: all sequences, and as many as host memory holds (the rest wait their turn).
+
+    Few sequences at memory speed can beat many at the speed of flash. Exact steps of one sequence
+    would find no more: between the two, time grows in proportion to what is on flash.
+    """
+    weights = closed_form.weight_shares(model, machine, True, p.working_share)["dram"]
+    room = machine.host.memory_bytes - weights * model.weight_bytes
+    length = np.asarray(work.context, float) + work.output
+    held = np.floor(room / (length * model.kv_bytes(kv_type)))
+    whole = np.asarray(work.batch)
+    return [whole, np.clip(held, 1, whole), np.maximum(whole // 2, 1)]
 
 
 def optimise(
@@ -236,19 +271,21 @@ def optimise(
     """
     limits, p = limits or Limits(), p or parameters()
     best = None
+    read_share = page_filter if limits.sparse else 1.0
     for kv_type in limits.kv_types:
-        for page_tokens in PAGE_TOKENS:
-            read_share = page_filter if limits.sparse else 1.0
-            policy = nearkv(kv_type=kv_type, page_tokens=page_tokens, read_share=read_share)
-            x = solve(programme(model, machine, work, policy, limits, p))
-            if x is None:
-                continue
-            shares, weights = _split(x)
-            found = closed_form.estimate(
-                model, machine, work, replace(policy, shares=shares), weights=weights, p=p
-            )
-            if best is None or found.step_seconds < best.step_seconds * (1 - 1e-6):
-                best = found
+        for batch in _batches(model, machine, work, kv_type, limits, p):
+            part = replace(work, batch=batch)
+            for page_tokens in PAGE_TOKENS:
+                policy = nearkv(kv_type=kv_type, page_tokens=page_tokens, read_share=read_share)
+                x = solve(programme(model, machine, part, policy, limits, p))
+                if x is None:
+                    continue
+                shares, weights = _split(x)
+                found = closed_form.estimate(
+                    model, machine, part, replace(policy, shares=shares), weights=weights, p=p
+                )
+                if best is None or found.tokens_per_s > best.tokens_per_s * (1 + 1e-6):
+                    best = found
     if best is None:
         need = float(np.max(work.batch * (work.context + work.output) * model.kv_bytes()))
         raise ValueError(
@@ -275,10 +312,29 @@ def optimise_many(
     limits, p = limits or Limits(), p or parameters()
     kv_type = min(limits.kv_types, key=lambda n: KV_FORMATS[n].element_bytes)
     policy = nearkv(kv_type=kv_type, **facts)
-    x = solve_many(programme(model, machine, work, policy, limits, p))
-    shares, weights = _split(x)
+    best = None
+    for batch in _batches(model, machine, work, kv_type, limits, p):
+        part = replace(work, batch=batch)
+        x = solve_many(programme(model, machine, part, policy, limits, p))
+        if best is None:
+            best, chosen = x, np.broadcast_to(batch, x.shape[:-1])
+            fastest = batch / (x[..., -1] + _serial(model, machine, part, policy, x, p))
+            continue
+        rate = batch / (x[..., -1] + _serial(model, machine, part, policy, x, p))
+        better = ~(rate <= fastest * (1 + 1e-6)) & ~np.isnan(rate)
+        best, chosen = np.where(better[..., None], x, best), np.where(better, batch, chosen)
+    shares, weights = _split(best)
     return closed_form.estimate(
-        model, machine, work, replace(policy, shares=shares), weights=weights, p=p
+        model, machine, replace(work, batch=chosen), replace(policy, shares=shares),
+        weights=weights, p=p,
+    )  # fmt: skip
+
+
+def _serial(model, machine, work, policy, x, p):
+    """Seconds that nothing hides, of a programme's solution."""
+    shares, weights = _split(x)
+    return sum(
+        closed_form.loads(model, machine, work, policy, shares, weights, p).serial.values()
     )
 
 

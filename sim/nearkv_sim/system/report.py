@@ -7,6 +7,7 @@ from dataclasses import replace
 import html
 import io
 from pathlib import Path
+import re
 
 import numpy as np
 
@@ -135,13 +136,13 @@ def ablation(model: Model, machine: Machine, work: Work) -> list[tuple[str, str,
     shares = {"card": 1 - alphas, "flash_x": alphas}
     mixed = closed_form.estimate(model, machine, work, replace(best, shares=shares))
     return [
-        ("flexgen-ssd", "FlexGen(SSD)", rate(policy.flexgen_ssd())),
-        ("hilos", "near storage", rate(policy.hilos(model, machine, x=False, wb=False))),
-        ("hilos", "+ writeback", rate(policy.hilos(model, machine, x=False))),
-        ("hilos", "+ X-cache", rate(policy.hilos(model, machine))),
-        ("nearkv", "full pages,\nload beside compute", rate(near)),
-        ("nearkv", "+ X on the GPU,\nnever projected", float(np.nanmax(mixed.tokens_per_s))),
-        ("nearkv", "+ every tier,\nplanned", rate(best, optimise.Limits())),
+        ("flexgen-ssd", "FlexGen\n(SSD)", rate(policy.flexgen_ssd())),
+        ("hilos", "near\nstorage", rate(policy.hilos(model, machine, x=False, wb=False))),
+        ("hilos", "+ delayed\nwriteback", rate(policy.hilos(model, machine, x=False))),
+        ("hilos", "+ X-cache\n= HILOS", rate(policy.hilos(model, machine))),
+        ("nearkv", "cards alone:\nload beside\ncompute", rate(near)),
+        ("nearkv", "+ X on GPU,\nnever\nprojected", float(np.nanmax(mixed.tokens_per_s))),
+        ("nearkv", "+ every tier,\nplanned\n= nearkv", rate(best, optimise.Limits())),
         ("nearkv int8", "+ int8", rate(best, EIGHT_BIT)),
     ]
 
@@ -371,6 +372,7 @@ def write(
         figure.savefig(text, format="svg", metadata={"Date": None})
         pyplot.close(figure)
         svg = text.getvalue()
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = svg[svg.index("<svg") :].replace('id="', f'id="{name}-')
         svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
         svgs.append(f"<figure>{svg}</figure>")

@@ -41,19 +41,26 @@ class Point:
 
 
 WHY = {
-    "gpu link": "weights stream over each host's GPU link at every step, however few sequences share it",
-    "layers": "the host's work per layer does not shrink with the share of the context",
-    "network": "partials and activations cross the network at every layer",
-    "gpu": "the GPU computes all it can",
-    "hbm": "GPU memory feeds weights as fast as it can",
-    "drive": "flash is the limit: more cards still help",
-    "p2p": "flash into cards is the limit: more cards still help",
-    "engine": "the engines are the limit: more cards still help",
+    "layers": "the host's work per layer does not shrink with its share of the context",
+    "weights": "weights stream over each host's GPU link, however small its share of the context",
+    "network": "partials cross the network at every layer",
     "uplink": "the drives' shared link is full: more hosts help, more cards do not",
-    "cpu": "the CPUs' share of the context is at its limit",
-    "dram": "host memory is at its limit",
-    "jobs": "the host spends its time on job records",
+    "flash": "flash and what feeds beside it are full: more cards and more hosts both help",
+    "memory": "memories and links of the host are full, flash is not: more hosts help",
 }
+
+
+def _reason(estimate, step: float, layers: float, network: float, link_bytes_per_s: float):
+    """Key of `WHY`: what alone takes 40% of the step; otherwise what is full."""
+    streamed = float(np.ravel(estimate.loads.bytes["weights"])[0]) / link_bytes_per_s
+    alone = {"layers": layers, "weights": streamed, "network": network}
+    if (worst := max(alone, key=alone.get)) and alone[worst] >= 0.4 * step:
+        return worst
+    busy = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
+    full = {k for k, v in busy.items() if v >= 0.99 * max(busy.values())}
+    if full & {"drive", "p2p", "engine"}:
+        return "flash"
+    return "uplink" if "uplink" in full else "memory"
 
 
 def with_cards(machine: Machine, cards: int) -> Machine:
@@ -105,16 +112,17 @@ def spread(
         traffic = 0.0
     one = replace(work, batch=np.array([work.batch]))
     estimate = optimise.optimise_many(here, machine, one, limits, p, weight_passes=passes)
-    step = float(estimate.step_seconds[0]) if bool(estimate.feasible[0]) else np.nan
+    # Seconds until every sequence here has its next token, also if the plan takes them in waves.
+    step = float(work.batch / estimate.tokens_per_s[0])
     if not np.isfinite(step):
         return None
     # Layers' host time is per micro-batch in a pipeline: every host walks its layers `hosts` times.
+    waves = float(work.batch / np.ravel(estimate.batch)[0])
     layers = float(np.ravel(estimate.loads.serial["layers"])[0])
-    step += layers * (passes - 1)
-    times = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
-    times |= {"layers": layers * passes, "network": traffic}
+    step += layers * (passes - 1) * waves
     step = step + traffic if mode == "context" else max(step, traffic)
-    bottleneck = max(times, key=times.get)
+    link = float(machine.gpu.link_bytes_per_s) / waves
+    bottleneck = _reason(estimate, step, layers * passes * waves, traffic, link)
     return Point(
         hosts, int(machine.cards.count), mode, batch / step, step, 0.0, bottleneck, WHY[bottleneck]
     )
