@@ -106,22 +106,27 @@ def _reproduce(args) -> int:
     if args.json:
         print(json.dumps({
             "fitted": {n: {"value": v, "anchor": p.entries[n]["anchor"]} for n, v in p.fitted.items()},
+            "choices": published.choices(),
             "rows": [v.as_dict() for v in verdicts],
             "summary": report.summary(verdicts),
         }, indent=1))  # fmt: skip
         return 0
-    print(f"{'':2}{'row':26}{'published':>14}{'predicted':>16}{'error':>9}  claim")
+    print(f"{'':2}{'row':26}{'published':>14}{'predicted':>16}{'error':>9}{'8K-128K':>14}  claim")
     for v in verdicts:
         row = v.row.values
         mark = "*" if row.get("headline") else ""
         mark += "o" if row.get("circular") else ""
         got = "-" if v.low is None else _number(v.high if v.low == v.high else (v.low, v.high))
         error = "" if v.error is None else f"{v.error:+.1%}"
-        print(f"{mark:2}{row['id']:26}{_number(row['published']):>14}{got:>16}{error:>9}  {row['claim']}")
+        span = _number(v.span) if v.span else ""
+        print(f"{mark:2}{row['id']:26}{_number(row['published']):>14}{got:>16}{error:>9}{span:>14}"
+              f"  {row['claim']}")  # fmt: skip
         if not v.hit and row.get("why"):
             for line in textwrap.wrap(row["why"], 90):
                 print(f"{'':28}{line}")
     print(f"\n* headline   o circular: does not count\n{report.summary(verdicts)}")
+    for text in published.choices():
+        print(textwrap.fill(text, 100, initial_indent="chosen: ", subsequent_indent="        "))
     for name, value in p.fitted.items():
         print(f"fitted: {name} = {value:g}, for {p.entries[name]['anchor']}")
     return 0

@@ -67,3 +67,21 @@ def test_leaving_a_system_out_uses_none_of_its_rows():
     for system, got in found.items():
         assert got["rows"] == len(got["errors"])
         assert all(VERDICTS[row].row.system == system for row in got["errors"])
+
+
+def test_what_the_choices_say_is_what_the_model_gives():
+    """The numbers quoted in the choices and reasons of published.toml."""
+    by_id = {row.id: row for row in published.rows()}
+    p = parameters()
+
+    def at(name, **values):
+        return published.judge(by_id[name], p.with_(**values)).high
+
+    assert at("hilos-cost-66b", gemm_efficiency=0.6) == pytest.approx(1.8, abs=0.05)
+    assert at("hilos-cost-66b", gemm_efficiency=0.9) == pytest.approx(2.6, abs=0.05)
+    assert at("inst-20csd", job_seconds=5e-6) == pytest.approx(9.1, abs=0.1)
+    assert at("inst-20csd-sparf", job_seconds=3.7e-6) == pytest.approx(7.3, abs=0.1)
+    low, high = VERDICTS["hilos-ablation-wb"].span
+    assert (low, high) == (pytest.approx(1.1, abs=0.05), pytest.approx(2.4, abs=0.05))
+    low, high = VERDICTS["hilos-cost-175b"].span
+    assert low < 1.68 < high

@@ -350,7 +350,7 @@ def estimate(
         end_to_end_tokens_per_s=end_to_end,
         watts=watts,
         joules_per_token=joules,
-        usd_per_million_tokens=usd_per_s / end_to_end * 1e6,
+        usd_per_million_tokens=usd_per_s / np.where(end_to_end > 0, end_to_end, np.nan) * 1e6,
         drive_years=years,
         flash_bytes_per_request=per_request,
     )

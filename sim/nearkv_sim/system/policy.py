@@ -122,9 +122,12 @@ def inf2(
 
 
 def hilos_alpha(machine: Machine) -> Number:
-    """HILOS' rule, 2 B_PCI / (B_SSD + B_PCI), rounded to a power of two, at most 1."""
+    """HILOS' rule, 2 B_PCI / (B_SSD + B_PCI), rounded to a power of two: down, at most one half.
+
+    The notes say "rounded". Rounding up would give 1 below 16 drives: no work for the cards at all.
+    """
     pci, ssd = machine.drives.uplink_bytes_per_s, machine.flash_read_bytes_per_s
-    return np.minimum(1.0, 2.0 ** np.round(np.log2(2.0 * pci / (ssd + pci))))
+    return np.minimum(0.5, 2.0 ** np.floor(np.log2(2.0 * pci / (ssd + pci)) + 1e-9))
 
 
 def hilos(

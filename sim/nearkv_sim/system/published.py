@@ -26,6 +26,17 @@ NEUTRAL = {
     "small_request_bytes": 4194304,
 }
 TOLERANCE = 0.10
+SPAN = (8192, 16384, 32768, 65536, 131072)  # contexts over which an assumed one is varied
+
+
+@cache
+def _data() -> dict:
+    return tomllib.loads((HERE / "published.toml").read_text())
+
+
+def choices() -> list[str]:
+    """What no source settles and was chosen with the rows in view."""
+    return [choice["text"] for choice in _data()["choice"]]
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row with its prediction. `error` is signed and relative; 0 inside a published range."""
+    """A row with its prediction. `error` is signed and relative; 0 inside a published range.
+
+    `span` is what the same row gives from 8K to 128K, where its context is assumed.
+    """
 
     row: Row
     low: float | None
     high: float | None
     error: float | None
     at: str
+    span: tuple[float, float] | None = None
 
     @property
     def counts(self) -> bool:
@@ -87,14 +102,14 @@ class Verdict:
             "circular": row.get("circular", False),
             "counts": self.counts,
             "at": self.at,
+            "8K-128K": self.span,
             "why": row.get("why") if not self.hit else None,
         }
 
 
 @cache
 def rows() -> tuple[Row, ...]:
-    data = tomllib.loads((HERE / "published.toml").read_text())
-    return tuple(Row(row) for row in data["row"])
+    return tuple(Row(row) for row in _data()["row"])
 
 
 @cache
@@ -257,7 +272,11 @@ def judge(row: Row, p: Parameters | None = None) -> Verdict:
         error = 0.0
     else:
         error = got / (row.low if got < row.low else row.high) - 1
-    return Verdict(row, got, got, error, at or where)
+    span = None
+    if at.startswith("assumed") and row.contexts[0] >= SPAN[0]:
+        spread = PREDICTORS[row.predict](Row({**row.values, "contexts": SPAN}), p)
+        span = min(spread)[0], max(spread)[0]
+    return Verdict(row, got, got, error, at or where, span)
 
 
 def reproduce(p: Parameters | None = None) -> list[Verdict]:

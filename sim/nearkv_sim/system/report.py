@@ -387,17 +387,25 @@ def write(
     pyplot.close(figure)
 
     compared = []
-    for name, e in estimates(model, machine, replace(work, batch=np.array([work.batch])), p):
-        rate = float(np.ravel(e.tokens_per_s)[0])
-        one = [float(np.ravel(np.broadcast_to(v, (1,)))[0]) for v in (
-            e.step_seconds, e.end_to_end_tokens_per_s, e.joules_per_token,
-            e.usd_per_million_tokens, e.drive_years)]  # fmt: skip
-        fits = bool(np.ravel(e.feasible)[0])
-        compared.append([name, *([rate, *one[:2], e.bottleneck, *one[2:]] if fits
-                                 else ["does not fit", *[""] * 6])])  # fmt: skip
+    systems = [
+        (name, closed_form.estimate(model, machine, work,
+                                    policy.system(name, model, machine, work), p=p))
+        for name in policy.SYSTEMS
+    ]  # fmt: skip
+    systems.append(("nearkv", optimise.optimise(model, machine, work, p=p)))
+    systems.append(("nearkv int8", optimise.optimise(model, machine, work, EIGHT_BIT, p=p)))
+    for name, e in reversed(systems):
+        if not e.feasible:
+            compared.append([name, "does not fit", *[""] * 7])
+            continue
+        compared.append([
+            name, *(float(v) for v in (e.tokens_per_s, e.end_to_end_tokens_per_s, e.step_seconds)),
+            e.bottleneck, *(float(v) for v in (e.joules_per_token, e.usd_per_million_tokens)),
+            "> 1000" if e.drive_years > 1000 else float(e.drive_years), int(e.batch),
+        ])  # fmt: skip
     body = ["<h2>This work on this machine</h2>", _table(
-        ["system", "tokens/s", "step, s", "end to end, tokens/s", "bottleneck", "J/token",
-         "USD/M tokens", "drive life, years"], compared)]  # fmt: skip
+        ["system", "tokens/s", "end to end, tokens/s", "step, s", "bottleneck", "J/token",
+         "USD/M tokens", "drive life, years", "batch"], compared)]  # fmt: skip
     body.append('<h2>Figures</h2><div class="grid">' + "".join(svgs) + "</div>")
     if machine.has_cards:
         better = [
@@ -425,7 +433,8 @@ def write(
                          "efficiency", "bottleneck", "why it stops"], grown)]  # fmt: skip
     verdicts = published.reproduce(p)
     body += ["<h2>Published results, predicted</h2>", f"<p>{html.escape(summary(verdicts))}</p>",
-             reproduction_table(verdicts)]  # fmt: skip
+             reproduction_table(verdicts), "<p>Chosen, where no source settles it:</p><ul>",
+             *(f"<li>{html.escape(text)}</li>" for text in published.choices()), "</ul>"]  # fmt: skip
     constants = [[k, _number(p.values[k]), e["kind"], e["source"]]
                  for k, e in p.entries.items()]  # fmt: skip
     body += ["<h2>Parameters</h2>", _table(["name", "value", "kind", "source"], constants)]
@@ -448,11 +457,13 @@ def reproduction_table(verdicts) -> str:
         note = "; ".join(t for t in (v.at, "" if v.hit else row.get("why", "")) if t)
         error = "" if v.error is None else f"{v.error:+.1%}"
         got = "" if v.low is None else _number(v.high if v.low == v.high else (v.low, v.high))
-        lines.append([row.id, row.claim, row.grade, _number(row.published), got, error, note])
+        span = _number(v.span) if v.span else ""
+        lines.append([row.id, row.claim, row.grade, _number(row.published), got, error, span, note])
         circular = row.get("circular", False)
         classes.append("circular" if circular else "" if v.error is None else
                        "hit" if v.hit else "miss")  # fmt: skip
-    return _table(["id", "claim", "grade", "published", "predicted", "error", "note"], lines, classes)
+    return _table(["id", "claim", "grade", "published", "predicted", "error", "8K-128K", "note"],
+                  lines, classes)  # fmt: skip
 
 
 def summary(verdicts) -> str:
