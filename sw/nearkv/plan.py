@@ -7,7 +7,6 @@ The arithmetic is `nearkv_sim.system`, loaded when the command runs.
 import json
 from pathlib import Path
 import re
-import sys
 import textwrap
 
 ACCURACY = {"exact": 0.0, "8bit": 0.01, "4bit": 0.2}
@@ -15,7 +14,7 @@ BAR = 30
 
 
 def tokens(text: str) -> int:
-    """"128k", "1M" or "4096" as a number of tokens; k and M are powers of 1024.
+    """ "128k", "1M" or "4096" as a number of tokens; k and M are powers of 1024.
 
     Raises
     ------
@@ -48,35 +47,40 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Run `nearkv plan` with parsed arguments; the exit status."""
+    """Run `nearkv plan` with parsed arguments; the exit status.
+
+    Raises
+    ------
+    ValueError
+        If a name, a number or the work as a whole is not possible; the message says what is.
+    ImportError
+        If a package that the system model needs is missing.
+    """
     try:
         from nearkv_sim.system import describe
     except ImportError as error:
-        print(f"nearkv plan needs {error.name}: pip install {error.name}", file=sys.stderr)
-        return 1
-    try:
-        if args.list:
-            return _list(args, describe)
-        if args.reproduce:
-            return _reproduce(args)
-        if args.leave_one_out:
-            return _leave_one_out(args)
-        if args.batch < 1 or args.output < 1:
-            raise ValueError("--batch and --output must be at least 1")
-        model, machine = describe.load_model(args.model), describe.load_machine(args.machine)
-        work = describe.Work(batch=args.batch, context=args.context, output=args.output)
-        if args.sweep:
-            from nearkv_sim.system import report
+        raise ImportError(
+            f"nearkv plan needs the package {error.name}: pip install 'nearkv[plan]'"
+        ) from error
+    if args.list:
+        return _list(args, describe)
+    if args.reproduce:
+        return _reproduce(args)
+    if args.leave_one_out:
+        return _leave_one_out(args)
+    if args.batch < 1 or args.output < 1:
+        raise ValueError("--batch and --output must be at least 1")
+    model, machine = describe.load_model(args.model), describe.load_machine(args.machine)
+    work = describe.Work(batch=args.batch, context=args.context, output=args.output)
+    if args.sweep:
+        from nearkv_sim.system import report
 
-            for path in report.write(model, machine, work, args.sweep):
-                print(path)
-            return 0
-        if args.scale:
-            return _scale(args, model, machine, work)
-        return _what_if(args, model, machine, work)
-    except ValueError as error:
-        print(f"nearkv plan: {error}", file=sys.stderr)
-        return 2
+        for path in report.write(model, machine, work, args.sweep):
+            print(path)
+        return 0
+    if args.scale:
+        return _scale(args, model, machine, work)
+    return _what_if(args, model, machine, work)
 
 
 def _list(args, describe) -> int:
@@ -230,7 +234,9 @@ def _what_if(args, model, machine, work) -> int:
     for tier, share in plan["shares"].items():
         print(f"  {share:7.1%}  {policy.TIERS[tier]}")
     held = {"gpu": "GPU memory", "dram": "host memory", "flash": "flash"}
-    print("  weights: " + ", ".join(f"{v:.0%} in {held[k]}" for k, v in plan["weights"].items() if v))
+    print(
+        "  weights: " + ", ".join(f"{v:.0%} in {held[k]}" for k, v in plan["weights"].items() if v)
+    )
     print("\nbusy in a step")
     times = {**plan["busy_seconds"], **plan["serial_seconds"]}
     longest = max(times.values())

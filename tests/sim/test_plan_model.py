@@ -69,7 +69,8 @@ def test_a_machine_of_ones_own_inherits(tmp_path):
     own.write_text('base = "smartssd-x16"\nsource = "mine"\n[gpu]\nlink_bytes_per_s = 50e9\n')
     machine, base = load_machine(str(own)), load_machine("smartssd-x16")
     assert machine.gpu.link_bytes_per_s == 50e9
-    assert machine.gpu.flops == base.gpu.flops and machine.drives == base.drives
+    assert machine.gpu.flops == base.gpu.flops
+    assert machine.drives == base.drives
 
 
 @pytest.mark.parametrize(

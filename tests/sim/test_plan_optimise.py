@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimiser: optimal, within its limits, never worse than what is published."""
 
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
@@ -100,9 +101,7 @@ def test_never_worse_than_a_published_policy(machine, model, batch, context_log2
         if not other.feasible:
             continue
         if name == "instinfer-sparf":
-            sparse = sparse or optimise.optimise(
-                model, machine, work, optimise.Limits(sparse=True)
-            )
+            sparse = sparse or optimise.optimise(model, machine, work, optimise.Limits(sparse=True))
             mine = sparse
         else:
             exact = exact or optimise.optimise(model, machine, work)
@@ -133,9 +132,7 @@ def test_all_at_once_equals_one_at_a_time(model_name, machine_name):
     lp = optimise.programme(model, machine, work, policy.nearkv(), optimise.Limits())
     many = optimise.solve_many(lp)
     for i in range(60):
-        one = optimise.solve(
-            optimise.Programme(lp.cost[i], lp.upper[i], lp.bound[i], lp.equal)
-        )
+        one = optimise.solve(optimise.Programme(lp.cost[i], lp.upper[i], lp.bound[i], lp.equal))
         if one is None:
             assert np.isnan(many[i]).all()
         else:
@@ -191,7 +188,8 @@ def test_x_is_left_alone_where_it_is_larger_than_k_and_v():
     model, machine = load_model("qwen2.5-32b"), load_machine("smartssd-x16")
     plan = optimise.optimise(model, machine, Work(batch=16, context=131072))
     assert model.rho > 1
-    assert plan.shares["flash_x"] == 0 and plan.shares["dram_x"] == 0
+    assert plan.shares["flash_x"] == 0
+    assert plan.shares["dram_x"] == 0
 
 
 def test_two_micro_batches_overlap_two_stages():

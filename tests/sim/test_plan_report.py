@@ -59,7 +59,8 @@ def test_the_report_needs_no_network(tmp_path):
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert rows and tuple(rows[0]) == report.COLUMNS
+    assert rows
+    assert tuple(rows[0]) == report.COLUMNS
 
 
 def test_gains_over_the_best_other_system_are_never_below_one():
@@ -80,13 +81,15 @@ def test_what_if_answers_every_question(capsys):
     assert all(keys <= set(e) for e in systems.values())
     assert call("--context", "128k") == 0
     text = capsys.readouterr().out
-    assert "bottleneck" in text and "busy in a step" in text and "moved in a step" in text
+    for part in ("bottleneck", "busy in a step", "moved in a step"):
+        assert part in text
 
 
 def test_reproduce_prints_every_row_and_its_reason(capsys):
     assert call("--reproduce") == 0
     text = capsys.readouterr().out
-    assert "hilos-best" in text and "fitted: small_write_seconds" in text
+    assert "hilos-best" in text
+    assert "fitted: small_write_seconds" in text
     assert call("--reproduce", "--json") == 0
     data = json.loads(capsys.readouterr().out)
     assert len(data["fitted"]) == 3
@@ -102,9 +105,9 @@ def test_reproduce_prints_every_row_and_its_reason(capsys):
         (("--model", "opt-175b", "--machine", "nvme-twin", "--context", "16M"), "no plan fits"),
     ],
 )
-def test_a_wrong_question_is_refused_in_words(capsys, words, message):
-    assert call(*words) == 2
-    assert message in capsys.readouterr().err
+def test_a_wrong_question_is_refused_in_words(words, message):
+    with pytest.raises(ValueError, match=message):
+        call(*words)
 
 
 def test_lengths_are_read_as_people_write_them():
@@ -112,7 +115,7 @@ def test_lengths_are_read_as_people_write_them():
     assert plan.tokens("1M") == 1 << 20
     assert plan.tokens("4096") == 4096
     for bad in ("0", "-1", "1.5k", "k", ""):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="a number of tokens such as"):
             plan.tokens(bad)
 
 

@@ -185,7 +185,10 @@ def loads(
     if policy.serial_card:
         busy["card"] = p2p + engine + blocked
         if policy.x_after_cards:
-            x_bytes, x_work = kv * rho * share["dram_x"], batch * context * share["dram_x"] * x_flops
+            x_bytes, x_work = (
+                kv * rho * share["dram_x"],
+                batch * context * share["dram_x"] * x_flops,
+            )
             busy["card"] = busy["card"] + x_bytes / gpu.link_bytes_per_s
             busy["card"] = busy["card"] + x_work / (gpu.flops * p.gemm_efficiency)
     else:
@@ -354,5 +357,3 @@ def estimate(
         drive_years=years,
         flash_bytes_per_request=per_request,
     )
-
-

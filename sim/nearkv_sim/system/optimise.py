@@ -127,9 +127,7 @@ def programme(
     n = len(names) + 1
     equal = np.zeros((2, n))
     equal[0, : len(TIERS)], equal[1, len(TIERS) : -1] = 1.0, 1.0
-    return Programme(
-        pack(cost), np.stack([pack(r) for r in rows], axis=-2), pack(bounds), equal
-    )
+    return Programme(pack(cost), np.stack([pack(r) for r in rows], axis=-2), pack(bounds), equal)
 
 
 def _scaled(lp: Programme):
@@ -183,7 +181,10 @@ def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
     norm = np.maximum(np.abs(upper).max(axis=2), 1e-12)
     width = n + m + m + 1  # variables, slacks, artificials, right-hand side
     t = np.zeros((points, m + 3, width))
-    t[:, :m, :n], t[:, :m, -1] = upper / norm[:, :, None], bound / norm + 1e-10 * np.arange(1, m + 1)
+    t[:, :m, :n], t[:, :m, -1] = (
+        upper / norm[:, :, None],
+        bound / norm + 1e-10 * np.arange(1, m + 1),
+    )
     t[:, :m, n : n + m] = np.eye(m)
     t[:, m : m + 2, :n], t[:, m : m + 2, -1] = lp.equal, 1.0
     t[:, -1, :n], t[:, -1, n - 1] = cost, -cost[:, -1]
@@ -333,9 +334,7 @@ def optimise_many(
 def _serial(model, machine, work, policy, x, p):
     """Seconds that nothing hides, of a programme's solution."""
     shares, weights = _split(x)
-    return sum(
-        closed_form.loads(model, machine, work, policy, shares, weights, p).serial.values()
-    )
+    return sum(closed_form.loads(model, machine, work, policy, shares, weights, p).serial.values())
 
 
 def micro_batches(model: Model, work: Work, estimate: closed_form.Estimate) -> int:
@@ -352,4 +351,6 @@ def stages(estimate: closed_form.Estimate) -> tuple[float, float]:
     """Seconds of a step in the dense stage (GPU, its link) and in attention (everything else)."""
     busy = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
     dense = max(busy[k] for k in ("gpu", "hbm", "gpu link"))
-    return dense, max((v for k, v in busy.items() if k not in ("gpu", "hbm", "gpu link")), default=0)
+    return dense, max(
+        (v for k, v in busy.items() if k not in ("gpu", "hbm", "gpu link")), default=0
+    )

@@ -373,6 +373,7 @@ def settle_traffic(target: float = 0.88, tolerance: float = 0.01) -> list[dict]:
                     b, _ = _side({"system": "flexgen-ssd", "machine": "inf2-a100-ssd"},
                                  model, context, batch, 64, parameters())  # fmt: skip
                     for link in ("uplink", "gpu link"):
+
                         def read(e, link=link):
                             spill = e.loads.bytes["flash write"] if link == "uplink" else 0.0
                             return float(e.loads.bytes[link] - spill)

@@ -128,7 +128,9 @@ def ablation(model: Model, machine: Machine, work: Work) -> list[tuple[str, str,
     def rate(chosen, limits=None, **facts):
         if limits is not None:
             return float(optimise.optimise(model, machine, work, limits).tokens_per_s)
-        return float(closed_form.estimate(model, machine, work, replace(chosen, **facts)).tokens_per_s)
+        return float(
+            closed_form.estimate(model, machine, work, replace(chosen, **facts)).tokens_per_s
+        )
 
     near = policy.nearkv(shares={"card": 1.0})
     best = policy.nearkv(shares=None)
@@ -216,7 +218,9 @@ def plot_ablation(axis, model, machine, work):
     axis.set_ylim(0, max(rates) * 1.2)
     axis.set_ylabel("tokens/s")
     axis.grid(axis="x", visible=False)
-    axis.set_title(f"What each step adds: {model.name}, {_tokens(work.context)}, batch {work.batch}")
+    axis.set_title(
+        f"What each step adds: {model.name}, {_tokens(work.context)}, batch {work.batch}"
+    )
 
 
 def plot_roofline(axis, machine: Machine, p: Parameters):
@@ -231,7 +235,9 @@ def plot_roofline(axis, machine: Machine, p: Parameters):
         (memory, f"card memory, {memory / 1e9:.3g} GB/s", "#d9822b"),
         (p.engine_bytes_per_s, f"engine, {p.engine_bytes_per_s / 1e9:.3g} GB/s", "#12a150"),
     ):
-        axis.plot(intensity, np.minimum(intensity * rate, peak) / 1e9, color=colour, lw=2, label=label)
+        axis.plot(
+            intensity, np.minimum(intensity * rate, peak) / 1e9, color=colour, lw=2, label=label
+        )
     axis.axhline(peak / 1e9, color="#888", lw=1, ls=":")
     axis.annotate("8 rows x 32 lanes at 296 MHz", (intensity[0], peak / 1e9), fontsize=8,
                   va="bottom", color="#666")  # fmt: skip

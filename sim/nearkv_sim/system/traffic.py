@@ -17,11 +17,12 @@ class Traffic:
     """Bytes (and counts) of a step; traffics add.
 
     n_jobs : jobs answered by cards
-    n_pages : page table entries of those jobs
+    n_pages : pages attended to
     n_launches : times a queue was started; each writes one summary
     flash_read_bytes : whole pages from flash into card slots
     kv_bytes : read on `m_axi_kv`; equals 64 x the summary's `kv_beats`
-    job_bytes, entry_bytes, q_bytes : records the host writes into job memory
+    job_bytes, entry_bytes, q_bytes : records the host writes into job memory; page tables in beats
+    cleared_bytes : zeros the host writes where partials will be, so that no old status is believed
     partial_bytes : written on `m_axi_job`; equals 64 x the summary's `partial_beats`
     summary_bytes : one summary a launch
     flash_write_bytes : full pages spilled from host memory
@@ -35,6 +36,7 @@ class Traffic:
     job_bytes: int = 0
     entry_bytes: int = 0
     q_bytes: int = 0
+    cleared_bytes: int = 0
     partial_bytes: int = 0
     summary_bytes: int = 0
     flash_write_bytes: int = 0
@@ -42,7 +44,7 @@ class Traffic:
     @property
     def down_bytes(self) -> int:
         """Host to cards."""
-        return self.job_bytes + self.entry_bytes + self.q_bytes
+        return self.job_bytes + self.entry_bytes + self.q_bytes + self.cleared_bytes
 
     @property
     def up_bytes(self) -> int:
@@ -58,8 +60,22 @@ def pages_per_job(page_tokens: int) -> int:
     return abi.MAX_TILES * abi.TILE_TOKENS // max(page_tokens, abi.TILE_TOKENS)
 
 
+def slices(group_size: int, rows: int) -> tuple[int, int]:
+    """(jobs, query heads of each) that a group takes on an array of so many rows."""
+    count = -(-group_size // rows)
+    return count, -(-group_size // count)
+
+
+def _table_bytes(n_pages):
+    return -(-n_pages * abi.PAGE_ENTRY.bytes // abi.BEAT_BYTES) * abi.BEAT_BYTES
+
+
 def head_traffic(
-    layout: abi.PageLayout, page_lens: Iterable[int], group_size: int, rows: int = 8
+    layout: abi.PageLayout,
+    page_lens: Iterable[int],
+    group_size: int,
+    rows: int = 8,
+    span_pages: int | None = None,
 ) -> Traffic:
     """One KV head of one sequence and layer, attended by its group of query heads.
 
@@ -69,28 +85,32 @@ def head_traffic(
     page_lens : iterable of int
         Valid tokens of each page the card attends to.
     group_size : int
-        Query heads that share the KV head. More than `rows` take several jobs over the same pages;
+        Query heads that share the KV head. More than `rows` take several jobs over one page table;
         the pages are read from flash once, since they stay in their slots.
     rows : int
         Rows of the built array, `nearkv_hw.config.Config.rows`.
+    span_pages : int, optional
+        Most pages of a job, if the card's memory holds fewer than `pages_per_job`.
     """
     page_lens = list(page_lens)
     if not page_lens:
         return Traffic()
-    limit = pages_per_job(layout.page_tokens)
-    groups = [min(rows, group_size - at) for at in range(0, group_size, rows)]
-    spans = -(-len(page_lens) // limit)
-    n_jobs = spans * len(groups)
+    limit = min(pages_per_job(layout.page_tokens), span_pages or len(page_lens))
+    spans = [len(page_lens[at : at + limit]) for at in range(0, len(page_lens), limit)]
+    count, width = slices(group_size, rows)
+    n_jobs = len(spans) * count
     kv = sum(n for length in page_lens for _, n in layout.k_spans(length) + layout.v_spans(length))
+    partial = n_jobs * abi.partial_bytes(layout.head_dim, width)
     return Traffic(
         n_jobs=n_jobs,
-        n_pages=len(page_lens) * len(groups),
+        n_pages=len(page_lens),
         flash_read_bytes=len(page_lens) * layout.page_bytes,
-        kv_bytes=kv * len(groups),
+        kv_bytes=kv * count,
         job_bytes=n_jobs * abi.JOB.bytes,
-        entry_bytes=len(page_lens) * len(groups) * abi.PAGE_ENTRY.bytes,
+        entry_bytes=sum(map(_table_bytes, spans)),
         q_bytes=n_jobs * layout.head_dim * abi.Q_RECORD.bytes,
-        partial_bytes=spans * sum(abi.partial_bytes(layout.head_dim, g) for g in groups),
+        cleared_bytes=partial,
+        partial_bytes=partial,
     )
 
 
@@ -102,6 +122,7 @@ def decode_traffic(
     n_q_heads: int,
     n_kv_heads: int,
     rows: int = 8,
+    span_pages: int | None = None,
     n_launches: int = 0,
     spilled_pages: int = 0,
 ) -> Traffic:
@@ -114,10 +135,10 @@ def decode_traffic(
         Full pages of each sequence (per layer and KV head).
     n_layers, n_q_heads, n_kv_heads : int
         Shape of the model.
-    rows : int
-        Rows of the built array.
+    rows, span_pages : int
+        As for `head_traffic`.
     n_launches : int
-        Queues started in the step: cards x layers if each layer is one queue a card.
+        Queues started in the step: one a layer and card if a layer's pages fit the card's memory.
     spilled_pages : int
         Pages written in this step, all layers, sequences and heads together.
 
@@ -132,7 +153,8 @@ def decode_traffic(
         flash_write_bytes=spilled_pages * layout.page_bytes,
     )
     for pages in stored_pages:
-        head = head_traffic(layout, [layout.page_tokens] * pages, n_q_heads // n_kv_heads, rows)
+        lens, group = [layout.page_tokens] * pages, n_q_heads // n_kv_heads
+        head = head_traffic(layout, lens, group, rows, span_pages)
         heads = n_layers * n_kv_heads
         total += Traffic(*(heads * getattr(head, f.name) for f in fields(Traffic)))
     return total
@@ -147,11 +169,10 @@ def job_bytes(head_dim: int, group_size: int, page_tokens: int, context, rows: i
         Bytes down, bytes up, jobs, per (sequence, layer, KV head). Fractional pages are allowed.
     """
     head_dim = -(-head_dim // abi.BLOCK_TOKENS) * abi.BLOCK_TOKENS
-    groups = [min(rows, group_size - at) for at in range(0, group_size, rows)]
+    count, width = slices(group_size, rows)
     pages = context / page_tokens
     spans = -(-pages // pages_per_job(page_tokens))
-    jobs = spans * len(groups)
-    down = jobs * (abi.JOB.bytes + head_dim * abi.Q_RECORD.bytes)
-    down = down + pages * len(groups) * abi.PAGE_ENTRY.bytes
-    up = spans * sum(abi.partial_bytes(head_dim, g) for g in groups)
+    jobs = spans * count
+    up = jobs * abi.partial_bytes(head_dim, width)
+    down = jobs * (abi.JOB.bytes + head_dim * abi.Q_RECORD.bytes) + _table_bytes(pages) + up
     return down, up, jobs
