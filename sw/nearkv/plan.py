@@ -41,6 +41,7 @@ def add_arguments(parser) -> None:
     add("--reproduce", action="store_true", help="published results beside what the model predicts")
     add("--leave-one-out", action="store_true", help="fit without each system, then predict it")
     add("--scale", action="store_true", help="hosts x cards, and where more stop helping")
+    add("--events", action="store_true", help="also simulate the step event by event")
     add("--sweep", type=Path, metavar="DIR", help="write sweep.csv, report.html and report.png")
     add("--list", action="store_true", help="models and machines that come with the package")
     add("--json", action="store_true", help="print JSON")
@@ -209,6 +210,8 @@ def _what_if(args, model, machine, work) -> int:
     for name in policy.SYSTEMS:
         chosen = policy.system(name, model, machine, work)
         found.append(_as_dict(name, closed_form.estimate(model, machine, work, chosen)))
+    if args.events and machine.has_cards:
+        found[0]["simulated"] = _simulate(model, machine, work, best)
     if args.json:
         clean = json.loads(json.dumps(found), parse_constant=lambda _: None)
         print(json.dumps({"model": model.name, "machine": machine.name, "batch": args.batch,
@@ -248,4 +251,29 @@ def _what_if(args, model, machine, work) -> int:
     for name, size in plan["step_bytes"].items():
         about = " (of what is on the GPU link)" if name == "weights" else ""
         print(f"  {name:13}{size / 1e9:12.3f} GB{about}")
+    if simulated := plan.get("simulated"):
+        print("\nthe cards' part of the step, event by event")
+        for parts, row in simulated.items():
+            print(f"  {parts} micro-batches: {row['equal']:.3f} s for equal contexts, "
+                  f"{row['ragged']:.3f} s for contexts from none to twice the mean")  # fmt: skip
     return 0
+
+
+def _simulate(model, machine, work, estimate) -> dict:
+    """Seconds of the step for 1, 2 and 4 micro-batches, contexts equal and ragged."""
+    import numpy as np
+
+    from nearkv_sim.system import events
+
+    batch, mean = int(estimate.batch), float(work.mean_context)
+    ragged = np.linspace(0, 2, batch + 2)[1:-1] * mean
+    return {
+        parts: {
+            name: events.simulate_plan(
+                model, machine, contexts, estimate, micro_batches=parts, most_extents=8
+            ).seconds
+            for name, contexts in (("equal", np.full(batch, mean)), ("ragged", ragged))
+        }
+        for parts in (1, 2, 4)
+        if parts <= batch
+    }

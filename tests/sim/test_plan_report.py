@@ -79,6 +79,8 @@ def test_what_if_answers_every_question(capsys):
     keys = {"tokens_per_s", "busy_seconds", "bottleneck", "step_bytes", "joules_per_token",
             "usd_per_million_tokens", "drive_years"}  # fmt: skip
     assert all(keys <= set(e) for e in systems.values())
+    assert call("--model", "qwen2.5-7b", "--machine", "smartssd-x4", "--events") == 0
+    assert "event by event" in capsys.readouterr().out
     assert call("--context", "128k") == 0
     text = capsys.readouterr().out
     for part in ("bottleneck", "busy in a step", "moved in a step"):

@@ -167,9 +167,12 @@ def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
     """
     shape, (m, n) = lp.upper.shape[:-2], lp.upper.shape[-2:]
     if lp.upper.size > CHUNK * m * n:  # what is worked on stays in the cache
-        flat = [v.reshape(-1, *v.shape[len(shape) :]) for v in (lp.cost, lp.upper, lp.bound)]
-        parts = [slice(i, i + CHUNK) for i in range(0, len(flat[0]), CHUNK)]
-        found = [solve_many(Programme(*(v[i] for v in flat), lp.equal), most_pivots) for i in parts]
+        cost, upper = lp.cost.reshape(-1, n), lp.upper.reshape(-1, m, n)
+        bound = lp.bound.reshape(-1, m)
+        parts = [slice(i, i + CHUNK) for i in range(0, len(cost), CHUNK)]
+        found = [
+            solve_many(Programme(cost[i], upper[i], bound[i], lp.equal), most_pivots) for i in parts
+        ]
         return np.concatenate(found).reshape(*shape, n)
     cost, upper, bound, unit = _scaled(lp)
     points, start = len(upper), [list(TIERS).index("flash_kv"), n - 2]
@@ -313,18 +316,19 @@ def optimise_many(
     limits, p = limits or Limits(), p or parameters()
     kv_type = min(limits.kv_types, key=lambda n: KV_FORMATS[n].element_bytes)
     policy = nearkv(kv_type=kv_type, **facts)
-    best = None
-    for batch in _batches(model, machine, work, kv_type, limits, p):
+    plans, rates = [], []
+    batches = _batches(model, machine, work, kv_type, limits, p)
+    for batch in batches:
         part = replace(work, batch=batch)
         x = solve_many(programme(model, machine, part, policy, limits, p))
-        if best is None:
-            best, chosen = x, np.broadcast_to(batch, x.shape[:-1])
-            fastest = batch / (x[..., -1] + _serial(model, machine, part, policy, x, p))
-            continue
         rate = batch / (x[..., -1] + _serial(model, machine, part, policy, x, p))
-        better = ~(rate <= fastest * (1 + 1e-6)) & ~np.isnan(rate)
-        best, chosen = np.where(better[..., None], x, best), np.where(better, batch, chosen)
-    shares, weights = _split(best)
+        plans.append(x)
+        rates.append(np.where(np.isnan(rate), -1.0, rate))
+    batches = np.stack([np.broadcast_to(batch, rates[0].shape) for batch in batches])
+    first = np.argmax(rates, axis=0)[None]
+    chosen = np.take_along_axis(batches, first, axis=0)[0]
+    x = np.take_along_axis(np.stack(plans), first[..., None], axis=0)[0]
+    shares, weights = _split(x)
     return closed_form.estimate(
         model, machine, replace(work, batch=chosen), replace(policy, shares=shares),
         weights=weights, p=p,

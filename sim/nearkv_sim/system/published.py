@@ -201,9 +201,10 @@ def _alpha_rates(p: Parameters, alphas, model: str = "opt-30b"):
     shape, machine = _model(model), _machine("hilos-a100-x16")
     work = Work(batch=16, context=131072, output=0)
     chosen = policy.hilos(shape, machine, alpha=np.asarray(alphas))
+    shares = chosen.shares or {}
     weights = {"gpu": 1.0, "dram": 0.0, "flash": 0.0}
     bare = p.with_(small_write_seconds=0.0, layer_seconds=0.0, job_seconds=0.0)
-    got = closed_form.loads(shape, machine, work, chosen, chosen.shares, weights, bare)
+    got = closed_form.loads(shape, machine, work, chosen, shares, weights, bare)
     slowest = closed_form.maximum(got.busy[k] for k in ("drive", "card", "uplink"))
     return 16 * 131072 * shape.kv_bytes() / slowest / 1e9
 
@@ -297,7 +298,7 @@ def fit(p: Parameters | None = None) -> Parameters:
         trial = _with(p, logs, ANCHORS)
         verdicts = [judge(by_id[i], trial) for i in ANCHORS.values()]
         middles = [math.log(math.sqrt(v.row.low * v.row.high)) for v in verdicts]
-        return [math.log(v.high) - m for v, m in zip(verdicts, middles, strict=True)]
+        return [math.log(v.high or 1e-9) - m for v, m in zip(verdicts, middles, strict=True)]
 
     start = [math.log(p.values[name]) for name in ANCHORS]
     found = least_squares(residual, start, x_scale=0.1, diff_step=1e-4)
@@ -350,11 +351,8 @@ def leave_one_out(p: Parameters | None = None) -> dict[str, dict]:
 def _matters(name: str, some: list[Row], p: Parameters) -> bool:
     """Whether any of these rows changes with the parameter."""
     other = p.with_(**{name: p.values[name] * 2})
-    return any(
-        a.high is not None and abs(a.high / judge(row, other).high - 1) > 1e-3
-        for row in some
-        if (a := judge(row, p)).high
-    )
+    pairs = ((judge(row, p).high, judge(row, other).high) for row in some)
+    return any(a and b and abs(a / b - 1) > 1e-3 for a, b in pairs)
 
 
 def settle_traffic(target: float = 0.88, tolerance: float = 0.01) -> list[dict]:

@@ -108,7 +108,11 @@ def gains(machine: Machine, contexts=(32768, 131072), batch: int = 16) -> list[d
                 and (e := closed_form.estimate(
                     model, machine, work, policy.system(s, model, machine, work))).feasible
             }  # fmt: skip
-            row = {"model": name, "context": context, "best": max(others, key=others.get)}
+            row = {
+                "model": name,
+                "context": context,
+                "best": max(others, key=lambda name: others[name]),
+            }
             row |= {"others": others}
             for label, limits in (("fp16", optimise.Limits()), ("int8", EIGHT_BIT)):
                 e = optimise.optimise(model, machine, work, limits)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import optimise
-from .describe import Machine, Model, Parameters, Work, parameters
+from .describe import Machine, Model, Number, Parameters, Work, parameters
 
 MODES = ("data", "pipeline", "context")
 
@@ -54,7 +54,7 @@ def _reason(estimate, step: float, layers: float, network: float, link_bytes_per
     """Key of `WHY`: what alone takes 40% of the step; otherwise what is full."""
     streamed = float(np.ravel(estimate.loads.bytes["weights"])[0]) / link_bytes_per_s
     alone = {"layers": layers, "weights": streamed, "network": network}
-    if (worst := max(alone, key=alone.get)) and alone[worst] >= 0.4 * step:
+    if (worst := max(alone, key=lambda name: alone[name])) and alone[worst] >= 0.4 * step:
         return worst
     busy = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
     full = {k for k, v in busy.items() if v >= 0.99 * max(busy.values())}
@@ -63,7 +63,7 @@ def _reason(estimate, step: float, layers: float, network: float, link_bytes_per
     return "uplink" if "uplink" in full else "memory"
 
 
-def with_cards(machine: Machine, cards: int) -> Machine:
+def with_cards(machine: Machine, cards: Number) -> Machine:
     """The machine with another number of drives and cards; the uplink of a chassis does not grow.
 
     Up to the machine's own number the uplink is at most what the drives deliver.
