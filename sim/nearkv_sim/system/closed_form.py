@@ -243,9 +243,11 @@ class Estimate:
 
     @property
     def bottleneck(self) -> str:
-        """The resource that is busy longest; of the first point, if there are many."""
+        """What is busy longest, all that come within 1% of it; of the first point of many."""
         times = {**self.loads.busy, **self.loads.serial}
-        return max(times, key=lambda name: float(np.ravel(times[name])[0]))
+        first = {name: float(np.ravel(seconds)[0]) for name, seconds in times.items()}
+        longest = max(first.values())
+        return " + ".join(name for name, seconds in first.items() if seconds >= 0.99 * longest)
 
 
 def power(machine: Machine, busy: dict[str, Number], step: Number, buffered: bool) -> Number:

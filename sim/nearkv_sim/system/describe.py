@@ -147,7 +147,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """All GPUs of a host together. `count = 0`: no GPU; the host computes the layers."""
+    """All GPUs of a host together: rates and bytes are sums, watts and USD are of one."""
 
     count: int = 1
     flops: Number = 0.0

@@ -218,7 +218,7 @@ def plot_ablation(axis, model, machine, work):
         gain = f"{rate / rates[i - 1]:.2f}x" if i else ""
         axis.annotate(f"{rate:.3g}\n{gain}", (bar.get_x() + bar.get_width() / 2, rate),
                       ha="center", va="bottom", fontsize=8, color="#333")  # fmt: skip
-    axis.set_xticks(range(len(steps)), names, fontsize=7.5)
+    axis.set_xticks(range(len(steps)), names, fontsize=7)
     axis.set_ylim(0, max(rates) * 1.2)
     axis.set_ylabel("tokens/s")
     axis.grid(axis="x", visible=False)
@@ -310,7 +310,7 @@ p.lead{{color:#555;margin-top:0}}figure{{margin:1rem 0}}svg{{max-width:100%;heig
 .grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1rem}}
 table{{border-collapse:collapse;font-size:.86rem;width:100%}}th{{text-align:left;background:#f4f6f5}}
 td,th{{padding:.28rem .5rem;border-bottom:1px solid #e8e8e8;vertical-align:top}}
-td.n{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
+td.n,th.n{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
 tr.hit td.e{{color:#0a7d3c;font-weight:600}}tr.miss td.e{{color:#b3261e;font-weight:600}}
 tr.circular{{color:#888}}small{{color:#666}}
 </style></head><body><h1>{title}</h1><p class="lead">{lead}</p>{body}</body></html>"""
@@ -329,7 +329,11 @@ def _table(head: list[str], lines: list[list], classes: list[str] | None = None)
         kind = "n e" if head[i] == "error" else "n" if number else ""
         return f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
 
-    out = ["<table><tr>", *(f"<th>{html.escape(h)}</th>" for h in head), "</tr>"]
+    right = [any(isinstance(line[i], int | float) for line in lines) for i in range(len(head))]
+    out = ["<table><tr>"]
+    for title, numeric in zip(head, right, strict=True):
+        out.append(f"<th{' class=n' if numeric else ''}>{html.escape(title)}</th>")
+    out.append("</tr>")
     for k, line in enumerate(lines):
         out.append(f'<tr class="{classes[k]}">' if classes else "<tr>")
         out += [cell(v, i) for i, v in enumerate(line)]
@@ -350,7 +354,7 @@ def figures(model: Model, machine: Machine, work: Work, table: list[dict], p: Pa
     ]
     if machine.has_cards:
         drawn += [
-            ("ablation", lambda a: plot_ablation(a, model, machine, work), 9.5, 4.4),
+            ("ablation", lambda a: plot_ablation(a, model, machine, work), 7.2, 4.4),
             ("resources", lambda a: plot_resources(a, model, machine, work), 7.2, 4.4),
             ("roofline", lambda a: plot_roofline(a, machine, p), 7.2, 4.4),
         ]
@@ -426,7 +430,9 @@ def write(
         ]  # fmt: skip
         body += [
             "<h2>How much the planned tiers gain</h2><p>Against the best exact published policy on "
-            f"{machine.name}, batch 16. int8 permits 1% error in an element of K or V.</p>",
+            f"{machine.name}, batch 16. int8 permits 1% error in an element of K or V. The plan is what the "
+            "hardware permits: beyond cards and the host's tail it assumes paths that the runtime has "
+            "to have (X on the GPU, K and V in host memory, int8 pages).</p>",
             _table(["model", "context", "best other", "tokens/s", "nearkv fp16", "gain",
                     "nearkv int8", "gain", "fp16 plan", "int8 plan"], better),
         ]  # fmt: skip
