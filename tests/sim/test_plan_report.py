@@ -21,12 +21,13 @@ def call(*words) -> int:
 
 
 def test_ten_thousand_points_take_less_than_ten_seconds():
+    """Of processor time, which a busy machine does not stretch; eight systems at every point."""
     model, machine = load_model("opt-66b"), load_machine("smartssd-x16")
-    start = time.perf_counter()
+    start = time.process_time()
     table = report.sweep(
         model, machine, [1024 * k for k in range(4, 129)], batches=range(1, 11), cards=range(1, 9)
     )
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len({(r["cards"], r["batch"], r["context"]) for r in table}) == 10_000
     assert {r["system"] for r in table} == {*policy.SYSTEMS, "nearkv", "nearkv int8"}
 
