@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed form: how long each resource is busy in a decode step, and what follows from it.
+
+    step = max over resources of busy seconds + what nothing can hide
+
+The maximum holds when layers of one part of the batch compute while those of another load (FlexGen's
+block schedule, which all systems here build on); `events` shows where it does not. Every load is linear
+in the shares of the context and of the weights, so `optimise` gets its linear programme by evaluating
+`loads` at the corners. All arithmetic is on numpy arrays: a sweep is one call.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import traffic
+from .describe import Machine, Model, Number, Parameters, Work, parameters
+from .policy import TIERS, Policy, weight_shares
+
+RESOURCES = {
+    "drive": "flash reads and writes",
+    "path": "flash through page cache and copy",
+    "p2p": "flash into card memory",
+    "engine": "attention on the cards",
+    "card": "cards: load, then compute",
+    "uplink": "link shared by the drives",
+    "gpu link": "host to GPU link",
+    "gpu": "GPU arithmetic",
+    "hbm": "GPU memory",
+    "cpu": "attention on the CPUs",
+    "dram": "host memory",
+}
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Busy seconds of each resource, seconds that nothing hides, bytes on each link; one step."""
+
+    busy: dict[str, Number]
+    serial: dict[str, Number]
+    bytes: dict[str, Number]
+
+    @property
+    def step_seconds(self) -> Number:
+        return maximum(self.busy.values()) + sum(self.serial.values())
+
+
+def maximum(values) -> Number:
+    values = list(values)
+    result = values[0]
+    for value in values[1:]:
+        result = np.maximum(result, value)
+    return result
+
+
+def p2p_bytes_per_s(request_bytes: Number, p: Parameters) -> Number:
+    """P2P rate of one SmartSSD for synchronous reads of this size (Vitis p2p_bandwidth log)."""
+    return np.interp(
+        np.log2(request_bytes), np.log2(p.p2p_request_bytes), p.p2p_request_bytes_per_s
+    )
+
+
+def path_seconds_per_byte(machine: Machine, p: Parameters) -> Number:
+    """FlexGen's disk path: a read-ahead window at a time is read, then copied.
+
+    The window is the kernel's 128 KiB for a plain drive and twice a stripe for a RAID-0.
+    """
+    drives = machine.drives
+    raw = np.minimum(machine.flash_read_bytes_per_s if drives.raid else drives.read_bytes_per_s,
+                     drives.uplink_bytes_per_s)  # fmt: skip
+    window = np.where(drives.raid, 2 * drives.count * p.raid_chunk_bytes, p.flexgen_readahead_bytes)
+    return 1 / raw + p.nvme_latency_seconds / window + 1 / p.flexgen_copy_bytes_per_s
+
+
+def loads(
+    model: Model,
+    machine: Machine,
+    work: Work,
+    policy: Policy,
+    shares: dict[str, Number],
+    weights: dict[str, Number],
+    p: Parameters | None = None,
+) -> Loads:
+    """Loads of the mean decode step.
+
+    Parameters
+    ----------
+    shares : dict
+        Tier -> share of the context (see `policy.TIERS`).
+    weights : dict
+        "gpu", "dram", "flash" -> share of the weights that lie there.
+
+    Returns
+    -------
+    Loads
+        Linear in `shares` and `weights`, except that per-job costs scale with the cards' shares.
+    """
+    p = p or parameters()
+    share = {tier: np.asarray(shares.get(tier, 0.0), float) for tier in TIERS}
+    batch, context = np.asarray(work.batch, float), work.mean_context
+    heads = batch * model.n_layers * model.n_kv_heads
+    kv = batch * context * model.kv_bytes(policy.kv_type)
+    rho = model.x_bytes(policy.kv_type) / model.kv_bytes(policy.kv_type)
+    gpu, host, drives, cards = machine.gpu, machine.host, machine.drives, machine.cards
+
+    active = model.active_weight_bytes(batch)
+    streamed = active * policy.weight_passes
+    w_dram, w_flash = streamed * weights["dram"], streamed * weights["flash"]
+    card_read = kv * share["card"] * policy.read_share
+    x_read, kv_read = kv * rho * share["flash_x"], kv * share["flash_kv"]
+    flash_read = card_read + x_read + kv_read + w_flash
+    on_flash = share["card"] + share["flash_kv"] + rho * share["flash_x"]
+    token = batch * model.kv_bytes(policy.kv_type)
+    flash_write = token * on_flash * policy.write_copies
+    on_card = share["card"] + share["card_dram"]
+
+    tail = 0.0  # seconds of CPU for what waits in host memory and is not a share of its own
+    # Records between host and cards, per step. HILOS and INF2: q, k, v down and out up, in fp16.
+    if policy.abi_jobs:
+        down, up, _ = traffic.job_bytes(
+            model.head_dim, model.group_size, policy.page_tokens, context, policy.rows
+        )
+        passes = -(-model.group_size // policy.rows)
+        records = heads * (down + up)
+    else:
+        width = 2 * model.head_dim
+        records = heads * width * (2 * model.group_size + 2)
+        if policy.resend_tail:
+            waiting = np.asarray(policy.writeback_steps) / 2
+            tail = heads * on_card * waiting * width / host.attention_bytes_per_s  # K only
+            records = records + heads * waiting * (width + 2 * model.group_size)
+        passes = 1
+    records = records * on_card
+
+    flash_rate, n_cards = machine.flash_read_bytes_per_s, np.maximum(cards.count, 1e-9)
+    ingest = cards.ingest_bytes_per_s
+    if policy.small_requests:
+        ingest = np.minimum(ingest, p2p_bytes_per_s(p.small_request_bytes, p))
+    p2p = card_read / np.maximum(np.minimum(flash_rate, n_cards * ingest), 1.0)
+    attended = (card_read + kv * share["card_dram"]) * passes
+    engine = attended / np.maximum(n_cards * cards.engine_bytes_per_s, 1.0)
+
+    drive = flash_read / flash_rate + flash_write / machine.flash_write_bytes_per_s
+    if policy.sync_writes:
+        n_writes = 2 * heads * share["card"] / policy.writeback_steps
+        blocked = n_writes * p.small_write_seconds / drives.count
+    else:
+        blocked = 0.0
+    uplink = x_read + kv_read + w_flash + flash_write + records
+    if cards.behind_uplink:
+        uplink = uplink + card_read
+    from_dram = kv * (share["dram_kv"] + rho * share["dram_x"])
+    link = x_read + kv_read + w_flash + w_dram + from_dram
+    x_share = share["flash_x"] + share["dram_x"]
+    x_flops = min(model.reproject_flops(), model.absorb_flops()) if policy.absorb else (
+        model.reproject_flops())  # fmt: skip
+    kv_share = share["flash_kv"] + share["dram_kv"] + share["gpu"]
+    flops = batch * model.token_flops + batch * context * (
+        x_share * x_flops + (x_share + kv_share) * model.attention_flops()
+    )
+    hbm = active + kv * (kv_share + x_share * (2 if not policy.absorb else 2 * rho))
+    cpu_read = kv * share["dram_cpu"]
+    dram = cpu_read + from_dram + w_dram
+    # CPUs unpack to fp16 first: their rate is one of elements, whatever the type.
+    as_fp16 = model.kv_bytes("fp16") / model.kv_bytes(policy.kv_type)
+    on_cpu = cpu_read * as_fp16 / host.attention_bytes_per_s + tail
+    if cards.on_host:
+        dram = dram + 2 * card_read
+        on_cpu = on_cpu + engine * as_fp16
+        engine = engine * as_fp16
+    busy = {
+        "drive": drive + blocked,
+        "uplink": uplink / drives.uplink_bytes_per_s,
+        "gpu link": link / gpu.link_bytes_per_s,
+        "gpu": flops / (gpu.flops * p.gemm_efficiency),
+        "hbm": hbm / gpu.memory_bytes_per_s,
+        "cpu": on_cpu,
+        "dram": dram / host.memory_bytes_per_s,
+    }
+    if policy.buffered:
+        staged = kv_read + x_read + w_flash
+        busy["path"] = staged * path_seconds_per_byte(machine, p)
+        dram = dram + 4 * staged  # in, twice through the copy, out
+        busy["dram"] = dram / host.memory_bytes_per_s
+    if policy.serial_card:
+        busy["card"] = p2p + engine + blocked
+        if policy.x_after_cards:
+            x_bytes, x_work = (
+                kv * rho * share["dram_x"],
+                batch * context * share["dram_x"] * x_flops,
+            )
+            busy["card"] = busy["card"] + x_bytes / gpu.link_bytes_per_s
+            busy["card"] = busy["card"] + x_work / (gpu.flops * p.gemm_efficiency)
+    else:
+        busy["p2p"], busy["engine"] = p2p, engine
+    serial = {
+        "layers": model.n_layers * p.layer_seconds + 0 * batch,
+        "jobs": heads * p.job_seconds * on_card,
+    }
+    moved = {
+        "flash read": flash_read,
+        "flash write": flash_write,
+        "uplink": uplink,
+        "gpu link": link,
+        "weights": w_dram + w_flash,
+        "card memory": card_read + attended,
+        "host memory": dram,
+    }
+    return Loads(busy, serial, moved)
+
+
+def pipeline_seconds(dense: Number, attention: Number, micro_batches: Number, n_layers: int):
+    """A step whose layers alternate between a dense stage and attention, in seconds.
+
+    A micro-batch needs its own attention before its next dense stage, so one alone overlaps nothing
+    and two overlap everything only if the stages are equal. `dense`, `attention`: seconds of the
+    whole step. `events.simulate_layers` is the same pipeline, event by event.
+    """
+    fill = np.minimum(dense, attention) / (micro_batches * n_layers)
+    steady = np.maximum(np.maximum(dense, attention), (dense + attention) / micro_batches)
+    return np.where(np.asarray(micro_batches) > 1, steady + fill, dense + attention)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a policy does with a piece of work on a machine. Seconds, bytes, joules, USD, years."""
+
+    policy: Policy
+    shares: dict[str, Number]
+    weights: dict[str, Number]
+    loads: Loads
+    batch: Number
+    feasible: Number
+    step_seconds: Number
+    prefill_seconds: Number
+    tokens_per_s: Number
+    end_to_end_tokens_per_s: Number
+    watts: Number
+    joules_per_token: Number
+    usd_per_million_tokens: Number
+    drive_years: Number
+    flash_bytes_per_request: Number
+
+    @property
+    def bottleneck(self) -> str:
+        """What is busy longest, all that come within 1% of it; of the first point of many."""
+        times = {**self.loads.busy, **self.loads.serial}
+        first = {name: float(np.ravel(seconds)[0]) for name, seconds in times.items()}
+        longest = max(first.values())
+        return " + ".join(name for name, seconds in first.items() if seconds >= 0.99 * longest)
+
+
+def power(machine: Machine, busy: dict[str, Number], step: Number, buffered: bool) -> Number:
+    """Mean watts of the machine: idle power, and the rest in proportion to the time at work."""
+
+    def used(*names) -> Number:
+        return np.minimum(1.0, maximum([0.0, *(busy[n] for n in names if n in busy)]) / step)
+
+    gpu, host, drives, cards = machine.gpu, machine.host, machine.drives, machine.cards
+    # A thread that waits for a page fault still burns its core: the buffered path keeps CPUs busy.
+    cpu = used("cpu", "path") if buffered else used("cpu")
+    return (
+        host.other_watts
+        + machine.chassis_watts
+        + host.cpu_idle_watts
+        + cpu * (host.cpu_watts - host.cpu_idle_watts)
+        + gpu.count * (gpu.idle_watts + used("gpu", "hbm") * (gpu.watts - gpu.idle_watts))
+        + drives.count * (drives.idle_watts + used("drive") * (drives.watts - drives.idle_watts))
+        + cards.count
+        * (cards.idle_watts + used("card", "engine", "p2p") * (cards.watts - cards.idle_watts))
+    )
+
+
+def prefill_seconds(
+    model: Model, machine: Machine, batch: Number, work: Work, on_flash: Number, policy: Policy,
+    p: Parameters,
+) -> Number:  # fmt: skip
+    """Layers and causal attention on the GPU, K and V to flash behind them; the longer of the two."""
+    context = np.asarray(work.context, float)
+    flops = batch * context * (model.token_flops + model.attention_flops() * context / 2)
+    stored = batch * context * model.kv_bytes(policy.kv_type) * on_flash * policy.write_copies
+    rate = np.minimum(machine.flash_write_bytes_per_s, machine.drives.uplink_bytes_per_s)
+    return np.maximum(flops / (machine.gpu.flops * p.gemm_efficiency), stored / rate)
+
+
+def estimate(
+    model: Model,
+    machine: Machine,
+    work: Work,
+    policy: Policy,
+    *,
+    weights: dict[str, Number] | None = None,
+    p: Parameters | None = None,
+) -> Estimate:
+    """Evaluate a policy whose shares are known; any number may be an array.
+
+    Raises
+    ------
+    ValueError
+        If the policy has no shares (use `optimise.optimise`).
+    """
+    p = p or parameters()
+    if policy.shares is None:
+        raise ValueError("the policy leaves its shares open; call optimise.optimise")
+    if weights is None:
+        weights = weight_shares(model, machine, policy.big_weights_on_flash, p.working_share)
+    shares = policy.shares
+    rho = model.x_bytes(policy.kv_type) / model.kv_bytes(policy.kv_type)
+    length = np.asarray(work.context, float) + work.output
+    token = model.kv_bytes(policy.kv_type)
+    in_dram = shares.get("dram_kv", 0.0) + rho * shares.get("dram_x", 0.0)
+    in_dram = in_dram + shares.get("dram_cpu", 0.0)
+    room = machine.host.memory_bytes - weights["dram"] * model.weight_bytes
+    batch = np.asarray(work.batch, float)
+    if policy.shrink_batch:
+        batch = np.minimum(batch, np.floor(room / (length * token)))
+    on_flash = shares.get("card", 0.0) + shares.get("flash_kv", 0.0)
+    on_flash = on_flash + rho * shares.get("flash_x", 0.0)
+    stored = batch * length * token * on_flash * policy.write_copies
+    capacity = machine.drives.count * machine.drives.capacity_bytes
+    feasible = (
+        (batch >= 1)
+        & (stored + weights["flash"] * model.weight_bytes <= capacity * (1 + 1e-6))
+        & (batch * length * token * in_dram <= room + 1e-6 * machine.host.memory_bytes)
+    )
+    uses_cards = np.asarray(shares.get("card", 0.0)) + shares.get("card_dram", 0.0) > 0
+    feasible = feasible & (~uses_cards | (np.asarray(machine.cards.count) > 0))
+    safe = Work(
+        batch=np.maximum(batch, 1), context=work.context, output=work.output, kv_type=work.kv_type
+    )
+    result = loads(model, machine, safe, policy, shares, weights, p)
+    step = result.step_seconds
+    rate = np.where(feasible, safe.batch / step, np.nan)
+    prefill = prefill_seconds(model, machine, safe.batch, work, on_flash, policy, p)
+    total = prefill + step * np.asarray(work.output, float)
+    watts = power(machine, result.busy, step, policy.buffered)
+    joules = watts / rate
+    end_to_end = rate * step * np.asarray(work.output, float) / total
+    usd_per_s = machine.usd / (p.lifetime_years * 365.25 * 86400)
+    usd_per_s = usd_per_s + watts / 3.6e6 * p.energy_usd_per_kwh
+    per_request = length * token * on_flash * policy.write_copies
+    per_s = per_request * safe.batch / total
+    endurance = machine.drives.count * machine.drives.write_endurance_bytes
+    years = np.where(per_s > 0, endurance / np.maximum(per_s, 1e-9), np.inf) / (365.25 * 86400)
+    return Estimate(
+        policy=policy,
+        shares=shares,
+        weights=weights,
+        loads=result,
+        batch=batch,
+        feasible=feasible,
+        step_seconds=step,
+        prefill_seconds=prefill,
+        tokens_per_s=rate,
+        end_to_end_tokens_per_s=end_to_end,
+        watts=watts,
+        joules_per_token=joules,
+        usd_per_million_tokens=usd_per_s / np.where(end_to_end > 0, end_to_end, np.nan) * 1e6,
+        drive_years=years,
+        flash_bytes_per_request=per_request,
+    )

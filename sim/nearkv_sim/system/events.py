@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode step event by event, for what a maximum over resources cannot see.
+
+The closed form lets every resource run for the whole step. In truth a layer waits for the one before
+it, a card for its page slots, and the merge for the slowest card. This simulation has those waits:
+
+    dense stage of (layer, micro-batch) -> q to the cards -> every card attends to its jobs -> merge
+    each card: flash reads run ahead of q as far as its ring of page slots reaches
+
+It agrees with the closed form where that is right (tests), and shows the difference for few
+micro-batches, short rings, ragged contexts, and fewer jobs than cards.
+"""
+
+from dataclasses import dataclass
+import heapq
+
+import numpy as np
+import simpy
+
+from . import closed_form
+from .describe import Machine, Model
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a simulated step took, seconds; `card_busy` and `flash_busy` per card."""
+
+    seconds: float
+    dense_busy: float
+    flash_busy: tuple[float, ...]
+    card_busy: tuple[float, ...]
+
+
+def card_seconds(n_pages: int, load: float, compute: float, slots: int) -> float:
+    """One card streaming pages through a ring of slots; seconds from the first read to the last sum.
+
+    A slot is taken while a page loads and computes. One slot: load, then compute. Two or more: both
+    at once, `load + compute + (n - 1) * max(load, compute)`.
+    """
+    env = simpy.Environment()
+    ring = simpy.Container(env, capacity=slots, init=slots)
+    ready = simpy.Store(env)
+
+    def read():
+        for _ in range(n_pages):
+            yield ring.get(1)
+            yield env.timeout(load)
+            yield ready.put(None)
+
+    def attend():
+        for _ in range(n_pages):
+            yield ready.get()
+            yield env.timeout(compute)
+            yield ring.put(1)
+
+    env.process(read())
+    env.run(env.process(attend()))
+    return env.now
+
+
+def deal(job_bytes: np.ndarray, n_cards: int) -> list[float]:
+    """Bytes each card gets when jobs are dealt to the least loaded card, longest job first."""
+    load = [(0.0, card) for card in range(n_cards)]
+    heapq.heapify(load)
+    total = [0.0] * n_cards
+    for size in sorted(map(float, job_bytes), reverse=True):
+        have, card = heapq.heappop(load)
+        total[card] = have + size
+        heapq.heappush(load, (total[card], card))
+    return total
+
+
+def simulate(
+    n_layers: int,
+    micro_batches: int,
+    dense: float,
+    bytes_per_card: list[list[float]],
+    load_bytes_per_s: float,
+    engine_bytes_per_s: float,
+    *,
+    ring_bytes: float,
+    extent_bytes: float,
+    serial_card: bool = False,
+    merge: float = 0.0,
+) -> Trace:
+    """One decode step.
+
+    Parameters
+    ----------
+    n_layers, micro_batches : int
+    dense : float
+        Seconds of the dense stage per layer and micro-batch.
+    bytes_per_card : list of lists
+        K and V bytes per micro-batch and card, for one layer.
+    load_bytes_per_s, engine_bytes_per_s : float
+        Of one card: flash to slots, slots through the engine.
+    ring_bytes, extent_bytes : float
+        Card memory for pages; what one read brings.
+    serial_card : bool
+        A card waits for q, loads all its extents, and computes each when loaded (HILOS, INF2).
+    merge : float
+        Seconds on the host from the last partial to the next dense stage.
+    """
+    env = simpy.Environment()
+    gpu = simpy.Resource(env)
+    n_cards = len(bytes_per_card[0])
+    queries = [[env.event() for _ in range(micro_batches)] for _ in range(n_layers)]
+    left = [[n_cards] * micro_batches for _ in range(n_layers)]
+    merged = [[env.event() for _ in range(micro_batches)] for _ in range(n_layers)]
+    slots = 1 if serial_card else max(1, int(ring_bytes // extent_bytes))
+    busy = {"dense": 0.0, "flash": [0.0] * n_cards, "card": [0.0] * n_cards}
+
+    def extents(micro, card):
+        size = bytes_per_card[micro][card]
+        count = max(1, round(size / extent_bytes)) if size else 0
+        return count, size / count if count else 0.0
+
+    def layers(micro):
+        for layer in range(n_layers):
+            with gpu.request() as turn:
+                yield turn
+                yield env.timeout(dense)
+                busy["dense"] += dense
+            queries[layer][micro].succeed()
+            yield merged[layer][micro]
+            if merge:
+                yield env.timeout(merge)
+
+    def read(card, ring, ready):
+        for layer in range(n_layers):
+            for micro in range(micro_batches):
+                count, size = extents(micro, card)
+                if serial_card and count:
+                    yield queries[layer][micro]
+                for _ in range(count):
+                    yield ring.get(1)
+                    yield env.timeout(size / load_bytes_per_s)
+                    busy["flash"][card] += size / load_bytes_per_s
+                    yield ready.put(None)
+
+    def attend(card, ring, ready):
+        for layer in range(n_layers):
+            for micro in range(micro_batches):
+                yield queries[layer][micro]
+                count, size = extents(micro, card)
+                for _ in range(count):
+                    yield ready.get()
+                    yield env.timeout(size / engine_bytes_per_s)
+                    busy["card"][card] += size / engine_bytes_per_s
+                    yield ring.put(1)
+                left[layer][micro] -= 1
+                if not left[layer][micro]:
+                    merged[layer][micro].succeed()
+
+    for card in range(n_cards):
+        ring, ready = simpy.Container(env, capacity=slots, init=slots), simpy.Store(env)
+        env.process(read(card, ring, ready))
+        env.process(attend(card, ring, ready))
+    done = env.all_of([env.process(layers(micro)) for micro in range(micro_batches)])
+    env.run(done)
+    return Trace(env.now, busy["dense"], tuple(busy["flash"]), tuple(busy["card"]))
+
+
+def simulate_layers(dense: float, attention: float, micro_batches: int, n_layers: int) -> float:
+    """Two stages in turn, for `closed_form.pipeline_seconds`: seconds of the step.
+
+    dense, attention : float
+        Seconds of the whole step in each stage.
+    """
+    parts = n_layers * micro_batches
+    return simulate(
+        n_layers, micro_batches, dense / parts, [[attention / parts]] * micro_batches,
+        1e30, 1.0, ring_bytes=1e30, extent_bytes=1e30,
+    ).seconds  # fmt: skip
+
+
+def simulate_plan(
+    model: Model,
+    machine: Machine,
+    contexts: np.ndarray,
+    estimate: closed_form.Estimate,
+    *,
+    micro_batches: int = 2,
+    extent_bytes: float = 4 << 20,
+    most_extents: int = 32,
+) -> Trace:
+    """A step of a planned policy for sequences of given (ragged) contexts.
+
+    Sequences are put into micro-batches in turn; their heads are dealt to cards as `deal` does. To
+    bound the number of events, a card reads at most `most_extents` extents a layer and micro-batch.
+    """
+    share = float(np.ravel(estimate.shares["card"])[0]) * estimate.policy.read_share
+    head = model.kv_bytes(estimate.policy.kv_type) / model.n_layers / model.n_kv_heads
+    n_cards = int(machine.cards.count)
+    order = np.argsort(-np.asarray(contexts))
+    parts = [np.asarray(contexts)[order[m::micro_batches]] for m in range(micro_batches)]
+    dealt = [deal(np.repeat(c * head * share, model.n_kv_heads), n_cards) for c in parts]
+    largest = max(map(max, dealt))
+    busy = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
+    dense = max(busy[k] for k in ("gpu", "hbm", "gpu link"))
+    flash = float(machine.flash_read_bytes_per_s) / n_cards
+    layer = float(np.ravel(estimate.loads.serial["layers"])[0]) / model.n_layers
+    return simulate(
+        model.n_layers,
+        micro_batches,
+        dense / model.n_layers / micro_batches,
+        dealt,
+        min(flash, float(machine.cards.ingest_bytes_per_s)),
+        float(machine.cards.engine_bytes_per_s),
+        ring_bytes=float(machine.cards.memory_bytes) / 2,
+        extent_bytes=max(extent_bytes, largest / most_extents),
+        serial_card=estimate.policy.serial_card,
+        merge=layer / micro_batches,
+    )

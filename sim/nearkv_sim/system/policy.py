@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systems, as policies: where the context is served, and how each path works.
+
+A policy is a handful of facts about a system. What they cost on a machine is `closed_form`'s business.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .describe import Machine, Model, Number, Work
+
+# Places a share of the context can be served from. X: the layer inputs in place of K and V.
+TIERS = {
+    "card": "flash, attended by the cards",
+    "flash_x": "flash to GPU as X",
+    "flash_kv": "flash to GPU as K and V",
+    "dram_x": "host memory to GPU as X",
+    "dram_kv": "host memory to GPU as K and V",
+    "dram_cpu": "host memory, attended by the CPUs",
+    "gpu": "GPU memory",
+    "card_dram": "card memory, attended by the cards",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What distinguishes one system from another.
+
+    shares : tier -> share of the context, adding up to 1; None: `nearkv`, to be optimised
+    buffered : flash reaches the GPU through the page cache and a copy (FlexGen), not directly
+    serial_card : a card loads, then computes (HILOS); otherwise both at once
+    small_requests : P2P reads per head and block, not in long extents (INF2)
+    x_after_cards : the GPU attends to its X when the cards are done, not beside them (INF2)
+    sync_writes : new K and V are written synchronously every `writeback_steps` steps
+    writeback_steps : tokens gathered before they go to flash
+    resend_tail : the gathered tokens go to the cards at every step (HILOS)
+    abi_jobs : the cards are driven by this project's job records; otherwise by bare q, k, v, out
+    absorb : X is attended without forming K and V where the model permits
+    read_share : share of the pages that a sparse system reads; 1 is exact
+    write_copies : times K and V are written to flash (SparF keeps K twice)
+    big_weights_on_flash : models above 100 B parameters keep what the GPU does not hold on flash
+    shrink_batch : run the largest batch that host memory holds
+    weight_passes : times a step streams the weights that the GPU does not hold
+    """
+
+    name: str
+    shares: dict[str, Number] | None = field(default_factory=dict)
+    buffered: bool = False
+    serial_card: bool = False
+    small_requests: bool = False
+    x_after_cards: bool = False
+    sync_writes: bool = False
+    writeback_steps: Number = 1
+    resend_tail: bool = False
+    abi_jobs: bool = False
+    absorb: bool = False
+    read_share: float = 1.0
+    write_copies: float = 1.0
+    big_weights_on_flash: bool = True
+    shrink_batch: bool = False
+    weight_passes: Number = 1
+    page_tokens: int = 128
+    rows: int = 8
+    kv_type: str = "fp16"
+
+
+def weight_shares(model: Model, machine: Machine, big_on_flash: bool, working: float) -> dict:
+    """Where the weights lie, as FlexGen's and HILOS' rules have it: GPU first, then host memory.
+
+    Models above 100 B parameters keep the rest on storage (HILOS), as does one that host memory
+    does not hold.
+    """
+    total = model.weight_bytes
+    gpu = np.minimum(1.0, (1 - working) * machine.gpu.memory_bytes / total)
+    rest = 1.0 - gpu
+    flash = (big_on_flash and model.parameters > 100e9) | (
+        rest * total > 0.9 * machine.host.memory_bytes
+    )
+    return {"gpu": gpu, "dram": np.where(flash, 0.0, rest), "flash": np.where(flash, rest, 0.0)}
+
+
+def flexgen_ssd() -> Policy:
+    """FlexGen with the KV cache on disk."""
+    return Policy(name="flexgen-ssd", shares={"flash_kv": 1.0}, buffered=True)
+
+
+def flexgen_dram() -> Policy:
+    """FlexGen with the KV cache in host memory, at the largest batch that fits."""
+    return Policy(name="flexgen-dram", shares={"dram_kv": 1.0}, shrink_batch=True)
+
+
+def instinfer(*, sparse: bool = False, page_filter: float = 0.53) -> Policy:
+    """InstInfer (InstAttention): dense, or SparF at 1/8, in which half the pages are read."""
+    return Policy(
+        name="instinfer-sparf" if sparse else "instinfer",
+        shares={"card": 1.0},
+        read_share=page_filter if sparse else 1.0,
+        write_copies=1.5 if sparse else 1.0,
+        writeback_steps=16,
+    )
+
+
+def inf2(
+    model: Model, machine: Machine, work: Work, *, x: bool = True, wb: bool = True,
+    working: float = 0.3,
+) -> Policy:  # fmt: skip
+    """INF2: attention in the drives; X in as much of host memory as the budget leaves."""
+    weights = weight_shares(model, machine, True, working)
+    room = machine.host.memory_bytes - weights["dram"] * model.weight_bytes
+    whole = np.asarray(work.batch) * (np.asarray(work.context) + work.output) * model.x_bytes()
+    share = np.clip(room / whole, 0.0, 1.0) if x else 0.0
+    return Policy(
+        name="inf2",
+        shares={"card": 1.0 - share, "dram_x": share},
+        serial_card=True,
+        small_requests=True,
+        x_after_cards=True,
+        sync_writes=True,
+        writeback_steps=2 if wb else 1,
+    )
+
+
+def hilos_alpha(machine: Machine) -> Number:
+    """HILOS' rule, 2 B_PCI / (B_SSD + B_PCI), rounded to a power of two: down, at most one half.
+
+    The notes say "rounded". Rounding up would give 1 below 16 drives: no work for the cards at all.
+    """
+    pci, ssd = machine.drives.uplink_bytes_per_s, machine.flash_read_bytes_per_s
+    return np.minimum(0.5, 2.0 ** np.floor(np.log2(2.0 * pci / (ssd + pci)) + 1e-9))
+
+
+def hilos(
+    model: Model, machine: Machine, *, x: bool = True, wb: bool = True, alpha: Number | None = None,
+    writeback_steps: Number = 16, overlap: bool = False,
+) -> Policy:  # fmt: skip
+    """HILOS: attention in the drives, X-cache on flash, delayed writeback; each on or off.
+
+    `alpha` overrides the rule. Where X is not smaller than K and V (rho >= 1) the rule gives 0; the
+    paper does not say what it does there, and any X would slow it down.
+    """
+    if alpha is None:
+        alpha = hilos_alpha(machine) if x and model.rho < 1 else 0.0
+    return Policy(
+        name="hilos",
+        shares={"card": 1.0 - np.asarray(alpha, float), "flash_x": np.asarray(alpha, float)},
+        serial_card=not overlap,
+        sync_writes=True,
+        writeback_steps=writeback_steps if wb else 1,
+        resend_tail=wb,
+    )
+
+
+def nearkv(*, shares=None, kv_type: str = "fp16", page_tokens: int = 128, **facts) -> Policy:
+    """This project: cards load and compute at once, pages written full, every tier open."""
+    return Policy(
+        name="nearkv",
+        shares=shares,
+        abi_jobs=True,
+        absorb=True,
+        kv_type=kv_type,
+        page_tokens=page_tokens,
+        writeback_steps=page_tokens,
+        big_weights_on_flash=False,
+        **facts,
+    )
+
+
+SYSTEMS = ("flexgen-ssd", "flexgen-dram", "instinfer", "instinfer-sparf", "inf2", "hilos")
+
+
+def system(name: str, model: Model, machine: Machine, work: Work, **options) -> Policy:
+    """The policy of a published system by name; `options` as of its function.
+
+    Raises
+    ------
+    ValueError
+        If there is no such system.
+    """
+    if name == "flexgen-ssd":
+        return flexgen_ssd(**options)
+    if name == "flexgen-dram":
+        return flexgen_dram(**options)
+    if name in ("instinfer", "instinfer-sparf"):
+        return instinfer(sparse=name.endswith("sparf"), **options)
+    if name == "inf2":
+        return inf2(model, machine, work, **options)
+    if name == "hilos":
+        return hilos(model, machine, **options)
+    raise ValueError(f"no system {name!r}; choose one of {', '.join(SYSTEMS)}")

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nearkv plan`: what a model would do on a machine, and why; and how far to trust it.
+
+The arithmetic is `nearkv_sim.system`, loaded when the command runs.
+"""
+
+import json
+from pathlib import Path
+import re
+import textwrap
+
+ACCURACY = {"exact": 0.0, "8bit": 0.01, "4bit": 0.2}
+BAR = 30
+
+
+def tokens(text: str) -> int:
+    """ "128k", "1M" or "4096" as a number of tokens; k and M are powers of 1024.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+    """
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    if not match or not int(match[1]):
+        raise ValueError(f"a number of tokens such as 4096, 128k or 1M, not {text!r}")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+
+
+def add_arguments(parser) -> None:
+    """Add the options of `nearkv plan` to an argparse parser."""
+    add = parser.add_argument
+    add("--model", default="qwen2.5-32b", metavar="M", help="name or .toml file (%(default)s)")
+    add("--machine", default="smartssd-x16", metavar="M", help="name or .toml file (%(default)s)")
+    add("--context", type=tokens, default=32768, metavar="N", help="tokens, such as 128k (32k)")
+    add("--batch", type=int, default=16, metavar="N", help="sequences (%(default)s)")
+    add("--output", type=int, default=64, metavar="N", help="tokens to generate (%(default)s)")
+    add("--accuracy", choices=ACCURACY, default="exact", help="how K and V may be stored (exact)")
+    add("--sparse", action="store_true", help="permit reading only half of the pages")
+    add("--min-drive-years", type=float, default=0.0, metavar="Y", help="years drives have to last")
+    add("--reproduce", action="store_true", help="published results beside what the model predicts")
+    add("--leave-one-out", action="store_true", help="fit without each system, then predict it")
+    add("--scale", action="store_true", help="hosts x cards, and where more stop helping")
+    add("--events", action="store_true", help="also simulate the step event by event")
+    add("--sweep", type=Path, metavar="DIR", help="write sweep.csv, report.html and report.png")
+    add("--list", action="store_true", help="models and machines that come with the package")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(args) -> int:
+    """Run `nearkv plan` with parsed arguments; the exit status.
+
+    Raises
+    ------
+    ValueError
+        If a name, a number or the work as a whole is not possible; the message says what is.
+    ImportError
+        If a package that the system model needs is missing.
+    """
+    try:
+        from nearkv_sim.system import describe
+    except ImportError as error:
+        raise ImportError(
+            f"nearkv plan needs the package {error.name}: pip install 'nearkv[plan]'"
+        ) from error
+    if args.list:
+        return _list(args, describe)
+    if args.reproduce:
+        return _reproduce(args)
+    if args.leave_one_out:
+        return _leave_one_out(args)
+    if args.batch < 1 or args.output < 1:
+        raise ValueError("--batch and --output must be at least 1")
+    model, machine = describe.load_model(args.model), describe.load_machine(args.machine)
+    work = describe.Work(batch=args.batch, context=args.context, output=args.output)
+    if args.sweep:
+        from nearkv_sim.system import report
+
+        for path in report.write(model, machine, work, args.sweep):
+            print(path)
+        return 0
+    if args.scale:
+        return _scale(args, model, machine, work)
+    return _what_if(args, model, machine, work)
+
+
+def _list(args, describe) -> int:
+    found = {kind: describe.names(kind) for kind in ("models", "machines")}
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for name in found["models"]:
+        m = describe.load_model(name)
+        print(f"{name:20} {m.parameters / 1e9:7.1f} B  {m.kv_bytes():>9,.0f} KV bytes/token")
+    for name in found["machines"]:
+        print(f"{name:20} {describe.load_machine(name).source}")
+    return 0
+
+
+def _number(value) -> str:
+    if isinstance(value, list | tuple):
+        return " - ".join(_number(v) for v in value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _reproduce(args) -> int:
+    from nearkv_sim.system import describe, published, report
+
+    verdicts = published.reproduce()
+    p = describe.parameters()
+    if args.json:
+        print(json.dumps({
+            "fitted": {n: {"value": v, "anchor": p.entries[n]["anchor"]} for n, v in p.fitted.items()},
+            "choices": published.choices(),
+            "rows": [v.as_dict() for v in verdicts],
+            "summary": report.summary(verdicts),
+        }, indent=1))  # fmt: skip
+        return 0
+    print(f"{'':2}{'row':26}{'published':>14}{'predicted':>16}{'error':>9}{'8K-128K':>14}  claim")
+    for v in verdicts:
+        row = v.row.values
+        mark = "*" if row.get("headline") else ""
+        mark += "o" if row.get("circular") else ""
+        got = "-" if v.low is None else _number(v.high if v.low == v.high else (v.low, v.high))
+        error = "" if v.error is None else f"{v.error:+.1%}"
+        span = _number(v.span) if v.span else ""
+        print(f"{mark:2}{row['id']:26}{_number(row['published']):>14}{got:>16}{error:>9}{span:>14}"
+              f"  {row['claim']}")  # fmt: skip
+        if not v.hit and row.get("why"):
+            for line in textwrap.wrap(row["why"], 90):
+                print(f"{'':28}{line}")
+    print(f"\n* headline   o circular: does not count\n{report.summary(verdicts)}")
+    for text in published.choices():
+        print(textwrap.fill(text, 100, initial_indent="chosen: ", subsequent_indent="        "))
+    for name, value in p.fitted.items():
+        print(f"fitted: {name} = {value:g}, for {p.entries[name]['anchor']}")
+    return 0
+
+
+def _leave_one_out(args) -> int:
+    from nearkv_sim.system import published
+
+    found = published.leave_one_out()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for system, got in found.items():
+        print(f"{system}: {got['within_10_percent']} of {got['rows']} rows within 10%, median error "
+              f"{got['median_error']:.0%}, from the other systems alone")  # fmt: skip
+        for name, value in got["parameters"].items():
+            silent = "  (no other system depends on it: neutral)" if name in got["neutral"] else ""
+            print(f"    {name} = {value:.4g}{silent}")
+        for row, error in got["errors"].items():
+            print(f"    {row:26}{error:+8.1%}")
+    return 0
+
+
+def _scale(args, model, machine, work) -> int:
+    from nearkv_sim.system import scale
+
+    points = scale.scale(model, machine, work)
+    if args.json:
+        print(json.dumps([vars(p) for p in points], indent=1))
+        return 0
+    print(f"{'hosts':>6}{'cards':>6}  {'spread':10}{'tokens/s':>10}{'per host':>10}  bottleneck")
+    for p in points:
+        print(f"{p.hosts:6}{p.cards:6}  {p.mode:10}{p.tokens_per_s:10.3g}{p.efficiency:10.0%}"
+              f"  {p.bottleneck}: {p.why}")  # fmt: skip
+    return 0
+
+
+def _as_dict(name: str, e) -> dict:
+    def plain(values) -> dict:
+        return {k: float(v) for k, v in values.items()}
+
+    return {
+        "system": name,
+        "feasible": bool(e.feasible),
+        "tokens_per_s": float(e.tokens_per_s),
+        "end_to_end_tokens_per_s": float(e.end_to_end_tokens_per_s),
+        "step_seconds": float(e.step_seconds),
+        "prefill_seconds": float(e.prefill_seconds),
+        "batch": float(e.batch),
+        "bottleneck": e.bottleneck,
+        "busy_seconds": plain(e.loads.busy),
+        "serial_seconds": plain(e.loads.serial),
+        "step_bytes": plain(e.loads.bytes),
+        "watts": float(e.watts),
+        "joules_per_token": float(e.joules_per_token),
+        "usd_per_million_tokens": float(e.usd_per_million_tokens),
+        "drive_years": float(e.drive_years),
+        "kv_type": e.policy.kv_type,
+        "page_tokens": e.policy.page_tokens if e.policy.abi_jobs else None,
+        "shares": {k: float(v) for k, v in e.shares.items() if v > 0},
+        "weights": plain(e.weights),
+    }
+
+
+def _what_if(args, model, machine, work) -> int:
+    from nearkv_sim.system import closed_form, optimise, policy
+
+    limits = optimise.Limits(
+        max_error=ACCURACY[args.accuracy],
+        sparse=args.sparse,
+        min_drive_years=args.min_drive_years,
+    )
+    best = optimise.optimise(model, machine, work, limits)
+    found = [_as_dict("nearkv", best)]
+    found[0]["micro_batches"] = optimise.micro_batches(model, work, best)
+    for name in policy.SYSTEMS:
+        chosen = policy.system(name, model, machine, work)
+        found.append(_as_dict(name, closed_form.estimate(model, machine, work, chosen)))
+    if args.events and machine.has_cards:
+        found[0]["simulated"] = _simulate(model, machine, work, best)
+    if args.json:
+        clean = json.loads(json.dumps(found), parse_constant=lambda _: None)
+        print(json.dumps({"model": model.name, "machine": machine.name, "batch": args.batch,
+                          "context": args.context, "output": args.output, "systems": clean},
+                         indent=1))  # fmt: skip
+        return 0
+    print(f"{model.name} on {machine.name}: batch {args.batch}, context {args.context:,}, output "
+          f"{args.output}\n{machine.source}\n")  # fmt: skip
+    print(f"{'system':17}{'tokens/s':>10}{'end to end':>12}{'step':>10}{'J/token':>10}"
+          f"{'USD/M tok':>11}{'drives':>9}  bottleneck")  # fmt: skip
+    for e in found:
+        if not e["feasible"]:
+            print(f"{e['system']:17}{'does not fit':>22}")
+            continue
+        batch = f" (batch {e['batch']:.0f})" if e["batch"] != args.batch else ""
+        years = f"{e['drive_years']:.3g} y" if e["drive_years"] < 1000 else "> 1000 y"
+        print(f"{e['system']:17}{e['tokens_per_s']:10.3g}{e['end_to_end_tokens_per_s']:12.3g}"
+              f"{e['step_seconds']:8.3g} s{_number(e['joules_per_token']):>10}"
+              f"{_number(e['usd_per_million_tokens']):>11}{years:>9}  {e['bottleneck']}{batch}")  # fmt: skip
+    plan = found[0]
+    print(f"\nnearkv stores K and V in {plan['kv_type']}, pages of {plan['page_tokens']} tokens, "
+          f"{plan['micro_batches']} micro-batches")  # fmt: skip
+    for tier, share in plan["shares"].items():
+        print(f"  {share:7.1%}  {policy.TIERS[tier]}")
+    held = {"gpu": "GPU memory", "dram": "host memory", "flash": "flash"}
+    print(
+        "  weights: " + ", ".join(f"{v:.0%} in {held[k]}" for k, v in plan["weights"].items() if v)
+    )
+    print("\nbusy in a step")
+    times = {**plan["busy_seconds"], **plan["serial_seconds"]}
+    longest = max(times.values())
+    for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
+        about = closed_form.RESOURCES.get(name, "host work that nothing hides")
+        bar = "#" * round(BAR * seconds / longest)
+        print(f"  {name:9}{seconds:10.4f} s  {bar:{BAR}}  {about}")
+    print("\nmoved in a step")
+    for name, size in plan["step_bytes"].items():
+        about = " (of what is on the GPU link)" if name == "weights" else ""
+        print(f"  {name:13}{size / 1e9:12.3f} GB{about}")
+    if simulated := plan.get("simulated"):
+        print("\nthe cards' part of the step, event by event")
+        for parts, row in simulated.items():
+            print(f"  {parts} micro-batches: {row['equal']:.3f} s for equal contexts, "
+                  f"{row['ragged']:.3f} s for contexts from none to twice the mean")  # fmt: skip
+    return 0
+
+
+def _simulate(model, machine, work, estimate) -> dict:
+    """Seconds of the step for 1, 2 and 4 micro-batches, contexts equal and ragged."""
+    import numpy as np
+
+    from nearkv_sim.system import events
+
+    batch, mean = int(estimate.batch), float(work.mean_context)
+    ragged = np.linspace(0, 2, batch + 2)[1:-1] * mean
+    return {
+        parts: {
+            name: events.simulate_plan(
+                model, machine, contexts, estimate, micro_batches=parts, most_extents=8
+            ).seconds
+            for name, contexts in (("equal", np.full(batch, mean)), ("ragged", ragged))
+        }
+        for parts in (1, 2, 4)
+        if parts <= batch
+    }

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command, the sweep and the report."""
+
+import argparse
+import csv
+import json
+import re
+import time
+
+import pytest
+
+from nearkv import plan
+from nearkv_sim.system import policy, report, scale
+from nearkv_sim.system.describe import Work, load_machine, load_model
+
+
+def call(*words) -> int:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    return plan.run(parser.parse_args(words))
+
+
+def test_ten_thousand_points_take_less_than_ten_seconds():
+    """Of processor time, which a busy machine does not stretch; eight systems at every point."""
+    model, machine = load_model("opt-66b"), load_machine("smartssd-x16")
+    start = time.process_time()
+    table = report.sweep(
+        model, machine, [1024 * k for k in range(4, 129)], batches=range(1, 11), cards=range(1, 9)
+    )
+    assert time.process_time() - start < 10
+    assert len({(r["cards"], r["batch"], r["context"]) for r in table}) == 10_000
+    assert {r["system"] for r in table} == {*policy.SYSTEMS, "nearkv", "nearkv int8"}
+
+
+def test_nearkv_leads_every_exact_system_at_every_point_of_a_sweep():
+    table = report.sweep(
+        load_model("opt-66b"), load_machine("smartssd-x16"), [4096, 32768, 262144],
+        batches=(1, 16), cards=(1, 4, 16),
+    )  # fmt: skip
+    best = {}
+    for row in table:
+        point = row["cards"], row["batch"], row["context"]
+        if row["system"] == "nearkv":
+            best[point] = row["tokens_per_s"]
+    for row in table:
+        if row["system"] != "instinfer-sparf":
+            point = row["cards"], row["batch"], row["context"]
+            assert best[point] >= row["tokens_per_s"] * (1 - 1e-6) or row["system"] == "nearkv int8"
+
+
+def test_the_report_needs_no_network(tmp_path):
+    assert call("--model", "opt-30b", "--sweep", str(tmp_path)) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 6
+    assert not re.search(r"""(src|href)=["'](?!#)|<script|@import|url\((?!#)""", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for target in set(re.findall(r'(?:href="|url\()#([^")]+)', page)):
+        assert target in ids
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert tuple(rows[0]) == report.COLUMNS
+
+
+def test_gains_over_the_best_other_system_are_never_below_one():
+    for row in report.gains(load_machine("smartssd-x16")):
+        other = row["others"][row["best"]]
+        assert row["int8"] >= row["fp16"] * (1 - 1e-6)
+        assert row["fp16"] >= other * (1 - 1e-6), row["model"]
+
+
+def test_what_if_answers_every_question(capsys):
+    assert call("--context", "128k", "--batch", "16", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["context"] == 131072
+    systems = {e["system"]: e for e in found["systems"]}
+    assert set(systems) == {"nearkv", *policy.SYSTEMS}
+    keys = {"tokens_per_s", "busy_seconds", "bottleneck", "step_bytes", "joules_per_token",
+            "usd_per_million_tokens", "drive_years"}  # fmt: skip
+    assert all(keys <= set(e) for e in systems.values())
+    assert call("--model", "qwen2.5-7b", "--machine", "smartssd-x4", "--events") == 0
+    assert "event by event" in capsys.readouterr().out
+    assert call("--context", "128k") == 0
+    text = capsys.readouterr().out
+    for part in ("bottleneck", "busy in a step", "moved in a step"):
+        assert part in text
+
+
+def test_reproduce_prints_every_row_and_its_reason(capsys):
+    assert call("--reproduce") == 0
+    text = capsys.readouterr().out
+    assert "hilos-best" in text
+    assert "fitted: small_write_seconds" in text
+    assert call("--reproduce", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["fitted"]) == 3
+    assert all("error" in row for row in data["rows"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "gpt-9"), "no model 'gpt-9'"),
+        (("--machine", "abacus"), "no machine 'abacus'"),
+        (("--batch", "0"), "must be at least 1"),
+        (("--model", "opt-175b", "--machine", "nvme-twin", "--context", "16M"), "no plan fits"),
+    ],
+)
+def test_a_wrong_question_is_refused_in_words(words, message):
+    with pytest.raises(ValueError, match=message):
+        call(*words)
+
+
+def test_lengths_are_read_as_people_write_them():
+    assert plan.tokens("128k") == 131072
+    assert plan.tokens("1M") == 1 << 20
+    assert plan.tokens("4096") == 4096
+    for bad in ("0", "-1", "1.5k", "k", ""):
+        with pytest.raises(ValueError, match="a number of tokens such as"):
+            plan.tokens(bad)
+
+
+def test_scaling_stops_and_says_why():
+    model, machine = load_model("qwen2.5-32b"), load_machine("smartssd-x16")
+    work = Work(batch=16, context=1 << 20)
+    points = scale.scale(model, machine, work, hosts=(1, 4, 64), cards=(16,))
+    assert [p.hosts for p in points] == [1, 4, 64]
+    rates = [p.tokens_per_s for p in points]
+    assert rates == sorted(rates)
+    assert points[-1].efficiency < 0.5
+    assert points[-1].bottleneck == "weights"
+
+
+def test_a_cluster_cannot_have_more_pipeline_stages_than_layers_or_more_hosts_than_sequences():
+    model, machine = load_model("qwen2.5-7b"), load_machine("smartssd-x4")
+    work = Work(batch=8, context=32768)
+    assert scale.spread(model, machine, work, 16, "data") is None
+    assert scale.spread(model, machine, work, 16, "pipeline") is None
+    assert scale.spread(model, machine, work, 16, "context") is not None
