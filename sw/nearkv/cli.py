@@ -66,11 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-dir", metavar="DIR", help="where page files go (default: for temporary files)")
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
     add("--page-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    from . import bench
+    from . import bench, plan
 
     measure = commands.add_parser("bench", help="measure, beside the limit or a peer")
     bench.add_arguments(measure)
     measure.set_defaults(run=bench.run)
+    what_if = commands.add_parser("plan", help="what a model would do on a machine, and why")
+    plan.add_arguments(what_if)
+    what_if.set_defaults(run=plan.run)
     return parser
 
 
