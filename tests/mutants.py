@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Break the gateware on purpose, and see that a test fails: `make mutants`.
+
+Each mutant replaces one piece of text in a copy of the sources and runs the tests that ought to
+notice, cheapest first: those of the mutated module, then those of the whole kernel in Amaranth's
+simulator, then the compiled RTL against the model. A mutant that no test notices survives, and the
+script ends with status 1. A piece of text that is not there exactly once is an error: the list must
+follow the code.
+"""
+
+import argparse
+from dataclasses import dataclass
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect: in `file` of nearkv_hw, `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    what: str
+
+
+MUTANTS = (
+    # --- bus
+    Mutant("axi.py", "reserved + beats <= self._depth", "reserved + beats <= self._depth + 1",
+           "credit: a burst one beat longer than the room"),
+    Mutant("axi.py", "to_boundary < self._max_burst, to_boundary,", "0, to_boundary,",
+           "read bursts ignore the 4096-byte boundary"),
+    Mutant("axi.py", "self.w.p.last.eq(sent == beats - 1)", "self.w.p.last.eq(sent == beats)",
+           "WLAST one beat late"),
+    Mutant("axi.py", "idle.eq(~self.spans.valid & (waiting == 0) & ~queue.o.valid)",
+           "idle.eq(~self.spans.valid & ~queue.o.valid)", "done before the last write response"),
+    Mutant("axi.py", "ap_done.eq(0),", "ap_done.eq(ap_done),", "ap_done is not cleared on read"),
+    Mutant("axi.py", "with m.If(ap_start & ~busy):", "with m.If(ap_start):",
+           "a start while busy starts again"),
+    # --- jobs
+    Mutant("jobs.py", "(group_size <= self._rows)", "(group_size <= self._rows + 1)",
+           "a group larger than built is legal"),
+    Mutant("jobs.py", "with m.If(q_used != Q_BANKS):", "with m.If(1):",
+           "q bank switch: the next query block overwrites weights in use"),
+    Mutant("jobs.py", "last = tokens_left <= abi.TILE_TOKENS", "last = tokens_left < abi.TILE_TOKENS",
+           "a full last tile is followed by an empty one"),
+    Mutant("jobs.py", "tile.k_address.eq(tile.k_address + (params.parts << 13))",
+           "tile.k_address.eq(tile.k_address + (params.parts << 12))",
+           "second tile of a page at the wrong address"),
+    Mutant("jobs.py", "beats.o.ready.eq(second | (pages_left == 1))", "beats.o.ready.eq(second)",
+           "odd page tables leave an entry behind"),
+    # --- fetch
+    Mutant("fetch.py", "CRC_POLYNOMIAL = 0x82F63B78", "CRC_POLYNOMIAL = 0xEDB88320",
+           "CRC-32 in place of CRC-32C"),
+    Mutant("fetch.py", "crc.first.eq(place.pass_.page_first & place.pass_first)",
+           "crc.first.eq(place.pass_first)", "CRC begins anew at each tile of a page"),
+    Mutant("fetch.py", "crc.series.eq(place.pass_.is_v)", "crc.series.eq(0)",
+           "CRCs of K and V mixed"),
+    Mutant("fetch.py", "keep = lane < place.lanes", "keep = lane <= place.lanes",
+           "mask: the exponent of a lane past the tail counts"),
+    Mutant("fetch.py", "fields[0] + Mux(later.pass_.is_v, 0, q_exponent)", "fields[0]",
+           "exponent of K without that of q"),
+    Mutant("fetch.py", "m.d.sync += running.eq(largest)", "m.d.sync += running.eq(exponent)",
+           "largest exponent of the last two rows only"),
+    Mutant("fetch.py", "(waiting.level <= self._lookahead)", "(waiting.level < self._lookahead)",
+           "order: one K tile less ahead"),
+    Mutant("fetch.py", "Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << 5)",
+           "Mux(tile.tokens == 0, 1, tile.tokens - 1), tile.params.parts << 5)",
+           "V passes lose their last token"),
+    # --- align
+    Mutant("align.py", "Mux(distance > KV_BITS, KV_BITS, distance[:5])", "distance[:5]",
+           "shift distance wraps"),
+    Mutant("align.py", "+ (sign ^ fine[0])", "+ sign", "rounding dropped"),
+    Mutant("align.py", "gap.eq(LANES)", "gap.eq(LANES - 1)",
+           "blocks 31 cycles apart: two leave at once"),
+    Mutant("align.py", "Mux(e == 0, 1, e)", "e", "subnormal numbers one binade off"),
+    # --- array
+    Mutant("array.py", "Mux(self.first, 0, p) + product", "p + product",
+           "accumulators never begin anew"),
+    # --- softmax
+    Mutant("softmax.py", "with m.If(later.first | (ceiling > largest)):",
+           "with m.If(later.first | (ceiling < largest)):", "tile minimum for tile maximum"),
+    Mutant("softmax.py", "score.o[:SCORE_FRAC_BITS].any()", "0", "floor for ceiling"),
+    Mutant("softmax.py", "Mux(ended.empty, RUN_MAX_EMPTY, largest)", "largest",
+           "an empty tile keeps the maximum of the one before"),
+    Mutant("softmax.py", "Mux(rounded > P_MAX, P_MAX, rounded)", "rounded", "p = 1 wraps to 0"),
+    Mutant("softmax.py", "(begun | (banks_used != P_BANKS))", "1",
+           "p bank switch: weights in use are overwritten"),
+    Mutant("softmax.py", "halvings > most, most, halvings", "0, most, halvings",
+           "small weights wrap to large ones"),
+    Mutant("softmax.py", "rounded = (wide + 16) >> 5",
+           "rounded = wide >> 5", "p truncated"),
+    # --- merge
+    Mutant("merge.py", "top.eq(Mux(fresh | (own_top > old_top), own_top, old_top))",
+           "top.eq(own_top)", "rescale: a smaller tile lowers the top"),
+    Mutant("merge.py", "unit.fresh.eq(head.job_first)", "unit.fresh.eq(0)",
+           "a job begins with the sums of the one before"),
+    Mutant("merge.py", "z.eq((o << place[:4]) << 1)", "z.eq(o << place[:4])",
+           "contributions one bit low"),
+    Mutant("merge.py", "exponent.eq(pick(tile.tile_max) + Mux(in_sums, 0, v.exponent))",
+           "exponent.eq(pick(tile.tile_max) + v.exponent)", "denominators scaled like V"),
+    Mutant("merge.py", "early.valid & early.block_end", "early.valid",
+           "a block's top moves with its first channel"),
+    Mutant("merge.py", "tile.saturated | (saturated & ~head.job_first)", "tile.saturated",
+           "saturation of an early tile forgotten"),
+    # --- kernel
+    Mutant("kernel.py", "(v_held <= V_QUEUE_CHANNELS - LANES)", "1",
+           "V sums overrun their queue when the writer stalls"),
+    Mutant("kernel.py", "(~block.pass_first | (p_ready != 0))", "1",
+           "V pass starts before its weights are there"),
+    Mutant("kernel.py", "(array.o_lane < leaving.o.p.lanes)", "1",
+           "tail lanes reach the softmax"),
+)  # fmt: skip
+
+
+def tests_for(mutant: Mutant) -> list[list[str]]:
+    """pytest arguments, cheapest first."""
+    module = f"tests/hw/test_{mutant.file}"
+    stages = [[module]] if (ROOT / module).exists() else []
+    return [*stages, ["tests/hw/test_kernel.py"], ["tests/sim/test_rtl.py", "-m", "sim"]]
+
+
+def run(mutant: Mutant, folder: Path) -> tuple[bool, str]:
+    """Whether a test noticed, and which stage."""
+    path = folder / "hw" / "nearkv_hw" / mutant.file
+    original = path.read_text()
+    count = original.count(mutant.old)
+    if count != 1:
+        raise ValueError(f"{mutant.file}: {mutant.old!r} is there {count} times, not once")
+    path.write_text(original.replace(mutant.old, mutant.new))
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(str(folder / part) for part in ("hw", "sw", "sim"))
+    try:
+        for arguments in tests_for(mutant):
+            command = [
+                sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
+                *arguments,
+            ]  # fmt: skip
+            status = subprocess.run(
+                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=1200,
+            ).returncode  # fmt: skip
+            if status == 1:
+                return True, arguments[0]
+            if status != 0:
+                raise RuntimeError(f"pytest {' '.join(arguments)} ended with status {status}")
+    finally:
+        path.write_text(original)
+    return False, ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="mutants whose file or description contains this text")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if not args.only or args.only in m.file + " " + m.what]
+    survivors = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("hw", "sw", "sim", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "LICENSE"):
+            shutil.copy(ROOT / file, folder)
+        for mutant in chosen:
+            start = time.monotonic()
+            killed, stage = run(mutant, folder)
+            seconds = time.monotonic() - start
+            verdict = f"killed by {stage}" if killed else "SURVIVED"
+            print(f"{mutant.file:11} {mutant.what:62} {verdict} ({seconds:.0f} s)", flush=True)
+            if not killed:
+                survivors.append(mutant)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
