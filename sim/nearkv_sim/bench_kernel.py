@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 import random
 import subprocess
+from typing import Any
 import unittest.mock
 
 import cocotb
@@ -63,9 +64,10 @@ class Bench:
         where = {"clock": dut.ap_clk, "reset": dut.ap_rst_n, "reset_active_level": False}
         kv, job = AxiReadBus.from_prefix(dut, "m_axi_kv"), AxiBus.from_prefix(dut, "m_axi_job")
         control = AxiLiteBus.from_prefix(dut, "s_axi_control")
-        self.kv = AxiRamRead(kv, size=MEMORY_BYTES, **where)
-        self.job = AxiRam(job, size=MEMORY_BYTES, **where)
-        self.control = AxiLiteMaster(control, **where)
+        # Any: they find out their buses' channels at run time
+        self.kv: Any = AxiRamRead(kv, size=MEMORY_BYTES, **where)
+        self.job: Any = AxiRam(job, size=MEMORY_BYTES, **where)
+        self.control: Any = AxiLiteMaster(control, **where)
         if pauses:
             for channel in (
                 self.kv.ar_channel, self.kv.r_channel,
@@ -86,12 +88,12 @@ class Bench:
         await ClockCycles(dut.ap_clk, 16)
 
     async def read(self, offset: int) -> int:
-        response = await with_timeout(self.control.read(offset, 4), 1, "ms")
+        response: Any = await with_timeout(self.control.read(offset, 4), 1, "ms")
         assert response.resp == AxiResp.OKAY
         return int.from_bytes(response.data, "little")
 
     async def write(self, offset: int, value: int) -> None:
-        response = await with_timeout(
+        response: Any = await with_timeout(
             self.control.write(offset, value.to_bytes(4, "little")), 1, "ms"
         )
         assert response.resp == AxiResp.OKAY
