@@ -8,6 +8,7 @@ import importlib
 # Imported when asked for: a bench may need the simulator or torch.
 BENCHES = {
     "stream": ("nearkv_sim.bench_stream", "the emitted Verilog: beats used of the bus, in cycles"),
+    "twin": ("nearkv_sim.bench_twin", "the native card: GB/s a core, beside torch and the memory"),
 }
 
 
