@@ -76,17 +76,17 @@ def check(out, lasts, blocks):
         assert out.cycles[LANES * n : LANES * (n + 1)] == list(range(first, first + LANES))
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_array_equals_its_model_with_any_gaps_within_and_between_blocks(bench, pauses, rng, rows):
+def test_array_equals_its_model_with_any_gaps_within_and_between_blocks(bench, pauses, rng):
+    rows = 2
     lengths = (32, 64, 33, 1, 32, 5, 1, 40)
     blocks = [random_block(rng, n, rows) for n in lengths]
     out, lasts = simulate(bench, rows, blocks, pauses(1))
     check(out, lasts, blocks)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_blocks_follow_each_other_without_a_gap(bench, rng, rows):
-    lengths = [32, 32, 64, 32]
+    lengths = [32, 32, 40, 32]
     blocks = [random_block(rng, n, rows) for n in lengths]
     out, lasts = simulate(bench, rows, blocks, iter(lambda: False, None))
     check(out, lasts, blocks)

@@ -303,11 +303,9 @@ def test_the_longest_page_table_is_accepted(bench, rng):
 
 
 def test_illegal_jobs_are_refused_and_the_next_one_runs(bench, pauses, rng):
-    jobs = [
-        job
-        for fields in ILLEGAL.values()
-        for job in (Job(fields=fields, legal=False), Job())
-    ]  # fmt: skip
+    jobs = [Job(fields=fields, legal=False) for fields in ILLEGAL.values()]
+    for at in range(len(jobs), 0, -4):
+        jobs.insert(at, Job())
     queue = Queue(rng, jobs)
     Run(bench, queue, pauses, limit=30000).check(queue)
 

@@ -83,12 +83,6 @@ def test_illegal_jobs_behind_a_short_one_do_not_stop_the_queue(card, rng):
     assert_equals_model(card, memories)
 
 
-def test_a_queue_without_jobs_leaves_a_summary(card, rng):
-    memories = workload.place([workload.random_job(rng, card.config, n_tokens=3)], rng)
-    memories.n_jobs = 0
-    assert_equals_model(card, memories)
-
-
 def test_top_names_every_wire_of_the_buses_once():
     top = Top(preset("tiny"))
     Fragment.get(top, None)
