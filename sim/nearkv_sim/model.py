@@ -49,6 +49,8 @@ class ModelCard:
 
     def __init__(self, config: Config):
         self.config = config
+        # Of each legal job of the last run: maxima of its tiles, int (tiles, rows).
+        self.tile_maxima: list[np.ndarray] = []
 
     def close(self) -> None:
         pass
@@ -66,6 +68,7 @@ class ModelCard:
             Accepted for the sake of the interface; the model always ends.
         """
         failed = kv_beats = partial_beats = kv_bursts = 0
+        self.tile_maxima = []
         # A queue or a summary that is not aligned to beats: as the hardware takes it.
         error = Status.BUS_ERROR if queue % abi.BEAT_BYTES else Status(0)
         summary -= summary % abi.BEAT_BYTES
@@ -74,6 +77,8 @@ class ModelCard:
             record = abi.JOB.unpack(job[queue + i * abi.JOB.bytes :])
             run = _Job(self.config, kv, job, record)
             status = run.execute()
+            if run.tile_maxima:
+                self.tile_maxima.append(np.concatenate(run.tile_maxima))
             failed += status != Status.DONE
             kv_beats += run.kv_beats
             kv_bursts += run.kv_bursts
@@ -93,6 +98,7 @@ class _Job:
     def __init__(self, config, kv, job, record):
         self.config, self.kv, self.job, self.record = config, kv, job, record
         self.kv_beats = self.kv_bursts = self.partial_beats = 0
+        self.tile_maxima: list[np.ndarray] = []
 
     def execute(self) -> Status:
         record = self.record
@@ -116,7 +122,8 @@ class _Job:
         for at in range(0, len(tiles), _TILES_AT_ONCE):
             part, tile_max, saturated = self._attend(pages, tiles[at : at + _TILES_AT_ONCE])
             total = part if total is None else total + part
-            run_max = np.maximum(run_max, tile_max)
+            run_max = np.maximum(run_max, tile_max.max(axis=0))
+            self.tile_maxima.append(tile_max)
             if saturated:
                 flags |= Status.SATURATED
         bad_page = abi.NO_PAGE
@@ -232,7 +239,7 @@ class _Job:
         )
         for i in np.flatnonzero(bad_k.any(axis=1) | bad_v.any(axis=1)):
             pages[tiles[i][0]].flags |= Status.NON_FINITE
-        return wide.sum(0), tile_max.max(axis=0), saturated
+        return wide.sum(0), tile_max, saturated
 
     def _write_header(self, status, bad_page, n_tokens, run_max) -> None:
         maxima = np.full(16, RUN_MAX_EMPTY)

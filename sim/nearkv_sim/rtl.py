@@ -108,7 +108,7 @@ class RtlCard:
     ):
         if not 0 <= stalls <= 0.9:
             raise ValueError(f"stalls must be a share of cycles, 0 .. 0.9, not {stalls}")
-        self.config = config
+        self.config, self.stalls = config, stalls
         self.last_run: dict[str, float] = {}
         self._handle = None
         self._library = _load(build(config, trace=trace is not None))

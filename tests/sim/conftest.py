@@ -6,8 +6,23 @@ import pytest
 
 from nearkv_hw.config import preset
 from nearkv_sim import rtl
+from nearkv_sim.coverage import Coverage
 from nearkv_sim.model import ModelCard
 from nearkv_sim.workload import Memories
+
+_COVERAGE = pytest.StashKey[Coverage]()
+
+
+def pytest_configure(config):
+    config.stash[_COVERAGE] = Coverage()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    coverage = config.stash[_COVERAGE]
+    if coverage.n_jobs:
+        terminalreporter.section("functional coverage of the simulated kernel")
+        for line in coverage.report():
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")
@@ -34,17 +49,20 @@ def open_rtl(tools):
 
 
 @pytest.fixture
-def assert_equals_model():
+def assert_equals_model(request):
     """Runs a queue on a card and on the model: every byte of job memory must be the same."""
 
     def check(card, memories: Memories) -> np.ndarray:
-        want = memories.untimed(memories.execute(ModelCard(card.config)))
+        model = ModelCard(card.config)
+        want = memories.untimed(memories.execute(model))
         got = memories.execute(card, timeout_s=120)
         for i in range(memories.n_jobs):
             assert memories.partial(got, i) == memories.partial(want, i), f"job {i}"
         summary = memories.summary_of(memories.untimed(got))
         assert summary == memories.summary_of(want)
         np.testing.assert_array_equal(memories.untimed(got), want)
+        if isinstance(card, rtl.RtlCard):
+            request.config.stash[_COVERAGE].add(memories, got, model.tile_maxima, card.stalls)
         return got
 
     return check

@@ -129,6 +129,36 @@ def test_pages_without_tokens_add_nothing(open_rtl, assert_equals_model):
         assert memories.partial(got, i)["status"] == Status.DONE
 
 
+@pytest.mark.parametrize("stalls", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("tail", [0, 1, 15, 31, 32])
+def test_every_pair_of_circumstances(open_rtl, assert_equals_model, tail, stalls):
+    """A queue for each kind of tail and of bus; it fills what chance leaves of the coverage."""
+    rng = np.random.default_rng([tail, round(10 * stalls)])
+    extents = {  # page_tokens, page_lens
+        "one tile": (64, [tail]),
+        "tiles of one page": (256, [128 + tail]),
+        "pages": (64, [64, tail]),
+        "pages of tiles": (256, [200, tail]),
+    }
+    shapes = [{}, {"group_size": 3}, {"head_dim": 128}, {"kv_type": KvType.BF16}]
+    jobs = []
+    for failure in (False, True):
+        for shape in shapes:
+            for page_tokens, page_lens in extents.values():
+                if page_lens == [128]:
+                    continue
+                choices = {"group_size": 2, "kv_type": KvType.FP16, **shape}
+                for _ in range(1 if failure else 2):
+                    jobs.append(small(rng, n_tokens=sum(page_lens), **choices))
+                    jobs[-1].page_tokens, jobs[-1].page_lens = page_tokens, page_lens
+                if failure:
+                    jobs.append(small(rng, n_tokens=1))
+                    jobs[-1].fields = {"group_size": 0}
+    # Another extent is first in each queue; the failures stay between the jobs they were put.
+    first = int(rng.integers(2 * len(extents)))
+    assert_equals_model(open_rtl(stalls=stalls, seed=tail), workload.place(jobs[first:], rng))
+
+
 def surrounded(rng, **choices):
     """A good job, one with four pages (job 1), and a good job: the neighbours must not notice."""
     jobs = [small(rng, n_tokens=150) for _ in range(3)]
