@@ -12,6 +12,8 @@ in host memory, both rounded to the KV type. New tokens are attended first and s
     tail, new tokens   on the host, causally              / merged
 """
 
+from collections.abc import Sequence
+import errno
 import math
 import tempfile
 import weakref
@@ -26,10 +28,10 @@ from nearkv_hw.abi import KvType, PageLayout
 
 from . import pages
 from .attention import Figures, PageAttention, check_card
-from .card import Card, open_card
-from .flash import PageId
+from .card import Card, open_cards
+from .flash import FlashError, PageId
 from .partial import merge
-from .store import KvStore
+from .store import DELAYED_BYTES, KvStore
 
 _TORCH_TYPES = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}
 _ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
@@ -46,14 +48,24 @@ class NearStorageCache(Cache):
     ----------
     config : transformers.PreTrainedConfig
         Of the model: full attention, head_dim a multiple of 32 that the card supports.
-    directory : path, optional
-        Where pages go: a directory on the drive to use. Default: that for temporary files.
-    card : Card or str
-        Or the name of one, opened and closed with the cache.
+    directory : path, or a sequence of them, optional
+        Where pages go: a directory on the drive to use, or one for each card. Default: that for
+        temporary files.
+    card : Card, str, or a sequence of them
+        Names are opened and closed with the cache. Several cards share every step's work.
     page_tokens : int
         32, 64, 96 or a multiple of 128.
     kv_dtype : "fp16" or "bf16", optional
         What K and V are rounded to. Default bf16 for bf16 models, otherwise fp16.
+    spill_pages : int
+        How many full pages of a head gather in host memory before they are written. Until then the
+        host attends to them.
+    weights : sequence of float, optional
+        How fast the cards are, in any unit: a slow one gets less. Default: all alike.
+    budget_bytes : int, optional
+        Limit on what is written to flash.
+    beyond_budget : "raise" or "keep"
+        What to do with pages beyond it: FlashError, or keep them in host memory.
 
     Attributes
     ----------
@@ -70,8 +82,23 @@ class NearStorageCache(Cache):
         If the card cannot be opened.
     """
 
-    def __init__(self, config, directory=None, card: Card | str = "model", page_tokens: int = 128,
-                 kv_dtype=None):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        directory=None,
+        card: Card | str | Sequence[Card | str] = "model",
+        page_tokens: int = 128,
+        kv_dtype=None,
+        *,
+        spill_pages: int = 1,
+        weights: Sequence[float] | None = None,
+        budget_bytes: int | None = None,
+        beyond_budget: str = "raise",
+    ):
+        if spill_pages < 1:
+            raise ValueError(f"spill_pages must be at least 1, not {spill_pages}")
+        if beyond_budget not in ("raise", "keep"):
+            raise ValueError(f'beyond_budget must be "raise" or "keep", not {beyond_budget!r}')
         config = config.get_text_config(decoder=True)
         if kv_dtype is None:
             kv_dtype = "bf16" if config.dtype == torch.bfloat16 else "fp16"
@@ -80,22 +107,26 @@ class NearStorageCache(Cache):
             layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
         except ValueError as error:
             raise ValueError(f"model {_name(config)} cannot use nearkv: {error}") from None
-        owned = None
-        if isinstance(card, str):
-            card = owned = open_card(card)
-        self.card = card
+        self.cards, owned = open_cards(card)
         try:
-            check_card(self.card, layout)
+            for one in self.cards:
+                check_card(one, layout)
             directory = tempfile.gettempdir() if directory is None else directory
-            self.store = KvStore(directory, layout, n_kv_heads, temporary=True)
+            self.store = KvStore(
+                directory, layout, n_kv_heads, temporary=True, n_shards=len(self.cards),
+                weights=weights, delayed_bytes=DELAYED_BYTES, budget_bytes=budget_bytes,
+            )  # fmt: skip
+            self._pages = PageAttention(self.cards, self.store)
         except BaseException:
-            if owned is not None:
-                owned.close()
+            for one in owned:
+                one.close()
             raise
-        self._finalizer = weakref.finalize(self, _close, self.store, owned)
-        self._pages = PageAttention(self.card, self.store)
+        self._finalizer = weakref.finalize(self, _close, self._pages, self.store, owned)
         super().__init__(
-            layers=[_Layer(self._pages, index) for index in range(config.num_hidden_layers)]
+            layers=[
+                _Layer(self._pages, index, spill_pages, beyond_budget == "keep")
+                for index in range(config.num_hidden_layers)
+            ]
         )
 
     def __enter__(self):
@@ -107,6 +138,11 @@ class NearStorageCache(Cache):
     @property
     def figures(self) -> Figures:
         return self._pages.figures
+
+    @property
+    def card(self) -> Card:
+        """The first card."""
+        return self.cards[0]
 
     def close(self) -> None:
         """Delete the pages. May be called twice."""
@@ -143,8 +179,11 @@ class _Layer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, attention: PageAttention, index: int):
+    def __init__(self, attention: PageAttention, index: int, spill_pages: int, keep: bool):
         super().__init__()
+        self._spill_tokens = spill_pages * attention.store.layout.page_tokens
+        self._keep = keep  # in host memory, what is beyond the write budget
+        self._may_write = True
         self._attention, self._store, self._index = attention, attention.store, index
         self._dtype = _TORCH_TYPES[self._store.layout.kv_type]
         self._positions = 0  # including padding
@@ -164,7 +203,7 @@ class _Layer(CacheLayerMixin):
             )
         self.batch_size = batch
         # (K or V, sequence, kv head, token, channel)
-        shape = (2, batch, heads, layout.page_tokens, head_dim)
+        shape = (2, batch, heads, self._spill_tokens, head_dim)
         self._tail = torch.zeros(shape, dtype=self._dtype)
         self._tail_tokens = [0] * batch
         self.is_initialized = True
@@ -215,11 +254,12 @@ class _Layer(CacheLayerMixin):
         for sequence in range(self.batch_size):
             n_pages = self._store.n_pages(sequence, self._index)
             left = n_pages * page_tokens + self._tail_tokens[sequence] + tokens_to_remove
-            keep, tokens = divmod(max(left, 0), page_tokens)
+            left = max(left, 0)
+            keep = min(left // page_tokens, n_pages)
             if keep < n_pages:
                 self._take_back(sequence, keep)
                 self._store.truncate(sequence, self._index, keep)
-            self._tail_tokens[sequence] = tokens
+            self._tail_tokens[sequence] = left - keep * page_tokens
         self._positions += tokens_to_remove
 
     def offload(self) -> None:
@@ -323,17 +363,30 @@ class _Layer(CacheLayerMixin):
             if valid is not None:
                 new = new[:, :, valid[sequence]]
             have, n_new = self._tail_tokens[sequence], new.shape[2]
-            tail = self._tail[:, sequence]
-            if have + n_new < page_tokens:
-                tail[:, :, have : have + n_new] = new
-                self._tail_tokens[sequence] = have + n_new
-                continue
-            tokens = torch.cat([tail[:, :, :have], new], dim=2)
-            full = (have + n_new) // page_tokens * page_tokens
-            self._store.append(sequence, self._index, *tokens[:, :, :full])
-            left = have + n_new - full
-            tail[:, :, :left] = tokens[:, :, full:]
-            self._tail_tokens[sequence] = left
+            if have + n_new >= self._spill_tokens and self._may_write:
+                tokens = torch.cat([self._tail[:, sequence, :, :have], new], dim=2)
+                full = (have + n_new) // page_tokens * page_tokens
+                if self._spill(sequence, tokens[:, :, :full]):
+                    have, new = 0, tokens[:, :, full:]
+            self._grow_tail(have + new.shape[2])
+            self._tail[:, sequence, :, have : have + new.shape[2]] = new
+            self._tail_tokens[sequence] = have + new.shape[2]
+
+    def _spill(self, sequence: int, tokens) -> bool:
+        """Give full pages to the store, unless it may not write them and they are to be kept."""
+        try:
+            self._store.append(sequence, self._index, *tokens)
+        except FlashError as error:
+            if not self._keep or error.errno != errno.EDQUOT:
+                raise
+            self._may_write = False
+        return self._may_write
+
+    def _grow_tail(self, tokens: int) -> None:
+        missing = tokens - self._tail.shape[3]
+        if missing > 0:
+            missing = -(-missing // self._spill_tokens) * self._spill_tokens
+            self._tail = torch.nn.functional.pad(self._tail, (0, 0, 0, missing))
 
     def _check_finite(self, k, v) -> None:
         for name, x in (("K", k), ("V", v)):
@@ -353,7 +406,7 @@ class _Layer(CacheLayerMixin):
             data = self._store.read_pages(PageId(self._index, sequence, head, page), 1)
             for which, patterns in enumerate(pages.unpack(layout, data)):
                 values = torch.from_numpy(patterns.view(np.int16)).view(self._dtype)
-                self._tail[which, sequence, head] = values
+                self._tail[which, sequence, head, : layout.page_tokens] = values
 
 
 def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
@@ -445,7 +498,8 @@ def _name(config) -> str:
     return config.name_or_path or config.model_type
 
 
-def _close(store: KvStore, card: Card | None) -> None:
+def _close(attention: PageAttention, store: KvStore, owned: list[Card]) -> None:
+    attention.close()
     store.close()
-    if card is not None:
+    for card in owned:
         card.close()

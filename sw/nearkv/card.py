@@ -7,10 +7,9 @@ tables, query blocks, partials and the summary (`nearkv_hw.abi`). Nothing above 
 one card from another.
 """
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 import importlib
-import mmap
+import os
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -18,11 +17,11 @@ import numpy as np
 from nearkv_hw import abi
 from nearkv_hw.abi import Status
 
-from .flash import Read, read_into
+from .buffers import JobMemory, KvMemory
+from .flash import READS_IN_FLIGHT, Load, Read, Reader
 
 KV_BYTES = 64 << 20
 JOB_BYTES = 16 << 20
-READS_IN_FLIGHT = 8
 
 
 class CardError(RuntimeError):
@@ -51,8 +50,15 @@ class Card(Protocol):
     kv_bytes: int  # size of kv memory
     job_bytes: int  # size of job memory
 
-    def load(self, reads: list[Read], timeout_s: float | None = None) -> None:
-        """Bring pages from flash to kv memory. Returns when all have arrived.
+    def start_load(self, reads: list[Read]) -> Load:
+        """Ask for pages to be brought from flash to kv memory. Returns at once.
+
+        Raises ValueError if they would leave kv memory.
+        """
+        ...
+
+    def finish_load(self, load: Load, timeout_s: float | None = None) -> None:
+        """Wait until all have arrived.
 
         Raises FlashError if a file is short or the drive fails, CardError after `timeout_s`.
         """
@@ -96,6 +102,8 @@ class MemoryCard:
         summary, timeout_s)`, which does with the two uint8 arrays what the hardware would and raises
         TimeoutError if it takes too long.
     kv_bytes, job_bytes : int
+    reads_in_flight : int
+        Requests that the drive has at once, of up to 1 MiB each.
     timeout_s : float
         For a load or a run that does not bring its own.
     """
@@ -107,19 +115,16 @@ class MemoryCard:
         *,
         kv_bytes: int = KV_BYTES,
         job_bytes: int = JOB_BYTES,
+        reads_in_flight: int = READS_IN_FLIGHT,
         timeout_s: float = 60.0,
     ):
-        for what, nbytes in (("kv_bytes", kv_bytes), ("job_bytes", job_bytes)):
-            if nbytes <= 0 or nbytes % abi.PAGE_ALIGN_BYTES:
-                raise ValueError(
-                    f"{what} must be a positive multiple of {abi.PAGE_ALIGN_BYTES}, not {nbytes}"
-                )
         self.name, self._backend, self.timeout_s = name, backend, timeout_s
         self.rows, self.max_head_dim = backend.config.rows, backend.config.max_head_dim
         self.kv_bytes, self.job_bytes = kv_bytes, job_bytes
-        self._kv = np.frombuffer(mmap.mmap(-1, kv_bytes), np.uint8)
-        self._job = np.frombuffer(mmap.mmap(-1, job_bytes), np.uint8)
-        self._readers = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="nearkv-read")
+        self._kv, self._job = KvMemory(kv_bytes), JobMemory(job_bytes)
+        self._kv_seen = self._kv.simulated()
+        self._reader = Reader(self._kv, reads_in_flight)
+        self._late: list[Load] = []
         self._broken = ""
 
     def __enter__(self):
@@ -131,55 +136,50 @@ class MemoryCard:
     def close(self) -> None:
         if self._broken != "closed":
             self._broken = "closed"
-            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._reader.close()
             self._backend.close()
 
-    def load(self, reads: list[Read], timeout_s: float | None = None) -> None:
+    def start_load(self, reads: list[Read]) -> Load:
         self._check_open()
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         for read in reads:
-            if read.kv_offset < 0 or read.kv_offset + read.nbytes > self.kv_bytes:
-                raise ValueError(
-                    f"a read of {read.nbytes} bytes to kv offset {read.kv_offset} leaves the "
-                    f"{self.kv_bytes} bytes of kv memory"
-                )
-        waiting: dict[Future, Read] = {
-            self._readers.submit(read_into, read, self._kv): read for read in reads
-        }
-        done, late = wait(waiting, timeout_s)
-        for future in done:
-            future.result()
-        if late:
+            self._kv.check(read.kv_offset, read.nbytes)
+        return self._reader.start(reads)
+
+    def finish_load(self, load: Load, timeout_s: float | None = None) -> None:
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        try:
+            load.wait(timeout_s)
+        except TimeoutError as error:
             # The late reads may still write to kv memory, at any time.
-            self._broken = "unusable after a load that timed out; open it again"
-            read = waiting[late.pop()]
-            raise CardError(
-                f"card {self.name!r}: after {timeout_s:g} s, {len(late) + 1} of {len(reads)} reads "
-                f"have not arrived, among them {read.page} ({read.path} at byte {read.offset}); "
-                "is the drive alive?"
-            )
+            self._late.append(load)
+            raise CardError(f"card {self.name!r}: {error}") from error
+
+    def load(self, reads: list[Read], timeout_s: float | None = None) -> None:
+        """`start_load` and `finish_load` in one."""
+        self.finish_load(self.start_load(reads), timeout_s)
 
     def write_job(self, offset: int, data) -> None:
         self._check_open()
         data = np.frombuffer(data, np.uint8)
-        self._check_job(offset, len(data))
-        self._job[offset : offset + len(data)] = data
+        self._job.check(offset, len(data))
+        self._job.bytes[offset : offset + len(data)] = data
 
     def read_job(self, offset: int, nbytes: int) -> np.ndarray:
         self._check_open()
-        self._check_job(offset, nbytes)
-        return self._job[offset : offset + nbytes].copy()
+        self._job.check(offset, nbytes)
+        return self._job.bytes[offset : offset + nbytes].copy()
 
     def run(
         self, queue: int, n_jobs: int, summary: int, timeout_s: float | None = None
     ) -> dict[str, int]:
         self._check_open()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        self._check_job(queue, n_jobs * abi.JOB.bytes)
-        self._check_job(summary, abi.SUMMARY.bytes)
-        self._job[summary : summary + abi.SUMMARY.bytes] = 0
+        self._job.check(queue, n_jobs * abi.JOB.bytes)
+        self._job.check(summary, abi.SUMMARY.bytes)
+        job = self._job.bytes
+        job[summary : summary + abi.SUMMARY.bytes] = 0
         try:
-            self._backend.execute(self._kv, self._job, queue, n_jobs, summary, timeout_s)
+            self._backend.execute(self._kv_seen, job, queue, n_jobs, summary, timeout_s)
         except TimeoutError as error:
             self._broken = "unusable after a run that timed out; open it again"
             raise CardError(
@@ -188,18 +188,18 @@ class MemoryCard:
         except RuntimeError as error:
             self._broken = "unusable after a run that failed; open it again"
             raise CardError(f"card {self.name!r}: {error}") from error
-        counters = abi.SUMMARY.unpack(self._job[summary : summary + abi.SUMMARY.bytes])
+        counters = abi.SUMMARY.unpack(job[summary : summary + abi.SUMMARY.bytes])
         check_summary(self.name, counters, n_jobs, self._backend.config.hash32)
         return counters
 
     def _check_open(self) -> None:
         if self._broken:
             raise CardError(f"card {self.name!r} is {self._broken}")
-
-    def _check_job(self, offset: int, nbytes: int) -> None:
-        if offset < 0 or offset + nbytes > self.job_bytes:
-            raise ValueError(
-                f"{nbytes} bytes at offset {offset} leave the {self.job_bytes} bytes of job memory"
+        self._late = [load for load in self._late if not load.arrived]
+        if self._late:
+            raise CardError(
+                f"card {self.name!r} is unusable after a load that timed out, until its reads have "
+                "arrived; or open it again"
             )
 
 
@@ -224,7 +224,7 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
     """The opener of a card that nearkv_sim imitates."""
 
     def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
-               timeout_s=timeout_s, **options):  # fmt: skip
+               reads_in_flight=READS_IN_FLIGHT, timeout_s=timeout_s, **options):  # fmt: skip
         if unit:
             raise CardError(f"card {name!r}: there is one of its kind, without a number")
         try:
@@ -242,8 +242,9 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
         except RuntimeError as error:
             raise CardError(f"card {name!r} cannot be opened: {error}") from error
         return MemoryCard(
-            name, backend, kv_bytes=kv_bytes, job_bytes=job_bytes, timeout_s=timeout_s
-        )
+            name, backend, kv_bytes=kv_bytes, job_bytes=job_bytes,
+            reads_in_flight=reads_in_flight, timeout_s=timeout_s,
+        )  # fmt: skip
 
     return opener
 
@@ -288,3 +289,48 @@ def open_card(name: str = "model", **options) -> Card:
         known = ", ".join(repr(known) for known in _FAMILIES)
         raise CardError(f"no card {name!r}; there are {known}")
     return _FAMILIES[family](name, unit, **options)
+
+
+def open_cards(card: "str | Card | Sequence[str | Card]" = "model", **options):
+    """Open one card or several, sharing the processor's cores among those that are programs.
+
+    Parameters
+    ----------
+    card : str, Card, or a sequence of them
+        Cards that are open already stay as they are.
+    **options
+        As for `open_card`; of every card that is opened.
+
+    Returns
+    -------
+    cards : list of Card
+    opened : list of Card
+        Those of them that this call opened, for the caller to close.
+
+    Raises
+    ------
+    ValueError
+        If there is no card among them.
+    CardError
+        As `open_card`; none stays open then.
+    """
+    wanted = [card] if isinstance(card, str) or isinstance(card, Card) else list(card)
+    if not wanted:
+        raise ValueError("at least one card is needed")
+    twins = sum(isinstance(one, str) and one.partition(":")[0] == "twin" for one in wanted)
+    cards, opened = [], []
+    try:
+        for one in wanted:
+            if isinstance(one, str):
+                more = dict(options)
+                if twins > 1 and one.partition(":")[0] == "twin":
+                    cores = len(os.sched_getaffinity(0))
+                    more.setdefault("threads", max(1, cores // twins))
+                one = open_card(one, **more)
+                opened.append(one)
+            cards.append(one)
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
+    return cards, opened

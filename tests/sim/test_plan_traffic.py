@@ -122,9 +122,9 @@ class CountingCard:
     def __getattr__(self, name):
         return getattr(self._card, name)
 
-    def load(self, reads, timeout_s=None):
+    def start_load(self, reads):
         self.loaded += sum(read.nbytes for read in reads)
-        return self._card.load(reads, timeout_s)
+        return self._card.start_load(reads)
 
     def write_job(self, offset, data):
         self.written += len(data)
@@ -183,7 +183,7 @@ def test_the_engine_moves_exactly_the_bytes_of_the_model(
         n_q_heads=n_kv_heads * group,
         n_kv_heads=n_kv_heads,
         rows=card.rows,
-        span_pages=kv_bytes // layout.page_bytes,
+        span_pages=attention.span_pages,
         n_launches=counting.runs,
         spilled_pages=n_layers * n_kv_heads * sum(pages),
     )

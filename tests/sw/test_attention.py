@@ -169,7 +169,8 @@ class _Spans(PageAttention):
 
     def __init__(self, card, store, span_pages):
         super().__init__(card, store)
-        self._span_pages = span_pages
+        for ring in self._rings:
+            ring.span_pages = min(ring.span_pages, span_pages)
 
 
 @settings(max_examples=25, deadline=None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nearkv import card as card_module
+from nearkv import flash as flash_module
 from nearkv.card import Card, CardError, MemoryCard, open_card
 from nearkv.flash import FlashError, PageId, Read
 from nearkv_hw import abi
@@ -92,8 +93,8 @@ def test_loads_arrive_where_they_should(tmp_path):
     (tmp_path / "pages").write_bytes(data.tobytes())
     with _card() as card:
         card.load([_read(tmp_path / "pages", 8192, 12288), _read(tmp_path / "pages")])
-        np.testing.assert_array_equal(card._kv[12288:20480], data)
-        np.testing.assert_array_equal(card._kv[:4096], data[:4096])
+        np.testing.assert_array_equal(card._kv_seen[12288:20480], data)
+        np.testing.assert_array_equal(card._kv_seen[:4096], data[:4096])
         card.load([])
         with pytest.raises(ValueError, match="kv memory"):
             card.load([_read(tmp_path / "pages", 8192, 61440)])
@@ -110,7 +111,7 @@ def test_a_short_file_fails_the_load_and_leaves_the_card_usable(tmp_path):
 def test_a_load_that_hangs_says_what_it_waited_for(tmp_path, monkeypatch):
     (tmp_path / "pages").write_bytes(bytes(4096))
     hang = threading.Event()
-    monkeypatch.setattr(card_module, "read_into", lambda *_: hang.wait(10))
+    monkeypatch.setattr(flash_module, "read_into", lambda *_: hang.wait(10))
     try:
         with _card() as card:
             with pytest.raises(CardError, match=r"0\.05 s, 1 of 1 reads.*page 4 of layer 1.*pages"):

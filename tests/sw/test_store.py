@@ -47,7 +47,8 @@ def test_what_was_appended_is_read_back(tmp_path):
                     got_k, got_v = _read(store, layer, sequence, head)
                     np.testing.assert_array_equal(got_k, k[head] + np.float16(layer))
                     np.testing.assert_array_equal(got_v, v[head] - np.float16(sequence))
-        reads = store.reads(PageId(5, 9, 1, 2), per_extent, 4096)
+        numbers = np.arange(2, 2 + per_extent)
+        reads = store.reads(PageId(5, 9, 1, 2), numbers, 4096)
         assert [read.nbytes // LAYOUT.page_bytes for read in reads] == [per_extent - 2, 2]
         assert reads[1].page == PageId(5, 9, 1, per_extent)
         assert reads[1].kv_offset == 4096 + (per_extent - 2) * LAYOUT.page_bytes
