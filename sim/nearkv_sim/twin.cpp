@@ -329,6 +329,7 @@ class Card {
             for (int i = 0; i < job.rows; i++) {
                 constexpr int drop = 32 - WEIGHT_BITS;
                 query.weight[i][r] = static_cast<int32_t>(uint32_t(record.weight[i]) << drop) >> drop;
+                query.weight_52[i][r] = static_cast<int64_t>(query.weight[i][r]) & ((int64_t(1) << 52) - 1);
                 query.weight_sum[i] += query.weight[i][r];
                 if (query.weight[i][r] != 0) query.weighted_rows = std::max(query.weighted_rows, i + 1);
             }
@@ -461,13 +462,13 @@ class Card {
 };
 
 const Path* find_path(const std::string& name) {
-    for (const Path* path : {&AVX512, &AVX2, &PORTABLE})
+    for (const Path* path : {&IFMA, &AVX512, &AVX2, &PORTABLE})
         if (path->supported() && (name == "auto" || name == path->name)) return path;
     return nullptr;
 }
 
 Crc find_crc(const Path& path) {
-    if (&path == &AVX512 && crc_avx512_supported()) return crc_avx512;
+    if ((&path == &IFMA || &path == &AVX512) && crc_avx512_supported()) return crc_avx512;
     if (&path != &PORTABLE && crc_sse42_supported()) return crc_sse42;
     return crc_portable;
 }

@@ -29,6 +29,7 @@ struct Query {
     int shift;
     int largest_exponent;                           // of all channels
     alignas(64) double weight[MAX_ROWS][WEIGHT_STRIDE];  // [row][channel]
+    alignas(64) int64_t weight_52[MAX_ROWS][WEIGHT_STRIDE];  // the same modulo 2^52
     double weight_sum[MAX_ROWS];
     alignas(64) int32_t exponent[MAX_HEAD_DIM];
     alignas(64) uint32_t exponent_pair[MAX_HEAD_DIM];  // the low 16 bits twice
@@ -63,7 +64,7 @@ struct Scratch {
     alignas(64) float x[(MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS) * LANES];
     alignas(64) float scale[MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS];
     alignas(64) double raw[MAX_ROWS][TILE_TOKENS];       // S, then the scores as int64
-    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];       // [row][token]
+    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];       // [row][token]; as int64 on some paths
     alignas(64) double o[MAX_ROWS][LANES];
     int block_exponent[TILE_TOKENS / BLOCK_TOKENS];
     int tile_max[MAX_ROWS];
@@ -81,7 +82,7 @@ struct Path {
 // CRC-32C of more bytes, given that of those before.
 using Crc = uint32_t (*)(uint32_t crc, const uint8_t* data, size_t n);
 
-extern const Path AVX512, AVX2, PORTABLE;
+extern const Path IFMA, AVX512, AVX2, PORTABLE;
 uint32_t crc_portable(uint32_t crc, const uint8_t* data, size_t n);
 uint32_t crc_sse42(uint32_t crc, const uint8_t* data, size_t n);
 uint32_t crc_avx512(uint32_t crc, const uint8_t* data, size_t n);

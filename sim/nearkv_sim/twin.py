@@ -21,7 +21,7 @@ from nearkv_hw import abi, number
 from nearkv_hw.abi import KvType, Status
 from nearkv_hw.config import Config
 
-PATHS = ("avx512", "avx2", "portable")
+PATHS = ("ifma", "avx512", "avx2", "portable")
 _FOLDER = Path(__file__).parent
 SOURCES = ("twin.cpp", "twin_avx512.cpp", "twin_avx2.cpp", "twin_portable.cpp")
 HEADERS = ("twin.h", "twin_kernel.h")
@@ -44,7 +44,8 @@ class TwinCard:
     threads : int, optional
         At most this many at once; default all processors that this process may use.
     path : str
-        "avx512", "avx2", "portable", or "auto": the first of them that this processor has.
+        "ifma" (AVX-512 with IFMA), "avx512", "avx2", "portable", or "auto": the first of them that
+        this processor has.
 
     Raises
     ------

@@ -4,7 +4,7 @@
 // Included once by each twin_<path>.cpp, which says beforehand how wide its vectors are (SIMD_BYTES) and
 // afterwards how the few operations go that differ between instruction sets (`struct Simd`).
 //
-// Every sum is an integer below 2^53, held in doubles; so the order of additions does not matter, and
+// Every sum is an integer below 2^53, usually held in doubles; so the order of additions does not matter, and
 // neither does fusing them. An aligned element x travels as the float x + BIAS, because adding BIAS is
 // also what rounds it; the dot products start at -BIAS * sum of weights.
 
@@ -51,10 +51,16 @@ static_assert(KV_BITS == 23, "an aligned element must fit the mantissa of BIAS")
 
 // Defaults of the operations that an instruction set may do better.
 struct Generic {
+    // Sums of products of a weight and an aligned element, from minus what BIAS adds to them.
+    using Sum = F64;
+    static const double* query_weights(const Query& query) { return query.weight[0]; }
+    static F64 p_weight(I64 p) { return (F64)(p + MAGIC_BITS) - MAGIC; }
+    static F64 start(double weight_sum) { return all<F64>(-double(BIAS) * weight_sum); }
+    static F64 weight(const double* p) { return all<F64>(*p); }
+    static F64 end(F64 sum) { return sum; }
     // a * b + c, exact by the caller's promise
     static F64 multiply_add(F64 a, F64 b, F64 c) { return a * b + c; }
     static I64 to_int(F64 a) { return (I64)(a + MAGIC) - MAGIC_BITS; }
-    static F64 to_double(I64 a) { return (F64)(a + MAGIC_BITS) - MAGIC; }
     // floor(a / 2^n) for |a| < 2^62 and n <= 62
     static I64 shift_right(I64 a, int n) {
         return (I64)((U64)(a + (int64_t(1) << 62)) >> n) - (int64_t(1) << (62 - n));
@@ -75,38 +81,34 @@ template <KvFormat FORMAT, class Simd>
 TWIN_INLINE Extent extent(const uint16_t* block, int n, const uint32_t* row_exponent, int largest_row_exponent,
                           int lanes, const uint16_t* ahead) {
     constexpr int VECTORS = LANES / I16_LANES;
-    constexpr int16_t ONE = 1 << FORMAT.mantissa_bits;  // exponent field 1
-    // Of each lane: the largest exponent or, without row exponents, magnitude; and whether a magnitude
-    // plus one exponent reached the sign bit, which only Inf and NaN do.
-    I16 largest[VECTORS], reached[VECTORS];
-    for (int v = 0; v < VECTORS; v++) largest[v] = all<I16>(int16_t(-32768)), reached[v] = I16{};
+    // Of each lane.
+    I16 largest[VECTORS], magnitude[VECTORS];
+    for (int v = 0; v < VECTORS; v++) largest[v] = all<I16>(int16_t(-32768)), magnitude[v] = I16{};
     for (ptrdiff_t r = 0; r < n; r++) {
         if (r % 4 == 0) __builtin_prefetch(ahead + r / 4 * LANES, 0, 2);
         for (int v = 0; v < VECTORS; v++) {
-            I16 magnitude = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES)) & int16_t(0x7FFF);
-            reached[v] |= magnitude + ONE;
-            if (row_exponent) {
-                I16 field = (I16)((U16)magnitude >> FORMAT.mantissa_bits);
-                largest[v] = Simd::larger_16(largest[v], field + (I16)all<U32>(row_exponent[r]));
-            } else {
-                largest[v] = Simd::larger_16(largest[v], magnitude);
-            }
+            I16 it = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES)) & int16_t(0x7FFF);
+            magnitude[v] = Simd::larger_16(magnitude[v], it);
+            if (!row_exponent) continue;
+            I16 field = (I16)((U16)it >> FORMAT.mantissa_bits);
+            largest[v] = Simd::larger_16(largest[v], field + (I16)all<U32>(row_exponent[r]));
         }
     }
-    alignas(64) int16_t most[LANES], any[LANES];
+    alignas(64) int16_t totals[LANES], magnitudes[LANES];
     for (int v = 0; v < VECTORS; v++) {
-        *(I16*)(most + v * I16_LANES) = largest[v];
-        *(I16*)(any + v * I16_LANES) = reached[v];
+        *(I16*)(totals + v * I16_LANES) = largest[v];
+        *(I16*)(magnitudes + v * I16_LANES) = magnitude[v];
     }
+    for (int t = lanes; t < LANES; t++) totals[t] = -32768, magnitudes[t] = 0;
+    int16_t total = -32768, most = 0;
+    for (int t = 0; t < LANES; t++) {
+        total = totals[t] > total ? totals[t] : total;
+        most = magnitudes[t] > most ? magnitudes[t] : most;
+    }
+    const int field = most >> FORMAT.mantissa_bits, exponent = row_exponent ? total : field;
     // Exponent field 0 counts as 1, so no row is below its own exponent plus 1.
-    int exponent = largest_row_exponent + 1;
-    bool finite = true;
-    for (int t = 0; t < lanes; t++) {
-        int it = row_exponent ? most[t] : most[t] >> FORMAT.mantissa_bits;
-        if (it > exponent) exponent = it;
-        finite &= any[t] >= 0;
-    }
-    return {exponent, finite};
+    const int least = largest_row_exponent + 1;
+    return {exponent > least ? exponent : least, field < (1 << FORMAT.exponent_bits) - 1};
 }
 
 // x + BIAS of a block by the letter of align.model: any exponents, Inf and NaN.
@@ -158,21 +160,21 @@ static void dot_rows(const float* x, int n, const double* weight, const double* 
                                 : (Simd::ACCUMULATORS / ROWS > 2 ? 2 : Simd::ACCUMULATORS / ROWS);
     static_assert(VECTORS >= 1 && LANES / F64_LANES % VECTORS == 0);
     for (int lane = 0; lane < LANES; lane += VECTORS * F64_LANES) {
-        F64 sum[ROWS][VECTORS];
+        typename Simd::Sum sum[ROWS][VECTORS];
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) sum[i][v] = all<F64>(-double(BIAS) * weight_sum[i]);
+            for (int v = 0; v < VECTORS; v++) sum[i][v] = Simd::start(weight_sum[i]);
 #pragma GCC unroll 2
         for (ptrdiff_t r = 0; r < n; r++) {
             if (r % 2 == 0) __builtin_prefetch(ahead + r / 2 * LANES, 0, 2);
-            F64 element[VECTORS];
+            typename Simd::Sum element[VECTORS];
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
                 element[v] = Simd::widen(x + r * LANES + lane + v * F64_LANES);
 #pragma GCC unroll 16
             for (int i = 0; i < ROWS; i++) {
-                F64 w = all<F64>(weight[i * WEIGHT_STRIDE + r]);
+                auto w = Simd::weight(weight + i * WEIGHT_STRIDE + r);
 #pragma GCC unroll 16
                 for (int v = 0; v < VECTORS; v++)
                     sum[i][v] = Simd::multiply_add(w, element[v], sum[i][v]);
@@ -182,7 +184,7 @@ static void dot_rows(const float* x, int n, const double* weight, const double* 
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
-                *(F64*)(out + i * out_stride + lane + v * F64_LANES) = sum[i][v];
+                *(F64*)(out + i * out_stride + lane + v * F64_LANES) = Simd::end(sum[i][v]);
     }
 }
 
@@ -251,7 +253,7 @@ TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& ti
         I64 weight = smaller((I64)((U64)(wide + (1 << (NARROW - 1))) >> NARROW), all<I64>(P_MAX));
         sum += weight;
         wide_sum += wide;
-        *(F64*)(p + t) = Simd::to_double(weight);
+        *(F64*)(p + t) = Simd::p_weight(weight);
     }
     tile_sum = tile_wide = 0;
     for (int i = 0; i < F64_LANES; i++) tile_sum += sum[i], tile_wide += wide_sum[i];
@@ -304,7 +306,7 @@ static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
         tile.non_finite |= !found.finite;
         align<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, ahead,
                             scratch.scale, scratch.x);
-        dot<Simd>(scratch.x, query.head_dim, query.weighted_rows, query.weight[0], query.weight_sum,
+        dot<Simd>(scratch.x, query.head_dim, query.weighted_rows, Simd::query_weights(query), query.weight_sum,
                   &scratch.raw[0][b * LANES], TILE_TOKENS, ahead + query.head_dim / 2 * LANES);
         for (int i = 0; i < query.rows; i++) {
             double* raw = &scratch.raw[i][b * LANES];
