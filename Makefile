@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requi
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-model sim bench lint types verilog check-verilog record-verilog \
+.PHONY: help setup run test test-model sim bench mutants lint types verilog check-verilog record-verilog \
 	formal abi-page clean
 .DELETE_ON_ERROR:
 
@@ -67,6 +67,9 @@ formal: setup ## prove properties of the gateware (needs the extra `formal`)
 
 bench: setup ## measure: the simulated kernel's stream of beats (minutes)
 	$(BIN)/nearkv bench stream --config $(CONFIG)
+
+mutants: setup ## break the gateware in 40 ways; the tests must notice each (minutes)
+	$(BIN)/python tests/mutants.py
 
 lint: setup ## check format and style
 	$(BIN)/ruff format --check .

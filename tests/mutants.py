@@ -127,33 +127,35 @@ def tests_for(mutant: Mutant) -> list[list[str]]:
     return [*stages, ["tests/hw/test_kernel.py"], ["tests/sim/test_rtl.py", "-m", "sim"]]
 
 
-def run(mutant: Mutant, folder: Path) -> tuple[bool, str]:
-    """Whether a test noticed, and which stage."""
+def pytest(folder: Path, *arguments: str) -> int:
+    """Exit status of pytest in the copy, stopping at the first failure."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(str(folder / part) for part in ("hw", "sw", "sim"))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, timeout=1200,
+    ).returncode  # fmt: skip
+
+
+def run(mutant: Mutant, folder: Path) -> str:
+    """The tests that noticed; empty if none did."""
     path = folder / "hw" / "nearkv_hw" / mutant.file
     original = path.read_text()
     count = original.count(mutant.old)
     if count != 1:
         raise ValueError(f"{mutant.file}: {mutant.old!r} is there {count} times, not once")
     path.write_text(original.replace(mutant.old, mutant.new))
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(str(folder / part) for part in ("hw", "sw", "sim"))
     try:
         for arguments in tests_for(mutant):
-            command = [
-                sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
-                *arguments,
-            ]  # fmt: skip
-            status = subprocess.run(
-                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=1200,
-            ).returncode  # fmt: skip
+            status = pytest(folder, *arguments)
             if status == 1:
-                return True, arguments[0]
+                return arguments[0]
             if status != 0:
                 raise RuntimeError(f"pytest {' '.join(arguments)} ended with status {status}")
     finally:
         path.write_text(original)
-    return False, ""
+    return ""
 
 
 def main() -> int:
@@ -165,16 +167,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("hw", "sw", "sim", "tests"):
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
         for file in ("pyproject.toml", "LICENSE"):
             shutil.copy(ROOT / file, folder)
+        # A test that fails by itself would kill every mutant.
+        for file in sorted({arguments[0] for m in chosen for arguments in tests_for(m)}):
+            if status := pytest(folder, file):
+                print(f"{file} fails without a mutant (status {status})")
+                return 2
         for mutant in chosen:
             start = time.monotonic()
-            killed, stage = run(mutant, folder)
+            killer = run(mutant, folder)
             seconds = time.monotonic() - start
-            verdict = f"killed by {stage}" if killed else "SURVIVED"
+            verdict = f"killed by {killer}" if killer else "SURVIVED"
             print(f"{mutant.file:11} {mutant.what:62} {verdict} ({seconds:.0f} s)", flush=True)
-            if not killed:
+            if not killer:
                 survivors.append(mutant)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
     return 1 if survivors else 0
