@@ -12,7 +12,7 @@ import gc
 import itertools
 import zlib
 
-from amaranth import Value
+from amaranth import Cat, Module, Signal, Value
 from amaranth.hdl import UnusedElaboratable
 from amaranth.lib import data
 from amaranth.sim import Simulator
@@ -308,10 +308,19 @@ class Bench:
             After `limit` cycles; tells how far each agent got.
         """
         running = [agent.agent() for agent in self._agents]
-        watch, at = [], []
+        m = Module()
+        m.submodules.dut = self.dut
+        # All that is watched in one signal: the simulator takes long over each value it samples.
+        watch, places, total = [], [], 0
         for agent in self._agents:
-            at.append(slice(len(watch), len(watch) + len(agent.watch)))
-            watch += agent.watch
+            places.append([])
+            for value in map(Value.cast, agent.watch):
+                signed = value.shape().signed
+                places[-1].append((total, (1 << len(value)) - 1, (signed << len(value)) >> 1))
+                watch.append(value)
+                total += len(value)
+        watched = Signal(total)
+        m.d.comb += watched.eq(Cat(watch))
         over = False
 
         async def process(ctx):
@@ -319,14 +328,20 @@ class Bench:
             for generator in running:
                 for signal, value in next(generator):
                     ctx.set(signal, value)
-            left = None
-            async for _, _, *values in ctx.tick().sample(*watch):
+            left, driven = None, {}
+            async for _, _, value in ctx.tick().sample(watched):
+                # (x ^ sign) - sign extends the sign of a number whose sign bit is `sign`.
                 sets = [
-                    generator.send(values[place])
-                    for generator, place in zip(running, at, strict=True)
+                    generator.send(
+                        [((value >> at & mask) ^ sign) - sign for at, mask, sign in mine]
+                    )
+                    for generator, mine in zip(running, places, strict=True)
                 ]
                 for signal, value in itertools.chain.from_iterable(sets):
-                    ctx.set(signal, value)
+                    if driven.get(id(signal)) != value:
+                        ctx.set(signal, value)
+                        if isinstance(signal, Signal):
+                            driven[id(signal)] = value
                 self.cycle += 1
                 if left is None and until():
                     left = extra
@@ -343,7 +358,7 @@ class Bench:
                     raise AssertionError(f"not done after {limit} cycles; transfers: {done}")
             over = True
 
-        simulator = Simulator(self.dut)
+        simulator = Simulator(m)
         simulator.add_clock(1e-8)
         simulator.add_process(process)
         while not over:

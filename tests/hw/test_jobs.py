@@ -310,47 +310,47 @@ def test_illegal_jobs_are_refused_and_the_next_one_runs(bench, pauses, rng):
     Run(bench, queue, pauses, limit=30000).check(queue)
 
 
-@pytest.mark.parametrize("name", ["page_table", "q", "partial"])
-@pytest.mark.parametrize("bit", [0, 5])
-def test_records_that_are_not_aligned_to_beats_are_refused(bench, rng, name, bit):
-    queue = Queue(rng, [Job(), Job(), Job()])
-    job = queue.jobs[1]
-    job.legal, job.fields = False, {name: job.offsets[name] + (1 << bit)}
-    again = Queue(rng, queue.jobs)
-    Run(bench, again).check(again)
+def test_records_that_are_not_aligned_to_beats_are_refused(bench, rng):
+    cases = [(name, bit) for name in ("page_table", "q", "partial") for bit in (0, 5)]
+    jobs = Queue(rng, [Job() for _ in range(len(cases) + 1)]).jobs
+    for job, (name, bit) in zip(jobs, cases, strict=False):
+        job.legal, job.fields = False, {name: job.offsets[name] + (1 << bit)}
+    queue = Queue(rng, jobs)  # at the same places
+    Run(bench, queue).check(queue)
 
 
-@pytest.mark.parametrize(
-    "pages, known",
-    [
-        ([(64, 5), (0x1000, 5)], 0),
-        ([(0x1000, 128), (0x1800, 5)], 1),
-        ([(0x1000, 129), (0x2000, 5)], 0),
-        ([(0x1000, 128), (0x2000, 7), (0x2000, 0xFFFFFFFF)], 2),
-        ([(0x1000, 1), (0x2800, 300), (0x2000, 1 << 16), (1, 1)], 1),
-    ],
+BAD_PAGES = (
+    ([(64, 5), (0x1000, 5)], 0),
+    ([(0x1000, 128), (0x1800, 5)], 1),
+    ([(0x1000, 129), (0x2000, 5)], 0),
+    ([(0x1000, 128), (0x2000, 7), (0x2000, 0xFFFFFFFF)], 2),
+    ([(0x1000, 1), (0x2800, 300), (0x2000, 1 << 16), (1, 1)], 1),
 )
-def test_an_illegal_page_counts_as_empty_and_the_first_one_is_blamed(
-    bench, pauses, rng, pages, known
-):
-    queue = Queue(rng, [Job(), Job(pages=pages), Job()])
+
+
+def test_an_illegal_page_counts_as_empty_and_the_first_one_is_blamed(bench, pauses, rng):
+    jobs = [job for pages, _ in BAD_PAGES for job in (Job(pages=pages), Job())]
+    queue = Queue(rng, jobs)
     run = Run(bench, queue, pauses)
     run.check(queue)
-    faults = bench.fields(JobInfo, run.infos.items[1]).faults
-    assert (faults.illegal, faults.page_known, faults.page) == (1, 1, known)
+    for (_, first), value in zip(BAD_PAGES, run.infos.items[::2], strict=True):
+        faults = bench.fields(JobInfo, value).faults
+        assert (faults.illegal, faults.page_known, faults.page) == (1, 1, first)
 
 
 @pytest.mark.parametrize("response", [2, 3])
-@pytest.mark.parametrize(
-    "record, beat", [("q", 0), ("q", 31), ("page_table", 0), ("page_table", 1)]
-)
-def test_a_bus_error_in_a_record_is_noted_in_its_job_alone(bench, rng, record, beat, response):
-    queue = Queue(rng, [Job(), Job(pages=[(0x1000 * n, 100 + n) for n in range(3)]), Job()])
-    lost = {queue.jobs[1].offsets[record] + 64 * beat: response}
+def test_a_bus_error_in_a_record_is_noted_in_its_job_alone(bench, rng, response):
+    places = [("q", 0), ("q", 31), ("page_table", 0), ("page_table", 1)]
+    pages = [(0x1000 * n, 100 + n) for n in range(3)]
+    queue = Queue(rng, [job for _ in places for job in (Job(pages=pages), Job())])
+    lost = {
+        job.offsets[name] + 64 * beat: response
+        for job, (name, beat) in zip(queue.jobs[::2], places, strict=True)
+    }
     run = Run(bench, queue, error=lost)
     run.check(queue, lost)
     for n, value in enumerate(run.infos.items):
-        assert bench.fields(JobInfo, value).faults.bus_error == (n == 1)
+        assert bench.fields(JobInfo, value).faults.bus_error == (n % 2 == 0)
 
 
 def test_an_exclusive_okay_is_no_error(bench, rng):
