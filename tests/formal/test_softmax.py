@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The softmax loses no score, no maximum and no sum, and leaves a p bank alone until it is free."""
+
+from nearkv_hw import abi
+from nearkv_hw.align import Align
+from nearkv_hw.softmax import P_BANKS, SCORE_QUEUE_PAIRS, Exp2, Score, Softmax
+
+
+def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
+    """Whatever is in the pipelines has its place in the queue behind; a bank of the p store is not
+    written from when it is complete until its last weight was read, which is up to
+    `Align.latency` cycles after `p_free`."""
+    b, m = bench, bench.m
+    rows = 4
+    dut = b.add(Softmax(rows))
+    head = dut.i_head.p
+    b.assume_stream(dut.i_head, dut.i_raw)
+    b.assume((head.params.pairs != 0) & (head.params.pairs <= rows // 2)
+             & (head.tokens <= abi.TILE_TOKENS), when=dut.i_head.valid)  # fmt: skip
+    complete = b.counter(dut.p_ready, dut.p_free, bits=8, name="complete")
+    b.assume(complete != 0, when=dut.p_free)
+
+    scores, maxima, sums = (dut.inside(name) for name in ("scores", "maxima", "sums"))
+    for name, queue in (("scores", scores), ("maxima", maxima), ("sums", sums)):
+        b.claim(queue.i.ready, when=queue.i.valid)
+        b.claim_queue(dut, name)
+    b.cover(sums.o.valid)
+    b.cover(dut.inside("_weigh:place").valid)
+
+    # First pass.
+    go, place = dut.inside("_score:go"), dut.inside("_score:place")
+    stages = [s for name, n in (("scored", Score.latency), ("ceiled", 1), ("ended", 1))
+              for s in dut.delayed(name, n, place.shape())]  # fmt: skip
+    steps = sum((s.valid for s in stages[: Score.latency]), start=0)
+    b.claim(dut.inside("_score:held") == steps + scores.level)
+    b.claim(dut.inside("_score:held") <= SCORE_QUEUE_PAIRS)
+    tiles = sum((s.end for s in stages), start=0)
+    b.claim(dut.inside("held_tiles") == tiles + maxima.level)
+    b.claim(dut.inside("held_tiles") <= maxima.depth)
+    b.claim(dut.i_head.ready == (go & place.end))
+
+    # Second pass.
+    place, written = dut.inside("_weigh:place"), dut.inside("_weigh:later")
+    stages = [s for name, n in (("weighed", Exp2.latency), ("summed", 1))
+              for s in dut.delayed(name, n, place.shape())]  # fmt: skip
+    sums_due = sum((s.end for s in stages), start=0)
+    b.claim(dut.inside("_weigh:held") == sums_due + sums.level)
+    b.claim(dut.inside("_weigh:held") <= sums.depth)
+
+    # Banks, in turn: `free` is the oldest that is not free yet.
+    free, begun = b.ghost(2, "free"), dut.inside("begun")
+    m.d.sync += free.eq(free + dut.p_free)
+    used, bank = dut.inside("banks_used"), dut.inside("bank")
+    b.claim(used == complete + sums_due + begun)
+    b.claim(used <= P_BANKS)
+    b.claim((free + used - begun)[:2] == bank)
+    frees = [(dut.p_free, free)]
+    for _ in range(Align.latency):
+        frees.append(tuple(b.before(value, "freed") for value in frees[-1]))
+    ends = 0  # of tiles, issued with or after a stage: so many banks it is behind
+    for n, stage in enumerate(stages[: Exp2.latency]):
+        into = stage.address[7:9]
+        ends = ends + stage.end
+        b.claim(into == (bank - ends)[:2], when=stage.valid)
+        b.claim(begun | (ends != 0), when=stage.valid)
+        for freed, which in frees[: n + 1]:  # a bank is free from the next cycle on
+            b.claim(into != which, when=stage.valid & freed)
+    into = written.address[7:9]
+    b.claim((into - free)[:2] >= complete, when=written.valid)
+    b.claim(complete < P_BANKS, when=written.valid)
+    assert Exp2.latency > Align.latency  # so a write is a stage that all of `frees` were held to
+    b.cover(dut.p_free & (complete == 1))
+    b.prove(depth=2, reach=40)
