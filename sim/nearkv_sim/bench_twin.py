@@ -104,9 +104,8 @@ def measure(
     kv_bytes = k.nbytes + v.nbytes
     rate = {name: kv_bytes / seconds for name, seconds in best.items()}
     rate["read"] *= words.nbytes / kv_bytes  # unused slots of kv memory are read as well
-    torch_as = max(
-        (name for name in rate if name not in ("twin", "read")), key=rate.get, default=""
-    )
+    peers_of_torch = [name for name in rate if name not in ("twin", "read")]
+    torch_as = max(peers_of_torch, key=lambda name: rate[name], default="")
     goals = [goal for largest, goal in GOALS.items() if group_size <= largest and head_dim == 128]
     return Figures(
         kv_type=kv_type.name.lower(), head_dim=head_dim, group_size=group_size, path=path,
