@@ -11,6 +11,7 @@ Offsets in a record are relative to the base of the memory they name, so that th
 physical address and a record cannot point into the wrong bank.
 """
 
+import builtins
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 import struct
@@ -45,7 +46,9 @@ class Status(IntFlag):
     BAD_CRC_K = 2  # CRC-32C of a page's K part differs from its page table entry
     BAD_CRC_V = 4
     ILLEGAL_JOB = 8  # a field of the job, or of a page table entry, is out of range
-    BUS_ERROR = 16  # an AXI read was answered with SLVERR or DECERR
+    # An AXI read was answered with SLVERR or DECERR. What came in its place may set other flags of
+    # the same page too.
+    BUS_ERROR = 16
     NON_FINITE = 32  # an Inf or NaN among the valid elements of K or V
     SATURATED = 64  # a score left the range of the score format (|s| > 32767 in log2 units)
 
@@ -107,7 +110,7 @@ class Record:
                 return field
         raise KeyError(f"{self.name} has no field {name!r}")
 
-    def pack(self, **values) -> bytes:
+    def pack(self, **values) -> builtins.bytes:
         """The record as bytes. Every field must be given; a value that does not fit raises."""
         missing = {field.name for field in self.fields} ^ set(values)
         if missing:

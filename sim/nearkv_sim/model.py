@@ -8,6 +8,8 @@ sum is exact.
 """
 
 from dataclasses import dataclass
+import functools
+import operator
 
 import google_crc32c
 import numpy as np
@@ -111,7 +113,7 @@ class _Job:
         self._load_q()
         pages = self._load_pages()
         flags = Status.DONE
-        total = None
+        parts = []
         run_max = np.full(self.rows, RUN_MAX_EMPTY)
         # (page number, first token, tokens) of every tile of the job
         tiles = [
@@ -121,7 +123,7 @@ class _Job:
         ]
         for at in range(0, len(tiles), _TILES_AT_ONCE):
             part, tile_max, saturated = self._attend(pages, tiles[at : at + _TILES_AT_ONCE])
-            total = part if total is None else total + part
+            parts.append(part)
             run_max = np.maximum(run_max, tile_max.max(axis=0))
             self.tile_maxima.append(tile_max)
             if saturated:
@@ -133,7 +135,7 @@ class _Job:
                 bad_page = n
         n_tokens = sum(page.page_len for page in pages)
         self._write_header(flags, bad_page, n_tokens, run_max)
-        self._write_elements(total)
+        self._write_elements(functools.reduce(operator.add, parts))
         return flags
 
     def _legal(self) -> bool:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from nearkv import NearStorageCache, cli, models
 
-pytestmark = [pytest.mark.model, pytest.mark.smoke]
+pytestmark = pytest.mark.model
 REL_L2_BOUND = 6e-5
 NEW_TOKENS = 64
 _LICENSE = Path(__file__).parents[2] / "LICENSE"
@@ -99,7 +99,9 @@ def _greedy(model, attention, cache, ids):
     return result.sequences[0, ids.shape[1] :], torch.cat(result.logits)
 
 
-@pytest.mark.parametrize("which", ["built in", "facts", "long"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("built in", marks=pytest.mark.smoke), "facts", "long"]
+)
 def test_greedy_decoding_equals_transformers_own_cache(
     loaded, card, tmp_path, which, record_property
 ):
@@ -125,6 +127,7 @@ def test_greedy_decoding_equals_transformers_own_cache(
     )
 
 
+@pytest.mark.smoke
 def test_teacher_forced_logits_over_256_positions(loaded, card, tmp_path, record_property):
     model, tokenizer = loaded
     ids = tokenizer(_LICENSE.read_text(), return_tensors="pt")["input_ids"][:, :512]
