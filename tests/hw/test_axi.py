@@ -153,10 +153,10 @@ def write(bench, dut, spans, pauses, latency=5, error=lambda address: 0):
     run.source(
         dut.spans, [bench.bits(Span, {"address": a, "beats": n}) for a, n in spans], pauses(0)
     )
-    run.source(dut.i, data, pauses(1))
+    run.source(dut.i, data, pauses(2))  # data comes slower than it could leave
     written = Written()
     memory = run.write_memory(
-        dut.aw, dut.w, dut.b, written.write, pauses(2), pauses(3), pauses(4), latency, error
+        dut.aw, dut.w, dut.b, written.write, pauses(0), pauses(1), pauses(4), latency, error
     )  # fmt: skip
     w = run.tap(dut.w.valid, dut.w.ready, dut.w.p.last)
     idle = run.tap(dut.idle)

@@ -343,6 +343,10 @@ def test_a_bus_error_in_a_record_is_noted_in_its_job_alone(bench, rng, response)
     places = [("q", 0), ("q", 31), ("page_table", 0), ("page_table", 1)]
     pages = [(0x1000 * n, 100 + n) for n in range(3)]
     queue = Queue(rng, [job for _ in places for job in (Job(pages=pages), Job())])
+    # What is in a lost entry is not looked at.
+    queue.jobs[4].pages = [(64, 5), (0x1000, 999), (0x2000, 5)]
+    queue.jobs[6].pages = [(0x1000, 5), (0x2000, 5), (1, 1 << 20)]
+    queue = Queue(rng, queue.jobs)
     lost = {
         job.offsets[name] + 64 * beat: response
         for job, (name, beat) in zip(queue.jobs[::2], places, strict=True)

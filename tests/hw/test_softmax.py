@@ -57,9 +57,9 @@ def score_cases(rng, n=1500):
                 (raw, mantissa, s) for s in (-70, -1, 0, 1, 2, 22, 23, 24, 57, 58, 63, 64, 99)
             ]
     for score in (SCORE_LIMIT, -SCORE_LIMIT):  # just inside, on and beyond the edge
-        for shift in (24, 26, 30):
-            raw = (score << shift) >> 23
-            cases += [(raw + d, 1 << 23, shift) for d in range(-3, 4) if abs(raw + d) <= RAW_MAX]
+        for mantissa, shift in ((1 << 23, 22), (1 << 23, 19), (7 << 21, 22), (7 << 21, 20)):
+            raw = (score << shift) // mantissa  # exact
+            cases += [(raw + d, mantissa, shift) for d in range(-3, 4)]
     for _ in range(n):
         bits = int(rng.integers(1, RAW_BITS))
         raw = int(rng.integers(-(1 << (bits - 1)), 1 << (bits - 1)))
@@ -180,10 +180,13 @@ def test_model_of_a_tile_equals_the_definition(rng):
 # --- the component --------------------------------------------------------------------------------
 
 
+KINDS = ("far", "equal", "near", "first saturates", "shallow", "saturating")
+
+
 class Tiles:
     """Tiles with random raw sums, what the model makes of them, and the payloads for the bench."""
 
-    def __init__(self, rng, rows, sizes, kinds=("near", "far", "equal", "saturating", "shallow")):
+    def __init__(self, rng, rows, sizes, kinds=KINDS):
         self.rows, self.heads, self.raw, self.want = rows, [], [], []
         for n, (tokens, pairs) in enumerate(sizes):
             kind = kinds[n % len(kinds)]
@@ -201,6 +204,10 @@ class Tiles:
                 shift = shift - 14
                 shift[::3] = 0
                 raw[1::5] = 0
+            elif kind == "first saturates":
+                raw >>= 6
+                raw[:1] = RAW_MAX
+                shift[:1] = 3
             elif kind == "shallow":
                 shift = np.minimum(shift + 31, number.SCORE_SHIFT_MAX)
             score, saturated = score_model(
