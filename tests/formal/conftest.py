@@ -200,11 +200,15 @@ class Bench:
         opened.probes = self._probes
         self.m.submodules[name] = opened
         if isinstance(component, wiring.Component):
-            for path, member, value in component.signature.flatten(component):
-                # Outputs stay inside, so that Yosys drops the logic no claim depends on.
-                if member.flow == wiring.In and isinstance(Value.cast(value), Signal):
-                    self._ports["__".join((name, *map(str, path)))] = (Value.cast(value), None)
+            self.free_inputs(component, name)
         return opened
+
+    def free_inputs(self, component, name: str):
+        """Make the inputs arbitrary in every cycle, except those that something drives."""
+        for path, member, value in component.signature.flatten(component):
+            # Outputs stay inside, so that Yosys drops the logic no claim depends on.
+            if member.flow == wiring.In and isinstance(Value.cast(value), Signal):
+                self._ports["__".join((name, *map(str, path)))] = (Value.cast(value), None)
 
     def port(self, name: str, signal):
         """Make a signal arbitrary in every cycle that `add` could not find."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The merge reads no sum that is still on its way into memory, and loses none on the way out."""
 
-from amaranth import Cat, Value
+from amaranth import Value
 import pytest
 
 from nearkv_hw.merge import Accumulate, Merge
