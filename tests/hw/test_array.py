@@ -126,8 +126,10 @@ def test_mac_accumulates_only_valid_products(bench, rng):
     def feed():
         for i in range(n + 5):
             sets = [(dut.x, int(x[i % n])), (dut.w, int(w[i % n]))]
-            if i >= 2:  # two cycles after x and w
-                sets += [(dut.first, int(first[(i - 2) % n])), (dut.valid, int(valid[(i - 2) % n]))]
+            # One and two cycles after x and w.
+            for late, signal, values in ((1, dut.first, first), (2, dut.valid, valid)):
+                if i >= late:
+                    sets.append((signal, int(values[(i - late) % n])))
             yield sets
 
     run.script([], feed())
