@@ -82,7 +82,7 @@ MUTANTS = (
            "blocks 31 cycles apart: two leave at once"),
     Mutant("align.py", "Mux(e == 0, 1, e)", "e", "subnormal numbers one binade off"),
     # --- array
-    Mutant("array.py", "Mux(self.first, 0, p) + product", "p + product",
+    Mutant("array.py", "Mux(first, 0, p) + product", "p + product",
            "accumulators never begin anew"),
     # --- softmax
     Mutant("softmax.py", "with m.If(later.first | (ceiling > largest)):",

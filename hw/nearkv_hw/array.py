@@ -21,16 +21,23 @@ from .align import X_BITS, Step
 from .fetch import LANES
 from .fifo import delay
 from .number import ACC_BITS, WEIGHT_BITS
+from .primitives import ADD_NONE, ADD_P, Dsp48e2, UltraScalePlus
 
 
 class Mac(wiring.Component):
-    """One multiply-accumulate cell: p = w * x + (0 or p). Fits one DSP48E2, all registers used.
+    """One multiply-accumulate cell: p = w * x + (0 or p). One DSP48E2, all its registers used.
+
+    Parameters
+    ----------
+    cascaded : bool
+        w is the `w_next` of another cell and nothing else: it comes over dedicated wires.
 
     Members
     -------
     x : In(24 signed), w : In(18 signed)
-    w_next : Out(18 signed), w one cycle later, for the next lane (the B cascade)
-    first, valid : In(1), two cycles after x and w; p keeps its value without `valid`
+    w_next : Out(18 signed), w one cycle later, for the next lane
+    first : In(1), one cycle after x and w
+    valid : In(1), two cycles after x and w; p keeps its value without it
     p : Out(48 signed)
 
     Timing: p includes x * w three cycles after they were given.
@@ -38,7 +45,8 @@ class Mac(wiring.Component):
 
     latency = 3
 
-    def __init__(self):
+    def __init__(self, cascaded: bool = False):
+        self._cascaded = cascaded
         super().__init__(
             {
                 "x": In(signed(X_BITS)),
@@ -52,13 +60,21 @@ class Mac(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
+        if isinstance(platform, UltraScalePlus):
+            dsp = Dsp48e2(
+                m, "dsp", a=self.x, b=self.w, cascaded=self._cascaded,
+                add=Mux(self.first, ADD_NONE, ADD_P), enable=self.valid,
+            )  # fmt: skip
+            m.d.comb += [self.w_next.eq(dsp.bcout), self.p.eq(dsp.p)]
+            return m
         x = Signal(signed(X_BITS), reset_less=True)
         w = Signal(signed(WEIGHT_BITS), reset_less=True)
         product = Signal(signed(X_BITS + WEIGHT_BITS), reset_less=True)
+        first = Signal(reset_less=True)
         p = Signal(signed(ACC_BITS), reset_less=True)
-        m.d.sync += [x.eq(self.x), w.eq(self.w), product.eq(x * w)]
+        m.d.sync += [x.eq(self.x), w.eq(self.w), product.eq(x * w), first.eq(self.first)]
         with m.If(self.valid):
-            m.d.sync += p.eq(Mux(self.first, 0, p) + product)
+            m.d.sync += p.eq(Mux(first, 0, p) + product)
         m.d.comb += [self.w_next.eq(w), self.p.eq(p)]
         return m
 
@@ -102,24 +118,19 @@ class MacArray(wiring.Component):
         m = Module()
         x = [delay(m, self.x[lane], lane, f"x_{lane}") for lane in range(LANES)]
         # The accumulator sees a step two cycles after the cell saw its x.
-        step = Signal(Step)
-        m.d.sync += step.eq(self.step)
-        steps = []
-        for lane in range(LANES):
-            after = Signal(Step, name=f"step_{lane}")
-            m.d.sync += after.eq(step)
-            steps.append(after)
-            step = after
+        steps = [Signal(Step, name=f"step_{cycle}") for cycle in range(LANES + 1)]
+        for before, after in zip([self.step, *steps], steps, strict=False):
+            m.d.sync += after.eq(before)
         p = [[] for _ in range(self._rows)]
         for row in range(self._rows):
             w = self.w[row]
             for lane in range(LANES):
-                m.submodules[f"mac_{row}_{lane}"] = mac = Mac()
+                m.submodules[f"mac_{row}_{lane}"] = mac = Mac(cascaded=lane > 0)
                 m.d.comb += [
                     mac.x.eq(x[lane]),
                     mac.w.eq(w),
                     mac.first.eq(steps[lane].first),
-                    mac.valid.eq(steps[lane].valid),
+                    mac.valid.eq(steps[lane + 1].valid),
                 ]
                 w = mac.w_next
                 p[row].append(mac.p)
@@ -129,7 +140,7 @@ class MacArray(wiring.Component):
             m.d.sync += lane.eq(lane + 1)
             with m.If(lane == LANES - 1):
                 m.d.sync += active.eq(0)
-        with m.If(steps[0].valid & steps[0].last):
+        with m.If(steps[1].valid & steps[1].last):
             m.d.sync += [lane.eq(0), active.eq(1)]
         m.d.sync += [self.o_valid.eq(active), self.o_lane.eq(lane)]
         for row in range(self._rows):

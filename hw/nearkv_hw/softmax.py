@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fourth stage: one tile of raw scores becomes weights p, a maximum and two sums per query head."""
 
-from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth import Array, C, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -27,6 +27,7 @@ from .number import (
     TILE_SUM_BITS,
     TILE_WIDE_BITS,
 )
+from .primitives import ADD_C, ADD_NONE, ADD_PCIN_17, Dsp48e2, UltraScalePlus
 
 
 def score_model(raw, mantissa, shift):
@@ -118,7 +119,7 @@ class Score(wiring.Component):
     o : Out(36 signed), saturated : Out(1)
     """
 
-    latency = 9
+    latency = 10
 
     def __init__(self):
         super().__init__(
@@ -139,23 +140,32 @@ class Score(wiring.Component):
             m.d.sync += out.eq(value)
             return out
 
-        # 1, 2: two partial products; the low one has 17 bits, so that both fit a DSP's 18.
-        low = register(self.raw[:17], "low")
-        high = register(self.raw[17:].as_signed(), "high")
-        mantissa = register(self.mantissa, "mantissa")
-        low = register(low * mantissa, "low_product")
-        high = register(high * mantissa, "high_product")
-        # 3: the product.
-        product = register((low + (high << 17)).as_signed(), "product")
-        shift = delay(m, self.shift, 3, "shift")
-        # 4..6: shift by 16s, 4s and 1s, one bit less than asked: that bit rounds.
+        # 1..4: the product, from two DSPs: the low one's operands have 17 bits, so that both fit.
+        raw_low, raw_high = self.raw[:17], self.raw[17:].as_signed()
+        if isinstance(platform, UltraScalePlus):
+            low = Dsp48e2(m, "low", a=self.mantissa, b=raw_low, add=ADD_NONE)
+            high = Dsp48e2(
+                m, "high", a=self.mantissa, b=raw_high, depth=2, add=ADD_PCIN_17, pcin=low.pcout
+            )
+            low_bits, high_bits = register(low.p[:17], "low_bits"), high.p
+        else:
+            mantissa = register(self.mantissa, "mantissa")
+            low = register(register(raw_low, "low_1") * mantissa, "low_2")
+            low = register(low, "low_3")
+            high = delay(m, raw_high, 2, "high") * register(mantissa, "mantissa_2")
+            high = register(high, "high_3")
+            low_bits = register(low[:17], "low_bits")
+            high_bits = register(high + (low >> 17), "high_4")
+        product = Cat(low_bits, high_bits)[: RAW_BITS + SCALE_BITS].as_signed()
+        shift = delay(m, self.shift, 4, "shift")
+        # 5..7: shift by 16s, 4s and 1s, one bit less than asked: that bit rounds.
         less = Signal(6)
         m.d.comb += less.eq(Mux(shift == 0, 0, shift - 1))
         value = product
         for stage, at in enumerate((4, 2, 0)):
             amount = delay(m, less[at : at + 2], stage, f"amount_{at}")
             value = register((value >> (amount << at)), f"shifted_{at}")
-        # 7: what is far out of range, cut to where the rounding cannot overflow.
+        # 8: what is far out of range, cut to where the rounding cannot overflow.
         negative = delay(m, product[-1], 3, "negative")
         beyond = delay(m, (shift == 0) & (product != 0), 3, "beyond")
         far = beyond | ~((value[SCORE_BITS:] == 0) | value[SCORE_BITS:].all())
@@ -164,7 +174,7 @@ class Score(wiring.Component):
                 value[: SCORE_BITS + 1].as_signed()),
             "cut",
         )  # fmt: skip
-        # 8, 9: round, clip.
+        # 9, 10: round, clip.
         rounded = register((cut + 1) >> 1, "rounded")
         out = Signal(signed(SCORE_BITS), reset_less=True)
         saturated = Signal(reset_less=True)
@@ -186,7 +196,7 @@ class Exp2(wiring.Component):
     p : Out(17), wide : Out(23): the power with 17 and with 22 fraction bits
     """
 
-    latency = 8
+    latency = 9
 
     def __init__(self):
         super().__init__(
@@ -206,31 +216,44 @@ class Exp2(wiring.Component):
             m.d.sync += out.eq(value)
             return out
 
-        def rom(column, address, name):
-            values = [int(a) for a in number.exp2_table()[:, column]]
-            table = Array(Const(a, max(values).bit_length()) for a in values)
-            return register(table[address], name)
-
-        below = Signal(signed(SCORE_BITS + 1), reset_less=True)  # 1
-        m.d.sync += below.eq(self.score - (self.tile_max << SCORE_FRAC_BITS))
-        # 2: how many halvings, which segment, where in it.
-        halvings = Signal(TILE_MAX_BITS + 2)
-        m.d.comb += halvings.eq(-(below >> SCORE_FRAC_BITS))
+        # 1: how many whole powers of two below the maximum.
+        halvings = Signal(signed(TILE_MAX_BITS + 1), reset_less=True)
+        m.d.sync += halvings.eq(self.tile_max - self.score[SCORE_FRAC_BITS:].as_signed())
+        fraction = register(self.score[:SCORE_FRAC_BITS], "fraction")
+        # 2: that number within bounds; which segment, where in it.
         most = P_WIDE_FRAC_BITS + 1
         n = Signal(range(most + 1), reset_less=True)
         m.d.sync += n.eq(Mux(halvings > most, most, halvings))
-        u = register(below[:16], "u")
-        a0, a1, a2 = (rom(i, below[16:20], f"a{i}") for i in range(3))
-        # 3..6: Horner.
-        curve = register(a2 * u, "curve")
-        slope = register(delay(m, a1, 1, "a1") + (curve >> 16), "slope")
-        line = register(slope * delay(m, u, 2, "u_later"), "line")
+        # 2: which segment, and where in it: (a2 u + a1) u + a0.
+        segment, u = fraction[16:], fraction[:16]
         drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
-        total = delay(m, a0, 3, "a0") + (line >> 16) + (1 << (drop - 1))
-        power = Signal(P_WIDE_FRAC_BITS + 1, reset_less=True)
-        m.d.sync += power.eq(total >> drop)
-        # 7: halve; 8: round to 17 bits.
-        wide = register(power >> delay(m, n, 4, "n"), "wide")
+        table = number.exp2_table() + [1 << (drop - 1), 0, 0]  # a0 rounds, too
+
+        def coefficient(i):
+            bits = int(table[:, i].max()).bit_length()
+            out = Signal(bits, name=f"a{i}_table")
+            m.d.comb += out.eq(Array(C(int(a), bits) for a in table[:, i])[segment])
+            return out
+
+        a0, a1 = register(coefficient(0), "a0"), register(coefficient(1), "a1")
+        # 3..7: Horner.
+        power = Signal(P_WIDE_FRAC_BITS + 1)
+        if isinstance(platform, UltraScalePlus):
+            curve = Dsp48e2(m, "curve", a=coefficient(2), b=u, add=ADD_C, c=Cat(C(0, 16), a1))
+            line = Dsp48e2(
+                m, "line", a=curve.p[16 : 16 + len(a1)], b=delay(m, u, 3, "u"),
+                add=ADD_C, c=Cat(C(0, 16), delay(m, a0, 3, "a0")),
+            )  # fmt: skip
+            m.d.comb += power.eq(line.p[16 + drop :])
+        else:
+            a2 = register(coefficient(2), "a2")
+            curve = register(a2 * delay(m, u, 1, "u"), "curve")
+            slope = register(delay(m, a1, 1, "a1") + (curve >> 16), "slope")
+            line = register(register(slope, "slope_5") * delay(m, u, 4, "u_later"), "line")
+            total = delay(m, a0, 4, "a0") + (line >> 16)
+            m.d.comb += power.eq(register(total >> drop, "power"))
+        # 8: halve; 9: round to 17 bits.
+        wide = register(power >> delay(m, n, 5, "n"), "wide")
         rounded = (wide + 16) >> 5
         p = Signal(P_BITS, reset_less=True)
         m.d.sync += p.eq(Mux(rounded > P_MAX, P_MAX, rounded))
