@@ -62,6 +62,19 @@ def test_every_length_around_tile_and_page_edges(open_rtl, assert_equals_model, 
     assert_equals_model(open_rtl(stalls=0.1, seed=head_dim), workload.place(jobs, rng))
 
 
+@pytest.mark.parametrize("stalls", [0.0, 0.6])
+@pytest.mark.parametrize("kind", ["rising", "outliers", "mixed"])
+def test_the_shortest_tiles_back_to_back(open_rtl, assert_equals_model, kind, stalls):
+    """One block, one pair of rows: each station meets its own results again as soon as it may."""
+    rng = np.random.default_rng(11)
+    jobs = [
+        small(rng, kind=kind, head_dim=32, group_size=group, page_tokens=32, n_tokens=n_tokens)
+        for group in (1, 2)
+        for n_tokens in (33, 300, 700)
+    ]
+    assert_equals_model(open_rtl(stalls=stalls), workload.place(jobs, rng))
+
+
 @pytest.mark.parametrize("name", ["tiny", "smartssd"])
 def test_every_group_size_in_one_queue(open_rtl, assert_equals_model, name):
     rng = np.random.default_rng(3)
