@@ -5,7 +5,8 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
-CARD ?= model
+# twin, model, rtl; empty: twin, or model where the native part is not compiled.
+CARD ?=
 CONFIG ?= smartssd
 # More arguments: make run RUN_ARGS='--prompt "..."', make test PYTEST_ARGS=-x
 RUN_ARGS ?=
@@ -49,8 +50,8 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/ne
 	@touch $@
 	@echo 'setup done'
 
-run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=model or CARD=rtl
-	$(BIN)/nearkv generate --card $(CARD) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
+run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, model or rtl
+	$(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
 
 test: setup ## the fast tests, then a short run of the simulated kernel and of the demo model
 	$(PYTEST) -m 'not sim and not formal and not model and not bench and not verilog'

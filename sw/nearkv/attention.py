@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import math
 import tempfile
+import threading
 import time
 from typing import NamedTuple
+import weakref
 
 import numpy as np
 
@@ -27,11 +29,14 @@ from nearkv_hw.number import Wide, quantize_q, score_scale
 
 from . import pages
 from .card import Card, CardError, open_cards
-from .flash import FlashError, Load, PageId
+from .flash import FlashError, Load, PageId, Read
 from .partial import Partial
 from .store import KvStore
 
-SEGMENTS = 4  # of kv memory: one is computed while the others fill
+SEGMENTS = 4  # of the ring: one is computed while the others fill
+# Of kv memory at most. More hides no more of the drive's latency, and less stays in the caches of a
+# processor that plays the card.
+RING_BYTES = 16 << 20
 _JOB = pages.record_dtype(abi.JOB)
 _ENTRY = pages.record_dtype(abi.PAGE_ENTRY)
 _HEADER = pages.record_dtype(abi.PARTIAL_HEADER)
@@ -74,6 +79,38 @@ class _Work(NamedTuple):
     n_slices: int
 
 
+class _Query(NamedTuple):
+    """What the jobs of a call have in common."""
+
+    job: np.ndarray  # the template
+    shape: tuple[int, int, int]  # sequences, kv heads, slices
+
+    @property
+    def n_jobs(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        return int(self.job["group_size"])
+
+
+class _Batch:
+    """One run: which jobs, and where everything lies. Made once, used for every token."""
+
+    def __init__(self, works: list[_Work], query: _Query):
+        self.works = works
+        self.where = np.concatenate(
+            [
+                np.ravel_multi_index((work.sequence, work.kv_head, work.first_slice), query.shape)
+                + np.arange(work.n_slices)
+                for work in works
+            ]
+        )  # of its jobs among those of the call
+        self.n_pages = sum(len(work.pages) for work in works)
+        self.reads: dict[int, list[Read]] = {}  # by segment
+        self.tables: dict[int, bytes] = {}  # by segment: jobs and page tables
+
+
 class _Plan(NamedTuple):
     """What one card does in one call."""
 
@@ -81,25 +118,17 @@ class _Plan(NamedTuple):
     layer: int
     sequences: tuple[int, ...]
     stored: list[np.ndarray]
-    batches: list[list[_Work]]  # one run each
+    query: _Query
+    batches: list[_Batch]
 
 
 class _Loading(NamedTuple):
     """A batch on its way into a segment."""
 
     plan: _Plan
-    batch: int
+    batch: _Batch
     segment: int
     load: Load
-
-
-class _Query(NamedTuple):
-    """What the jobs of a call have in common, and their query blocks."""
-
-    job: np.ndarray  # the template
-    records: np.ndarray  # (n_jobs, head_dim, 16)
-    shape: tuple[int, int, int]  # sequences, kv heads, slices
-    width: int
 
 
 class PageAttention:
@@ -112,6 +141,9 @@ class PageAttention:
     store : KvStore
     ahead : bool
         Fetch what the next call will want while the host is busy elsewhere.
+    segments, ring_bytes : int
+        How kv memory is used: how many parts, and how much of it at most. 1 segment loads, then
+        computes.
 
     Attributes
     ----------
@@ -125,13 +157,21 @@ class PageAttention:
         If a card cannot handle the store's heads or hold one of its pages.
     """
 
-    def __init__(self, card: Card | Sequence[Card], store: KvStore, *, ahead: bool = True):
+    def __init__(
+        self,
+        card: Card | Sequence[Card],
+        store: KvStore,
+        *,
+        ahead: bool = True,
+        segments: int = SEGMENTS,
+        ring_bytes: int = RING_BYTES,
+    ):
         self.cards = list(card) if isinstance(card, Sequence) else [card]
         self.store, self.ahead = store, ahead
         self.figures = Figures()
         for one in self.cards:
             check_card(one, store.layout)
-        self._rings = [_Ring(one, store) for one in self.cards]
+        self._rings = [_Ring(one, store, segments, ring_bytes) for one in self.cards]
         self.span_pages = min(ring.span_pages for ring in self._rings)
         # Jobs of all cards are alike, so that a query is cut once.
         self._rows = min(one.rows for one in self.cards)
@@ -187,14 +227,14 @@ class PageAttention:
         job["group_size"], job["kv_type"], job["head_dim"] = width, layout.kv_type, head_dim
         job["page_tokens"] = layout.page_tokens
         job["score_mantissa"], job["score_shift"] = mantissa, shift
-        plans = self._plans(layer, sequences, stored, n_slices, width)
-        query = _Query(job, _q_records(q), shape, width)
+        query = _Query(job, shape)
+        plans = self._plans(layer, sequences, stored, query)
         if self._last is not None:
             self._follows[self._last] = layer
         self._last = layer
-        following = self._guess(layer, sequences, n_slices, width)
+        following = self._guess(layer, sequences, query)
         try:
-            total = self._attend(plans, following, query)
+            total = self._attend(plans, following, _q_records(q))
         finally:
             for ring in self._rings:
                 self.figures += ring.figures
@@ -209,15 +249,15 @@ class PageAttention:
     def close(self) -> None:
         """Give up what was fetched ahead, and wait until no read is on its way."""
         for ring in self._rings:
-            ring.discard()
+            ring.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
-    def _attend(self, plans, following, query) -> Partial:
+    def _attend(self, plans, following, records) -> Partial:
         if self._pool is None:
-            return self._rings[0].attend(plans[0], following[0], query)
+            return self._rings[0].attend(plans[0], following[0], records)
         futures = [
-            self._pool.submit(ring.attend, plan, ahead, query)
+            self._pool.submit(ring.attend, plan, ahead, records)
             for ring, plan, ahead in zip(self._rings, plans, following, strict=True)
         ]
         errors = [error for future in futures if (error := future.exception())]
@@ -228,26 +268,27 @@ class PageAttention:
             total = total + future.result()
         return total
 
-    def _plans(self, layer, sequences, stored, n_slices, width) -> list[_Plan]:
-        """Each card's share of a call."""
+    def _plans(self, layer, sequences, stored, query: _Query) -> list[_Plan]:
+        """Each card's share of a call; made anew only when something about it has changed."""
         counts = tuple(entries.shape[1] for entries in stored)
-        key = (layer, sequences, counts, n_slices, width, self.store.epoch)
+        key = (sequences, counts, query.shape, query.job.tobytes(), self.store.epoch)
         plans, n_cards = [], len(self.cards)
         for position, ring in enumerate(self._rings):
-            if ring.planned is not None and ring.planned.key == key:
-                plans.append(ring.planned)
-                continue
-            numbers = [[np.arange(entries.shape[1])] * len(entries) for entries in stored]
-            if n_cards > 1:
-                numbers = [
-                    [np.flatnonzero(head["shard"] % n_cards == position) for head in entries]
-                    for entries in stored
-                ]
-            batches = list(ring.batches(numbers, n_slices, width))
-            plans.append(_Plan(key, layer, sequences, stored, batches))
+            plan = ring.plans.get(layer)
+            if plan is None or plan.key != key:
+                numbers = [[np.arange(entries.shape[1])] * len(entries) for entries in stored]
+                if n_cards > 1:
+                    numbers = [
+                        [np.flatnonzero(head["shard"] % n_cards == position) for head in entries]
+                        for entries in stored
+                    ]
+                batches = [_Batch(works, query) for works in ring.batches(numbers, query)]
+                plan = _Plan(key, layer, sequences, stored, query, batches)
+                ring.plans[layer] = plan
+            plans.append(plan)
         return plans
 
-    def _guess(self, layer, sequences, n_slices, width) -> list[_Plan | None]:
+    def _guess(self, layer, sequences, query: _Query) -> list[_Plan | None]:
         """What the next call will probably want, if it is there already."""
         nothing: list[_Plan | None] = [None] * len(self.cards)
         following = self._follows.get(layer) if self.ahead else None
@@ -259,22 +300,37 @@ class PageAttention:
             stored = [self.store.stored(sequence, following) for sequence in sequences]
         except FlashError:  # whoever asks for it will hear
             return nothing
-        plans = self._plans(following, sequences, stored, n_slices, width)
-        for ring, plan in zip(self._rings, plans, strict=True):
-            ring.planned = plan
-        return [*plans]
+        return [*self._plans(following, sequences, stored, query)]
+
+
+class _Tenancy:
+    """Whose ring a card's kv memory is at the moment: several stores may take turns with a card."""
+
+    _all: "weakref.WeakKeyDictionary[Card, _Tenancy]" = weakref.WeakKeyDictionary()
+    _making = threading.Lock()
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.ring: _Ring | None = None
+
+    @classmethod
+    def of(cls, card: Card) -> "_Tenancy":
+        with cls._making:
+            return cls._all.setdefault(card, cls())
 
 
 class _Ring:
     """One card, its kv memory in segments, and what is on its way into them."""
 
-    def __init__(self, card: Card, store: KvStore):
+    def __init__(self, card: Card, store: KvStore, segments: int, ring_bytes: int):
         self.card, self.store = card, store
+        self._tenancy = _Tenancy.of(card)
         self.figures = Figures()  # since they were last taken
-        self.planned: _Plan | None = None  # for the next call
+        self.plans: dict[int, _Plan] = {}  # by layer, of the last call
         layout = store.layout
-        slots = card.kv_bytes // layout.page_bytes
-        n_segments = min(SEGMENTS, slots)
+        used_bytes = max(min(card.kv_bytes, ring_bytes), layout.page_bytes)
+        slots = used_bytes // layout.page_bytes
+        n_segments = min(segments, slots)
         self.segment_pages = slots // n_segments
         self._segment_bytes = self.segment_pages * layout.page_bytes
         tiles = -(-layout.page_tokens // layout.tile_tokens)
@@ -282,7 +338,7 @@ class _Ring:
         self._free = list(range(n_segments))
         self._loading: deque[_Loading] = deque()
 
-    def batches(self, numbers, n_slices, width) -> Iterator[list[_Work]]:
+    def batches(self, numbers, query: _Query) -> Iterator[list[_Work]]:
         """Cut work into runs that fit a segment and job memory.
 
         No run holds two spans of the same pages' rows, so its partials have distinct places.
@@ -295,7 +351,8 @@ class _Ring:
         layout, card = self.store.layout, self.card
         longest = max((len(head) for heads in numbers for head in heads), default=0)
         slice_bytes = abi.JOB.bytes + layout.head_dim * abi.Q_RECORD.bytes
-        slice_bytes += abi.partial_bytes(layout.head_dim, width)
+        slice_bytes += abi.partial_bytes(layout.head_dim, query.width)
+        n_slices = query.shape[2]
         span = min(self.span_pages, longest)
         table_bytes = _beats(span * abi.PAGE_ENTRY.bytes)
         most_slices = (card.job_bytes - abi.SUMMARY.bytes - table_bytes) // slice_bytes
@@ -323,68 +380,77 @@ class _Ring:
             if batch:
                 yield batch
 
-    def attend(self, plan: _Plan, following: _Plan | None, query: _Query) -> Partial:
-        """Carry out a plan and begin to fetch the one that follows."""
-        layout = self.store.layout
-        n_jobs = math.prod(query.shape)
-        total = Partial.empty(layout.kv_type, (n_jobs, query.width), layout.head_dim)
-        if self._loading and self._loading[0].plan is not plan:
-            self.discard()
+    def attend(self, plan: _Plan, following: _Plan | None, records: np.ndarray) -> Partial:
+        """Carry out a plan and begin to fetch the one that follows.
+
+        records : (n_jobs, head_dim, 16), the query blocks of all jobs of the call
+        """
+        with self._tenancy.lock:
+            before, self._tenancy.ring = self._tenancy.ring, self
+            if before is not None and before is not self:
+                before._discard()
+            return self._attend(plan, following, records)
+
+    def close(self) -> None:
+        """Wait for what is on its way, and leave the card to others."""
+        with self._tenancy.lock:
+            self._discard()
+            if self._tenancy.ring is self:
+                self._tenancy.ring = None
+
+    def _attend(self, plan, following, records) -> Partial:
+        if any(loading.plan is not plan for loading in self._loading):
+            self._discard()  # the guess was wrong
         coming = iter(
-            [(plan, i) for i in range(len(self._loading), len(plan.batches))]
-            + ([(following, i) for i in range(len(following.batches))] if following else [])
+            [(plan, batch) for batch in plan.batches[len(self._loading) :]]
+            + ([(following, batch) for batch in following.batches] if following else [])
         )
         wanted = next(coming, None)
+        sums = _Sums(self.store.layout, plan.query)
         try:
             for batch in plan.batches:
                 wanted = self._start(wanted, coming)
                 loading = self._loading[0]
+                front = self._front(loading)  # while the drive works
                 waited = time.perf_counter()
                 self.card.finish_load(loading.load)
                 self.figures.load_s += time.perf_counter() - waited
                 self._loading.popleft()
-                where = np.concatenate(
-                    [
-                        np.ravel_multi_index((work.sequence, work.kv_head, work.first_slice),
-                                             query.shape)
-                        + np.arange(work.n_slices)
-                        for work in batch
-                    ]
-                )  # fmt: skip
                 try:
-                    part = self._run(plan, batch, loading, query, where)
+                    sums.add(batch, self._run(loading, front, records))
                 finally:
                     self._free.append(loading.segment)
-                if len(where) == n_jobs and len(plan.batches) == 1:
-                    total = part[np.argsort(where)]  # one batch answers everything
-                else:
-                    total[where] = total[where] + part
             self._start(wanted, coming)
         except BaseException:
-            self.discard()
+            self._discard()
             raise
-        return total
+        return sums.total()
 
     def _start(self, wanted, coming):
         """Ask for batches while segments are free; the one that found none."""
         while wanted is not None and self._free:
-            plan, index = wanted
+            plan, batch = wanted
             segment = self._free.pop(0)
-            at, reads = segment * self._segment_bytes, []
             try:
-                for work in plan.batches[index]:
-                    page = PageId(plan.layer, plan.sequences[work.sequence], work.kv_head, 0)
-                    reads += self.store.reads(page, work.pages, at)
-                    at += len(work.pages) * self.store.layout.page_bytes
-                load = self.card.start_load(reads)
+                if segment not in batch.reads:
+                    batch.reads[segment] = self._reads(plan, batch, segment)
+                load = self.card.start_load(batch.reads[segment])
             except BaseException:
                 self._free.append(segment)
                 raise
-            self._loading.append(_Loading(plan, index, segment, load))
+            self._loading.append(_Loading(plan, batch, segment, load))
             wanted = next(coming, None)
         return wanted
 
-    def discard(self) -> None:
+    def _reads(self, plan: _Plan, batch: _Batch, segment: int) -> list[Read]:
+        at, reads = segment * self._segment_bytes, []
+        for work in batch.works:
+            page = PageId(plan.layer, plan.sequences[work.sequence], work.kv_head, 0)
+            reads += self.store.reads(page, work.pages, at)
+            at += len(work.pages) * self.store.layout.page_bytes
+        return reads
+
+    def _discard(self) -> None:
         """Give up what is on its way; its segments are free when it has arrived."""
         while self._loading:
             loading = self._loading.popleft()
@@ -395,19 +461,18 @@ class _Ring:
             self.figures.wasted_bytes += loading.load.nbytes
             self._free.append(loading.segment)
 
-    def _run(self, plan: _Plan, batch, loading: _Loading, query: _Query, where) -> Partial:
-        """Run the jobs of a batch that has arrived; their partials: (n_jobs, width)."""
-        layout, card = self.store.layout, self.card
-        head_dim, width = layout.head_dim, query.width
-        q_records = query.records[where]
-        n_jobs = len(q_records)
-        jobs = np.repeat(query.job, n_jobs)
+    def _front(self, loading: _Loading) -> bytes:
+        """The first part of a run's job memory: jobs and page tables."""
+        plan, batch, segment, _ = loading
+        if segment in batch.tables:
+            return batch.tables[segment]
+        layout, n_jobs = self.store.layout, len(batch.where)
+        jobs = np.repeat(plan.query.job, n_jobs)
         jobs["tag"] = np.arange(n_jobs)
-        queue = abi.SUMMARY.bytes
-        at = queue + n_jobs * abi.JOB.bytes
+        at = abi.SUMMARY.bytes + n_jobs * abi.JOB.bytes
         tables, job = [], 0
-        address = first_address = loading.segment * self._segment_bytes
-        for work in batch:
+        address = segment * self._segment_bytes
+        for work in batch.works:
             n_pages = len(work.pages)
             entries = plan.stored[work.sequence][work.kv_head][work.pages]
             table = np.zeros(_beats(n_pages * _ENTRY.itemsize) // _ENTRY.itemsize, _ENTRY)
@@ -421,48 +486,46 @@ class _Ring:
             those["page_table"], those["n_pages"] = at, n_pages
             at += table.nbytes
             job += work.n_slices
-        q_bytes = head_dim * abi.Q_RECORD.bytes
+        q_bytes = layout.head_dim * abi.Q_RECORD.bytes
         jobs["q"] = at + np.arange(n_jobs) * q_bytes
         at += n_jobs * q_bytes
-        partial_bytes = abi.partial_bytes(head_dim, width)
-        partials, size = at, n_jobs * partial_bytes
-        jobs["partial"] = partials + np.arange(n_jobs) * partial_bytes
+        partial_bytes = abi.partial_bytes(layout.head_dim, plan.query.width)
+        jobs["partial"] = at + np.arange(n_jobs) * partial_bytes
+        front = b"".join(part.tobytes() for part in (jobs, *tables))
+        batch.tables[segment] = front
+        return front
 
+    def _run(self, loading: _Loading, front: bytes, records: np.ndarray) -> np.ndarray:
+        """Run the jobs of a batch that has arrived; their partials: uint8 (n_jobs, bytes)."""
+        plan, batch, _, load = loading
+        card, head_dim = self.card, self.store.layout.head_dim
+        n_jobs, queue = len(batch.where), abi.SUMMARY.bytes
+        partial_bytes = abi.partial_bytes(head_dim, plan.query.width)
+        partials = queue + len(front) + n_jobs * head_dim * abi.Q_RECORD.bytes
         start = time.perf_counter()
         # One copy; the zeros at its end clear every status word.
-        image = [part.tobytes() for part in (jobs, *tables, q_records)]
-        card.write_job(queue, b"".join([*image, bytes(size)]))
+        image = [front, records[batch.where].data, bytes(n_jobs * partial_bytes)]
+        card.write_job(queue, b"".join(image))
         counters = card.run(queue, n_jobs, 0)
-        data = card.read_job(partials, size).reshape(n_jobs, partial_bytes)
+        data = card.read_job(partials, n_jobs * partial_bytes).reshape(n_jobs, partial_bytes)
         figures = self.figures
         figures.run_s += time.perf_counter() - start
         figures.runs += 1
         figures.jobs += n_jobs
-        figures.pages += (address - first_address) // layout.page_bytes
-        figures.kv_bytes += address - first_address
+        figures.pages += batch.n_pages
+        figures.kv_bytes += load.nbytes
         figures.cycles += counters["cycles"]
-        header = data[:, : _HEADER.itemsize].view(_HEADER)[:, 0]
-        self._check(plan, batch, header, counters)
+        self._check(plan, batch, data[:, : _HEADER.itemsize].view(_HEADER)[:, 0], counters)
+        return data
 
-        rows = abi.partial_rows(width)
-        words = data[:, _HEADER.itemsize :].view(np.uint64)[:, : (2 + head_dim) * rows * 2]
-        wide = Wide.unpack(words.reshape(n_jobs, 2 + head_dim, rows, 2))
-        limbs, top = wide.limbs[:, :, :width], wide.top[:, :, :width]
-        return Partial(
-            layout.kv_type,
-            header["run_max"][:, :width].astype(np.int16),
-            Wide(limbs[:, 0], top[:, 0]),
-            Wide(limbs[:, 1], top[:, 1]),
-            Wide(limbs[:, 2:].swapaxes(1, 2), top[:, 2:].swapaxes(1, 2)),
-        )
-
-    def _check(self, plan: _Plan, batch, header, counters) -> None:
+    def _check(self, plan: _Plan, batch: _Batch, header, counters) -> None:
         """Raise CardError for the first partial that is not good."""
         good = (header["status"] == Status.DONE) & (header["tag"] == np.arange(len(header)))
         if good.all():
             return
         job = int(np.argmin(good))
-        work = batch[int(np.searchsorted(np.cumsum([w.n_slices for w in batch]), job, "right"))]
+        ends = np.cumsum([work.n_slices for work in batch.works])
+        work = batch.works[int(np.searchsorted(ends, job, "right"))]
         status, bad_page = Status(int(header["status"][job])), int(header["bad_page"][job])
         page = PageId(plan.layer, plan.sequences[work.sequence], work.kv_head, 0)
         where = f"layer {page.layer}, sequence {page.sequence}, kv head {page.kv_head}"
@@ -479,6 +542,69 @@ class _Ring:
             f"{int((~good).sum())} of {len(header)} jobs failed",
             status=status,
             counters=counters,
+        )
+
+
+class _Sums:
+    """Adds partials up, many at a time: numpy takes as long for one as for dozens."""
+
+    _AT_ONCE = 256
+
+    def __init__(self, layout: PageLayout, query: _Query):
+        self._layout, self._query = layout, query
+        self._where: list[np.ndarray] = []
+        self._data: list[np.ndarray] = []
+        self._waiting = 0
+        self._sum: Partial | None = None
+
+    def add(self, batch: _Batch, data: np.ndarray) -> None:
+        """Take the partials of a run: uint8 (n_jobs, bytes)."""
+        self._where.append(batch.where)
+        self._data.append(data)
+        self._waiting += len(data)
+        if self._waiting >= self._AT_ONCE + self._query.n_jobs:
+            self._fold()
+
+    def total(self) -> Partial:
+        """(n_jobs of the call, width); the identity where there was nothing."""
+        self._fold()
+        if self._sum is None:
+            shape = (self._query.n_jobs, self._query.width)
+            return Partial.empty(self._layout.kv_type, shape, self._layout.head_dim)
+        return self._sum
+
+    def _fold(self) -> None:
+        if not self._data:
+            return
+        n_jobs = self._query.n_jobs
+        where, data = np.concatenate(self._where), np.concatenate(self._data)
+        self._where, self._data, self._waiting = [], [], 0
+        parts = self._unpack(data)
+        order = np.argsort(where, kind="stable")
+        if len(where) == n_jobs and (where[order] == np.arange(n_jobs)).all():
+            folded = parts[order]
+        else:
+            # (job, its parts), filled up with the identity, which lies behind the last of them.
+            counts = np.bincount(where, minlength=n_jobs)
+            rank = np.arange(len(where)) - np.repeat(np.cumsum(counts) - counts, counts)
+            index = np.full((n_jobs, counts.max()), len(where))
+            index[where[order], rank] = order
+            folded = parts.with_identity()[index].sum(1)
+        self._sum = folded if self._sum is None else self._sum + folded
+
+    def _unpack(self, data: np.ndarray) -> Partial:
+        head_dim, width = self._layout.head_dim, self._query.width
+        header = data[:, : _HEADER.itemsize].view(_HEADER)[:, 0]
+        rows = abi.partial_rows(width)
+        words = data[:, _HEADER.itemsize :].view(np.uint64)[:, : (2 + head_dim) * rows * 2]
+        wide = Wide.unpack(words.reshape(len(data), 2 + head_dim, rows, 2))
+        limbs, top = wide.limbs[:, :, :width], wide.top[:, :, :width]
+        return Partial(
+            self._layout.kv_type,
+            header["run_max"][:, :width].astype(np.int16),
+            Wide(limbs[:, 0], top[:, 0]),
+            Wide(limbs[:, 1], top[:, 1]),
+            Wide(limbs[:, 2:].swapaxes(1, 2), top[:, 2:].swapaxes(1, 2)),
         )
 
 
@@ -515,7 +641,7 @@ def attend(
     q,
     k,
     v,
-    card: Card | str | Sequence[Card | str] = "model",
+    card: Card | str | Sequence[Card | str] | None = None,
     scale=None,
     kv_dtype=None,
     page_tokens=128,
@@ -529,8 +655,8 @@ def attend(
         Query head h belongs to kv head h // (n_q_heads // n_kv_heads).
     k, v : (kv_len, n_kv_heads, head_dim)
         numpy or torch, like q; any real dtype. Stored as `kv_dtype`.
-    card : Card, str, or a sequence of them
-        Names are opened for this call. Several share the work.
+    card : Card, str, or a sequence of them, optional
+        Names are opened for this call. Several share the work. Default: as `open_card`.
     scale : float, optional
         Default 1/sqrt(head_dim).
     kv_dtype : "fp16" or "bf16", optional

@@ -9,6 +9,8 @@ import importlib
 BENCHES = {
     "stream": ("nearkv_sim.bench_stream", "the emitted Verilog: beats used of the bus, in cycles"),
     "twin": ("nearkv_sim.bench_twin", "the native card: GB/s a core, beside torch and the memory"),
+    "flash": ("nearkv.bench_flash", "pages from the drive into card memory, beside a raw reader"),
+    "decode": ("nearkv.bench_decode", "attention with KV on the drive, beside drive, card, peers"),
 }
 
 

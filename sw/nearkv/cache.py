@@ -51,8 +51,9 @@ class NearStorageCache(Cache):
     directory : path, or a sequence of them, optional
         Where pages go: a directory on the drive to use, or one for each card. Default: that for
         temporary files.
-    card : Card, str, or a sequence of them
-        Names are opened and closed with the cache. Several cards share every step's work.
+    card : Card, str, or a sequence of them, optional
+        Names are opened and closed with the cache. Several cards share every step's work. Default:
+        as `open_card`.
     page_tokens : int
         32, 64, 96 or a multiple of 128.
     kv_dtype : "fp16" or "bf16", optional
@@ -86,7 +87,7 @@ class NearStorageCache(Cache):
         self,
         config,
         directory=None,
-        card: Card | str | Sequence[Card | str] = "model",
+        card: Card | str | Sequence[Card | str] | None = None,
         page_tokens: int = 128,
         kv_dtype=None,
         *,

@@ -9,6 +9,7 @@ one card from another.
 
 from collections.abc import Callable, Sequence
 import importlib
+import logging
 import os
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +21,9 @@ from nearkv_hw.abi import Status
 from .buffers import JobMemory, KvMemory
 from .flash import READS_IN_FLIGHT, Load, Read, Reader
 
+log = logging.getLogger("nearkv")
+
+DEFAULT_CARD = "twin"
 KV_BYTES = 64 << 20
 JOB_BYTES = 16 << 20
 
@@ -121,6 +125,7 @@ class MemoryCard:
         self.name, self._backend, self.timeout_s = name, backend, timeout_s
         self.rows, self.max_head_dim = backend.config.rows, backend.config.max_head_dim
         self.kv_bytes, self.job_bytes = kv_bytes, job_bytes
+        self._config_hash = backend.config.hash32
         self._kv, self._job = KvMemory(kv_bytes), JobMemory(job_bytes)
         self._kv_seen = self._kv.simulated()
         self._reader = Reader(self._kv, reads_in_flight)
@@ -189,7 +194,7 @@ class MemoryCard:
             self._broken = "unusable after a run that failed; open it again"
             raise CardError(f"card {self.name!r}: {error}") from error
         counters = abi.SUMMARY.unpack(job[summary : summary + abi.SUMMARY.bytes])
-        check_summary(self.name, counters, n_jobs, self._backend.config.hash32)
+        check_summary(self.name, counters, n_jobs, self._config_hash)
         return counters
 
     def _check_open(self) -> None:
@@ -249,6 +254,7 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
     return opener
 
 
+_MEMORY_OPTIONS = ("config", "kv_bytes", "job_bytes", "reads_in_flight", "timeout_s")
 # family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
 _FAMILIES: dict[str, Callable[..., Card]] = {
     "model": _simulated("nearkv_sim.model", "ModelCard", timeout_s=60.0),
@@ -257,14 +263,15 @@ _FAMILIES: dict[str, Callable[..., Card]] = {
 }
 
 
-def open_card(name: str = "model", **options) -> Card:
+def open_card(name: str | None = None, **options) -> Card:
     """Open a card. Use it as a context manager, or close it.
 
     Parameters
     ----------
-    name : str
+    name : str, optional
         "model": the bit-exact model in numpy. "twin": the same bits, native and fast. "rtl": the
-        emitted Verilog in Verilator.
+        emitted Verilog in Verilator. Default: "twin", or "model" with a warning where the native part
+        cannot be used.
     config : str or nearkv_hw.config.Config
         The build to imitate. Default "smartssd".
     kv_bytes, job_bytes : int
@@ -284,6 +291,13 @@ def open_card(name: str = "model", **options) -> Card:
     ...     card.rows
     8
     """
+    if name is None:
+        try:
+            return open_card(DEFAULT_CARD, **options)
+        except CardError as error:
+            log.warning("%s; going on with the card model, which is slow", error)
+            options = {key: options[key] for key in options if key in _MEMORY_OPTIONS}
+            return open_card("model", **options)
     family, _, unit = name.partition(":")
     if family not in _FAMILIES:
         known = ", ".join(repr(known) for known in _FAMILIES)
@@ -291,13 +305,15 @@ def open_card(name: str = "model", **options) -> Card:
     return _FAMILIES[family](name, unit, **options)
 
 
-def open_cards(card: "str | Card | Sequence[str | Card]" = "model", **options):
+def open_cards(
+    card: "str | Card | Sequence[str | Card] | None" = None, **options
+) -> tuple[list[Card], list[Card]]:
     """Open one card or several, sharing the processor's cores among those that are programs.
 
     Parameters
     ----------
-    card : str, Card, or a sequence of them
-        Cards that are open already stay as they are.
+    card : str, Card, or a sequence of them, optional
+        Cards that are open already stay as they are. Default: as `open_card`.
     **options
         As for `open_card`; of every card that is opened.
 
@@ -314,20 +330,21 @@ def open_cards(card: "str | Card | Sequence[str | Card]" = "model", **options):
     CardError
         As `open_card`; none stays open then.
     """
-    wanted = [card] if isinstance(card, str) or isinstance(card, Card) else list(card)
+    wanted = list(card) if isinstance(card, Sequence) and not isinstance(card, str) else [card]
     if not wanted:
         raise ValueError("at least one card is needed")
-    twins = sum(isinstance(one, str) and one.partition(":")[0] == "twin" for one in wanted)
-    cards, opened = [], []
+    twins = wanted.count("twin")
+    cards: list[Card] = []
+    opened: list[Card] = []
     try:
         for one in wanted:
-            if isinstance(one, str):
+            if one is None or isinstance(one, str):
                 more = dict(options)
-                if twins > 1 and one.partition(":")[0] == "twin":
+                if twins > 1 and one == "twin":
                     cores = len(os.sched_getaffinity(0))
                     more.setdefault("threads", max(1, cores // twins))
-                one = open_card(one, **more)
-                opened.append(one)
+                opened.append(open_card(one, **more))
+                one = opened[-1]
             cards.append(one)
     except BaseException:
         for one in opened:

@@ -2,6 +2,7 @@
 """The command `nearkv`."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 import sys
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="stream text from a model whose KV cache lies on flash",
         description="Stream text from a language model. Its KV cache lies in page files and is "
-        "attended by a card. Without arguments: a built-in prompt, a small model, the model card.",
+        "attended by a card. Without arguments: a built-in prompt, a small model, the card twin.",
     )
     generate.set_defaults(run=_generate)
     add = generate.add_argument
@@ -61,9 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", default=PROMPT, help="text, or - for standard input (default: built in)")
     add("--raw", action="store_true", help="continue the prompt itself, without a chat template")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--card", default="model", help="model, twin or rtl (default: %(default)s)")
+    add("--card", help="model, twin or rtl; several with commas (default: twin)")
     add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
-    add("--kv-dir", metavar="DIR", help="where page files go (default: for temporary files)")
+    add(
+        "--kv-dir",
+        metavar="DIR",
+        help="where page files go; one for each card with commas (default: for temporary files)",
+    )
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
     add("--page-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     from . import bench, plan
@@ -83,25 +88,30 @@ def _generate(options) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    from .card import open_card
+    from .card import open_cards
 
     card_options = {"config": options.card_config} if options.card_config else {}
     # Before the model, which takes longer: a wrong name should not have to wait for it.
-    patience = f"opening card {options.card}; the first time, this can take some minutes"
+    patience = f"opening card {options.card or 'twin'}; the first time, this can take some minutes"
     timer = threading.Timer(3, print, (patience,), {"file": sys.stderr})
     timer.start()
     try:
-        opened = open_card(options.card, **card_options)
+        cards, _ = open_cards(options.card.split(",") if options.card else None, **card_options)
     finally:
         timer.cancel()
-    with opened as card:
+    directories = options.kv_dir.split(",") if options.kv_dir else None
+    if directories and len(directories) == 1:
+        (directories,) = directories
+    with contextlib.ExitStack() as closing:
+        for card in cards:
+            closing.enter_context(card)
         from . import models
         from .cache import NearStorageCache
 
         model, tokenizer = models.load(options.model, on_convert=_say_conversion)
         inputs = _tokens(tokenizer, prompt, options.raw)
         with NearStorageCache(
-            model.config, options.kv_dir, card, options.page_tokens, options.kv_dtype
+            model.config, directories, cards, options.page_tokens, options.kv_dtype
         ) as cache:
             streamer = _stream(model, tokenizer)
             start = time.perf_counter()
@@ -173,7 +183,7 @@ def _report(cache, n_prompt: int, start: float, times: list[float]):
     yield ""
     yield (
         f"prompt {n_prompt} tokens in {times[0] - start:.2f} s; "
-        f"{len(times)} new tokens, {rate}; card {cache.card.name}"
+        f"{len(times)} new tokens, {rate}; card {', '.join(card.name for card in cache.cards)}"
     )
     yield (
         f"KV written {store.bytes_written / 2**20:.1f} MiB, read {figures.kv_bytes / 2**20:.1f} MiB "

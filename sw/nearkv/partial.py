@@ -59,6 +59,22 @@ class Partial:
             self.out + other.out,
         )
 
+    def sum(self, axis: int) -> "Partial":
+        """The sum along one of the leading axes."""
+        axis %= self.run_max.ndim
+        total, wide, out = (part.sum(axis) for part in self._wides())
+        return Partial(self.kv_type, self.run_max.max(axis), total, wide, out)
+
+    def with_identity(self) -> "Partial":
+        """One more partial behind the last of the first axis: that of no tokens."""
+        shape = (1, *self.run_max.shape[1:])
+        none = Partial.empty(self.kv_type, shape, self.out.top.shape[-1])
+        total, wide, out = (
+            Wide(np.concatenate([a.limbs, b.limbs]), np.concatenate([a.top, b.top]))
+            for a, b in zip(self._wides(), none._wides(), strict=True)
+        )
+        return Partial(self.kv_type, np.concatenate([self.run_max, none.run_max]), total, wide, out)
+
     def __getitem__(self, index) -> "Partial":
         """Index the leading axes."""
         total, wide, out = (Wide(w.limbs[index], w.top[index]) for w in self._wides())

@@ -378,6 +378,14 @@ class KvStore:
 
     # --- reading ----------------------------------------------------------------------------
 
+    def sequences(self) -> list[int]:
+        """Those that have pages."""
+        return sorted(self._files)
+
+    def layers(self, sequence: int) -> list[int]:
+        """Those that have pages of a sequence."""
+        return sorted(self._files[sequence].spans)
+
     def n_pages(self, sequence: int, layer: int) -> int:
         """Pages that each kv head of (layer, sequence) has."""
         file = self._files.get(sequence)

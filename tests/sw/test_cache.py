@@ -5,12 +5,14 @@ import errno
 import gc
 import os
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import nearkv
 from nearkv import NearStorageCache
+from nearkv.card import CardError, open_cards
 from nearkv.flash import FlashError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,6 +198,87 @@ def test_without_its_cache_the_attention_is_ordinary(model):
                 _logits(model, ours, some, "nearkv", seen)[0],
                 _logits(model, theirs, some, "sdpa", seen)[0],
             )
+
+
+# --- cards, splits, spills -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Tokens and logits of a batch of three lengths, from transformers' own cache."""
+    ids, mask = _ids(3, 600), torch.ones(3, 600, dtype=torch.long)
+    for row, padded in enumerate((0, 150, 530)):
+        ids[row, :padded], mask[row, :padded] = 0, 0
+    cache = RoundedCache(model.config)
+    return ids, mask, _generate(model, cache, ids, "sdpa", 30, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("cards", "options"),
+    [
+        (1, {"page_tokens": 32}),
+        (1, {"page_tokens": 128}),
+        (1, {"page_tokens": 512}),
+        (2, {"page_tokens": 32}),
+        (4, {"page_tokens": 32}),
+        (2, {"page_tokens": 128, "weights": [2, 1]}),
+        (1, {"page_tokens": 32, "spill_pages": 4}),
+        (2, {"page_tokens": 32, "spill_pages": 16}),
+        (1, {"page_tokens": 32, "budget_bytes": 1 << 20, "beyond_budget": "keep"}),
+    ],
+)
+def test_cards_splits_and_spills_change_no_token(
+    model, expected, tmp_path, monkeypatch, cards, options
+):
+    monkeypatch.setattr("nearkv.store.EXTENT_BYTES", 16 << 10)
+    ids, mask, theirs = expected
+    with NearStorageCache(model.config, tmp_path, ["model"] * cards, **options) as cache:
+        ours = _generate(model, cache, ids, "nearkv", 30, attention_mask=mask)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        a, b = torch.stack(ours.logits), torch.stack(theirs.logits)
+        assert (a - b).abs().max() <= LOGIT_BOUND * b.abs().max()
+        assert cache.store.bytes_written <= options.get("budget_bytes", 1 << 30)
+        cache.store.flush()
+        assert len(np.unique(cache.store.stored(0, 1)["shard"])) == cards
+        cache.reset()
+        assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("cards", [["twin"], ["twin", "twin"]])
+def test_the_twins_change_no_token(model, expected, tmp_path, cards):
+    ids, mask, theirs = expected
+    for threads in (1, 2):
+        try:
+            opened, _ = open_cards(cards, threads=threads)
+        except CardError as error:
+            pytest.skip(str(error))
+        with NearStorageCache(model.config, tmp_path, opened, 32) as cache:
+            ours = _generate(model, cache, ids, "nearkv", 30, attention_mask=mask)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for card in opened:
+            card.close()
+
+
+@pytest.mark.parametrize("removed", [20, 70, 300])
+def test_crop_with_a_long_tail(model, card, tmp_path, removed):
+    ids, reference = _ids(1, 400), RoundedCache(model.config)
+    with NearStorageCache(model.config, tmp_path, card, 32, spill_pages=3) as cache:
+        for attention, of in (("nearkv", cache), ("sdpa", reference)):
+            _logits(model, of, ids[:, :350], attention)
+            of.crop(-removed)
+        for a, b in ((350, 390), (390, 391), (391, 400)):
+            ours = _logits(model, cache, ids[:, a:b], "nearkv")
+            theirs = _logits(model, reference, ids[:, a:b], "sdpa")
+            assert (ours - theirs).abs().max() <= LOGIT_BOUND * theirs.abs().max()
+
+
+def test_a_write_budget_ends_storing_with_an_error_or_keeps_pages_in_memory(model, tmp_path):
+    with NearStorageCache(model.config, tmp_path, "model", 32, budget_bytes=1 << 15) as cache:
+        with pytest.raises(FlashError, match="layer 1, sequence 0.*write budget"):
+            _generate(model, cache, _ids(1, 100), "nearkv", 3)
+    for wrong in ({"beyond_budget": "drop"}, {"spill_pages": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            NearStorageCache(model.config, tmp_path, "model", 32, **wrong)
 
 
 # --- errors ----------------------------------------------------------------------------------

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nearkv bench flash`: pages from the drive into card memory, beside a plain reader.
+
+Writes page files, then reads them in turns: through the path that decoding uses (the store's runs of
+pages, requests of up to 1 MiB, a ring of segments in kv memory), and with the simplest program there
+is, threads that read the same bytes of the same files in order with O_DIRECT, as many at once and as
+large. Turns alternate, so that whatever else the drive does hits both alike.
+"""
+
+from collections import deque
+import json
+import mmap
+import os
+from pathlib import Path
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+
+from nearkv_hw.abi import PageLayout
+
+from .attention import RING_BYTES, SEGMENTS
+from .buffers import KvMemory
+from .flash import READ_BYTES, READS_IN_FLIGHT, PageId, Reader
+from .store import KvStore
+
+
+def machine(directory: Path) -> dict:
+    """What a figure depends on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "file_system_bytes_free": os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize,
+    }
+
+
+def fill(store: KvStore, n_sequences: int, n_layers: int, n_tokens: int) -> None:
+    """Store random K and V, the same 1 Ki tokens over and over."""
+    rng = np.random.default_rng(0)
+    page_tokens = store.layout.page_tokens
+    step = max(1, 1024 // page_tokens) * page_tokens
+    shape = (store.n_kv_heads, step, store.layout.head_dim)
+    k, v = rng.standard_normal((2, *shape), np.float32).astype(np.float16).view(np.uint16)
+    for sequence in range(n_sequences):
+        for layer in range(n_layers):
+            repeats = -(-n_tokens // step)
+            store.append(
+                sequence, layer, *(np.tile(x, (1, repeats, 1))[:, :n_tokens] for x in (k, v))
+            )
+    store.flush()
+
+
+def read_raw(paths: list[Path], depth: int, nbytes: int = READ_BYTES) -> float:
+    """Seconds that threads need to read files in order, past the page cache."""
+    requests = [(path, at) for path in paths for at in range(0, os.path.getsize(path), nbytes)]
+    files = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths}
+    buffers = [mmap.mmap(-1, nbytes) for _ in range(depth)]
+    coming, lock = iter(requests), threading.Lock()
+
+    def work(buffer):
+        while True:
+            with lock:
+                path, at = next(coming, (None, 0))
+            if path is None:
+                return
+            os.preadv(files[path], [buffer], at)
+
+    threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+    for buffer in buffers:
+        buffer.write(bytes(nbytes))
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begin
+    for fd in files.values():
+        os.close(fd)
+    return seconds
+
+
+def read_pages(store: KvStore, reader: Reader, memory: KvMemory, segments: int = SEGMENTS) -> int:
+    """Read every page into a ring of segments, as `PageAttention` does; their bytes."""
+    page_bytes = store.layout.page_bytes
+    pages = memory.nbytes // segments // page_bytes
+    free, loads, total = deque(range(segments)), deque(), 0
+    spans = [
+        (sequence, layer, head)
+        for sequence in store.sequences()
+        for layer in store.layers(sequence)
+        for head in range(store.n_kv_heads)
+    ]
+    for sequence, layer, head in spans:
+        count = store.n_pages(sequence, layer)
+        for first in range(0, count, pages):
+            if not free:
+                segment, load = loads.popleft()
+                load.wait(60)
+                free.append(segment)
+            numbers = np.arange(first, min(first + pages, count))
+            segment = free.popleft()
+            reads = store.reads(
+                PageId(layer, sequence, head, 0), numbers, segment * pages * page_bytes
+            )
+            loads.append((segment, reader.start(reads)))
+            total += len(numbers) * page_bytes
+    for _, load in loads:
+        load.wait(60)
+    return total
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--directory", help="on the drive to measure (default: temporary files')")
+    parser.add_argument("--mib", type=int, default=1024, help="to read (default: %(default)s)")
+    parser.add_argument(
+        "--depth", type=int, action="append",
+        help=f"requests at once (default: 1, 4, {READS_IN_FLIGHT})",
+    )  # fmt: skip
+    parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--context", type=int, default=32768, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--ring-mib",
+        type=int,
+        default=RING_BYTES >> 20,
+        help="kv memory (default: %(default)s MiB)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: 7)")
+    parser.add_argument("--json", action="store_true", help="figures as JSON")
+
+
+def run(args) -> int:
+    layout = PageLayout(args.head_dim)
+    directory = Path(args.directory or tempfile.gettempdir())
+    rows = []
+    with KvStore(directory, layout, 8, temporary=True) as store:
+        per_layer = 8 * args.context * 4 * args.head_dim
+        fill(store, 1, max(1, (args.mib << 20) // per_layer), args.context)
+        paths = sorted(store.directory.glob("*.kv"))
+        memory = KvMemory(args.ring_mib << 20)
+        for depth in args.depth or (1, 4, READS_IN_FLIGHT):
+            reader = Reader(memory, depth)
+            ours, raw, ratios = [], [], []
+            for round in range(args.rounds + 1):
+                nbytes = sum(os.path.getsize(path) for path in paths)
+                raw_rate = nbytes / read_raw(paths, depth)
+                begin = time.perf_counter()
+                rate = read_pages(store, reader, memory) / (time.perf_counter() - begin)
+                if round:  # the first warms up
+                    ours.append(rate)
+                    raw.append(raw_rate)
+                    ratios.append(rate / raw_rate)
+            reader.close()
+            rows.append(
+                {"depth": depth, "pages": statistics.median(ours), "raw": statistics.median(raw),
+                 "of_raw": statistics.median(ours) / statistics.median(raw),
+                 "of_raw_by_round": ratios}
+            )  # fmt: skip
+            if not args.json:
+                row = rows[-1]
+                print(
+                    f"depth {depth:2}: pages {row['pages'] / 1e9:.2f} GB/s, raw "
+                    f"{row['raw'] / 1e9:.2f} GB/s: {row['of_raw']:.1%} (goal 95%; rounds "
+                    f"{min(ratios):.0%} .. {max(ratios):.0%})",
+                    flush=True,
+                )
+        if args.json:
+            json.dump({"machine": machine(directory), "runs": rows}, sys.stdout, indent=2)
+            print()
+    return 0

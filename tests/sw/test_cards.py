@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several cards and drives: any split gives the same bits, and all have as much to do."""
+
+import errno
+import os
+import time
+
+import numpy as np
+import pytest
+
+import nearkv
+from nearkv import card as card_module
+from nearkv import store as store_module
+from nearkv.attention import PageAttention
+from nearkv.card import CardError, open_card, open_cards
+from nearkv.flash import FlashError, PageId
+from nearkv.store import KvStore
+from nearkv_hw.abi import PageLayout
+
+LAYOUT = PageLayout(32, 32)
+LENGTHS = (29, 3, 11, 0)  # pages
+
+
+@pytest.fixture
+def small_extents(monkeypatch):
+    monkeypatch.setattr(store_module, "EXTENT_BYTES", 4 * LAYOUT.page_bytes)
+
+
+def _fill(store, lengths=LENGTHS, layers=(0, 1, 2)):
+    rng = np.random.default_rng(0)
+    for layer in layers:
+        for sequence, n_pages in enumerate(lengths):
+            k, v = rng.standard_normal((2, 2, n_pages * 32, 32)).astype(np.float16)
+            store.append(sequence, layer, k, v)
+    return rng.standard_normal((len(lengths), 2, 3, 32))
+
+
+def _bits(partial):
+    return [partial.run_max] + [part.pack() for part in partial._wides()]
+
+
+def _same(a, b):
+    for mine, its in zip(_bits(a), _bits(b), strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
+@pytest.fixture
+def expected(tmp_path, card):
+    with KvStore(tmp_path / "whole", LAYOUT, 2) as store:
+        q = _fill(store)
+        attention = PageAttention(card, store, ahead=False)
+        yield q, [attention.attend(layer, range(4), q, 0.2) for layer in range(3)]
+
+
+@pytest.mark.parametrize(("n_cards", "n_shards"), [(1, 1), (1, 3), (2, 2), (2, 4), (4, 4)])
+@pytest.mark.parametrize("slots", [1, 5, 1000])
+def test_any_split_over_cards_shards_and_segments_gives_the_same_bits(
+    tmp_path, small_extents, expected, n_cards, n_shards, slots
+):
+    q, whole = expected
+    cards, _ = open_cards(["model"] * n_cards, kv_bytes=slots * LAYOUT.page_bytes)
+    with KvStore(tmp_path / "split", LAYOUT, 2, n_shards=n_shards) as store:
+        _fill(store)
+        attention = PageAttention(cards, store)
+        for _ in range(2):  # the second time around, pages are there before they are asked for
+            for layer in range(3):
+                _same(attention.attend(layer, range(4), q, 0.2), whole[layer])
+        figures = attention.figures
+        assert figures.kv_bytes == 2 * 3 * 2 * sum(LENGTHS) * LAYOUT.page_bytes
+        assert figures.wasted_bytes == 0
+        attention.close()
+    for one in cards:
+        one.close()
+
+
+def test_wrong_guesses_cost_nothing_but_the_reads(tmp_path, expected, card):
+    q, whole = expected
+    with KvStore(tmp_path / "again", LAYOUT, 2) as store:
+        _fill(store)
+        attention = PageAttention(card, store)
+        for layer in (0, 1, 2, 0, 2, 1, 1, 0):
+            _same(attention.attend(layer, range(4), q, 0.2), whole[layer])
+            _same(attention.attend(layer, [2], q[[2]], 0.2), whole[layer][[2]])
+        assert attention.figures.wasted_bytes > 0
+        # Pages that were fetched ahead, and then taken back and written anew.
+        for layer in (0, 1, 2, 0):
+            attention.attend(layer, range(4), q, 0.2)
+        store.truncate(0, 1, 0)
+        k, v = np.random.default_rng(9).standard_normal((2, 2, 29 * 32, 32)).astype(np.float16)
+        store.append(0, 1, k, v)
+        changed = attention.attend(1, range(4), q, 0.2)
+        fresh = PageAttention(card, store, ahead=False)
+        _same(changed, fresh.attend(1, range(4), q, 0.2))
+        _same(changed[[1, 2]], whole[1][[1, 2]])
+        fresh.close()
+
+
+def test_several_stores_take_turns_with_a_card(tmp_path, expected, card):
+    q, whole = expected
+    with KvStore(tmp_path / "a", LAYOUT, 2) as a, KvStore(tmp_path / "b", LAYOUT, 2) as b:
+        both = []
+        for store in (a, b):
+            _fill(store)
+            both.append(PageAttention(card, store))
+        for _ in range(3):
+            for layer in range(3):
+                for attention in both:
+                    _same(attention.attend(layer, range(4), q, 0.2), whole[layer])
+
+
+def _placed(store, layer=0):
+    """Bytes on each shard."""
+    shards = [store.stored(s, layer)["shard"].ravel() for s in range(len(LENGTHS))]
+    return np.bincount(np.concatenate(shards), minlength=store.n_shards) * LAYOUT.page_bytes
+
+
+def test_shards_have_equal_bytes_whatever_the_lengths(tmp_path, small_extents):
+    with KvStore(tmp_path, LAYOUT, 2, n_shards=3) as store:
+        _fill(store)
+        placed = _placed(store)
+        assert placed.sum() == 2 * sum(LENGTHS) * LAYOUT.page_bytes
+        assert placed.max() - placed.min() <= store.extent_pages * LAYOUT.page_bytes
+        long = store.stored(0, 0)["shard"]
+        assert len(np.unique(long[0])) == 3  # one sequence, one head, three cards
+
+
+def test_a_slow_card_gets_less(tmp_path, small_extents):
+    with KvStore(tmp_path, LAYOUT, 2, n_shards=2, weights=[3, 1]) as store:
+        _fill(store)
+        fast, slow = _placed(store)
+        assert fast / slow == pytest.approx(3, rel=0.3)
+    for weights in ([1], [1, 0], [1, -1]):
+        with pytest.raises(ValueError, match="weights must be 2 positive numbers"):
+            KvStore(tmp_path, LAYOUT, 2, n_shards=2, weights=weights)
+
+
+def test_each_shard_can_have_a_drive_of_its_own(tmp_path, small_extents, expected):
+    q, whole = expected
+    drives = [tmp_path / "ssd0", tmp_path / "ssd1"]
+    cards, _ = open_cards(["model", "model"])
+    with KvStore(drives, LAYOUT, 2) as store:
+        _fill(store)
+        assert [len(list(drive.glob("*.kv"))) for drive in drives] == [3, 3]
+    with KvStore(drives, LAYOUT, 2) as store:
+        _same(PageAttention(cards, store).attend(1, range(4), q, 0.2), whole[1])
+        path, _ = store.locate(PageId(1, 0, 0, 28))
+        shard = store.stored(0, 1)["shard"][0, 28]
+        assert path.parent == drives[shard]
+    with pytest.raises(ValueError, match="holds a store with"):
+        KvStore(drives[::-1], LAYOUT, 2)
+    with pytest.raises(ValueError, match="a directory of its own"):
+        KvStore([drives[0], drives[0]], LAYOUT, 2)
+    with pytest.raises(ValueError, match="3 shards need one directory or 3"):
+        KvStore(drives, LAYOUT, 2, n_shards=3)
+    with KvStore(drives, LAYOUT, 2, temporary=True) as store:
+        _fill(store)
+    assert not [path for drive in drives for path in drive.glob("nearkv-*")]
+
+
+def test_attend_takes_several_cards():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape) for shape in ((4, 64), (700, 2, 64), (700, 2, 64)))
+    one = nearkv.attend(q, k, v, card="model")
+    for got in (nearkv.attend(q, k, v, card=["model", "model", "model"]), nearkv.attend(q, k, v)):
+        for mine, its in zip(got, one, strict=True):
+            np.testing.assert_array_equal(mine, its)
+
+
+def test_cards_that_were_opened_are_closed_again_if_one_cannot_be(monkeypatch):
+    closed = []
+    monkeypatch.setattr(card_module.MemoryCard, "close", lambda self: closed.append(self.name))
+    with pytest.raises(CardError, match="no card 'nope'"):
+        open_cards(["model", "nope"])
+    assert closed == ["model"]
+    with pytest.raises(ValueError, match="at least one card"):
+        open_cards([])
+
+
+def test_without_the_native_part_the_default_is_the_model_and_it_is_said(monkeypatch, caplog):
+    def missing(name, unit, **options):
+        raise CardError("the native part is not compiled; make setup")
+
+    monkeypatch.setitem(card_module._FAMILIES, "twin", missing)
+    with open_card(threads=1, kv_bytes=1 << 20) as card:
+        assert (card.name, card.kv_bytes) == ("model", 1 << 20)
+    assert "make setup; going on with the card model" in caplog.text
+
+
+# --- faults ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulty(tmp_path, card, monkeypatch):
+    """Two sequences, attention, and a place for faults: {path name: what preadv does}."""
+    faults, real = {}, os.preadv
+
+    def preadv(fd, buffers, offset):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
+        if name in faults:
+            return faults[name](fd, buffers, offset)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with KvStore(tmp_path / "kv", LAYOUT, 2) as store:
+        q = _fill(store)
+        attention = PageAttention(card, store)
+        for layer in (0, 1, 2):
+            attention.attend(layer, range(4), q, 0.2)
+        good = [attention.attend(layer, [1, 2], q[[1, 2]], 0.2) for layer in range(3)]
+        yield store, attention, q, faults
+
+        faults.clear()
+        for layer in range(3):  # nothing stored is lost, and the other sequences go on
+            _same(attention.attend(layer, [1, 2], q[[1, 2]], 0.2), good[layer])
+        attention.close()
+
+
+def test_a_drive_that_fails_names_the_page_and_other_sequences_go_on(faulty):
+    store, attention, q, faults = faulty
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    faults["sequence-000000.kv"] = fail
+    for layer in (0, 1):
+        match = rf"page 0 of layer {layer}, sequence 0, kv head 0, file .*000000\.kv.*Input/output"
+        with pytest.raises(FlashError, match=match):
+            attention.attend(layer, range(4), q, 0.2)
+        attention.attend(layer, [1, 2], q[[1, 2]], 0.2)
+
+
+def test_a_file_truncated_or_deleted_while_it_is_used(faulty):
+    store, attention, q, faults = faulty
+    path, offset = store.locate(PageId(1, 0, 1, 20))
+    before = attention.attend(1, range(4), q, 0.2)
+    data = path.read_bytes()
+    path.unlink()  # what is open stays readable
+    _same(attention.attend(1, range(4), q, 0.2), before)
+    fd = store._files[0].fds[0]
+    os.ftruncate(fd, offset)
+    for layer in (0, 1):
+        attention.attend(layer, [1, 2], q[[1, 2]], 0.2)
+    with pytest.raises(FlashError, match="page 20 of layer 1, sequence 0, kv head 1.*truncated|"
+                       "truncated.*page 20 of layer 1, sequence 0, kv head 1"):  # fmt: skip
+        attention.attend(1, range(4), q, 0.2)
+    assert len(data) > offset
+
+
+def test_a_drive_a_hundred_times_slower_is_waited_for(faulty):
+    store, attention, q, faults = faulty
+    real = os.readv
+
+    def slow(fd, buffers, offset):
+        time.sleep(0.05)
+        os.lseek(fd, offset, os.SEEK_SET)
+        return real(fd, buffers)
+
+    before = attention.attend(0, range(4), q, 0.2)
+    faults["sequence-000000.kv"] = slow
+    _same(attention.attend(0, range(4), q, 0.2), before)
+    attention.close()
+
+
+def test_a_load_that_is_late_names_the_page_and_the_card_recovers(faulty, monkeypatch):
+    store, attention, q, faults = faulty
+    attention.close()
+    monkeypatch.setattr(attention.card, "timeout_s", 0.1)
+
+    def slow(fd, buffers, offset):
+        time.sleep(0.5)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    faults["sequence-000000.kv"] = slow
+    with pytest.raises(CardError, match=r"0\.1 s.*page 0 of layer 2, sequence 0, .*000000\.kv"):
+        attention.attend(2, range(4), q, 0.2)
+    with pytest.raises(CardError, match="until its reads have arrived"):
+        attention.attend(2, [1], q[[1]], 0.2)
+    monkeypatch.setattr(attention.card, "timeout_s", 60)
+    time.sleep(1.2)
+    attention.attend(2, [1], q[[1]], 0.2)
