@@ -54,7 +54,7 @@ run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, mod
 	$(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
 
 test: setup ## the fast tests, then a short run of the simulated kernel and of the demo model
-	$(PYTEST) -m 'not sim and not formal and not model and not bench and not verilog'
+	$(PYTEST) -n 2 -m 'not sim and not formal and not model and not bench and not verilog'
 	$(PYTEST) -m smoke
 
 test-model: setup ## all tests that run the demo model
@@ -63,7 +63,8 @@ test-model: setup ## all tests that run the demo model
 sim: setup ## all simulations of the whole kernel: Verilator and cocotb
 	$(PYTEST) -m sim
 
-formal: setup ## prove properties of the gateware (needs the extra `formal`)
+formal: setup ## prove properties of the gateware of every bus and queue
+	@$(PIP) --editable '.[formal]'
 	$(PYTEST) -m formal
 
 bench: setup ## measure: the simulated kernel's stream of beats (minutes)
