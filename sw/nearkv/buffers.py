@@ -28,7 +28,7 @@ class KvMemory:
 
     def __init__(self, nbytes: int):
         self.nbytes = _checked("kv_bytes", nbytes)
-        self._map = mmap.mmap(-1, nbytes)
+        self._map = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # The kernel pins the target of every O_DIRECT read: one page of 2 MiB instead of 512.
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them

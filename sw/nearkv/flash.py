@@ -80,19 +80,17 @@ class Window:
         self._readers = self._writers_waiting = 0
         self._writing = False
 
-    @contextlib.contextmanager
-    def reading(self):
+    def begin_read(self) -> None:
         with self._change:
             while self._writing or self._writers_waiting:
                 self._change.wait()
             self._readers += 1
-        try:
-            yield
-        finally:
-            with self._change:
-                self._readers -= 1
-                if not self._readers:
-                    self._change.notify_all()
+
+    def end_read(self) -> None:
+        with self._change:
+            self._readers -= 1
+            if not self._readers and self._writers_waiting:
+                self._change.notify_all()
 
     @contextlib.contextmanager
     def writing(self):
@@ -199,15 +197,21 @@ def read_into(read: Read, memory: KvMemory | np.ndarray) -> None:
         view = memory.target(read.kv_offset, read.nbytes)
     else:
         view = memory.data[read.kv_offset : read.kv_offset + read.nbytes]
-    with read.window.reading() if read.window else contextlib.nullcontext():
+    if read.window is None:
         _read_all(read, view)
+        return
+    read.window.begin_read()
+    try:
+        _read_all(read, view)
+    finally:
+        read.window.end_read()
 
 
 def _read_all(read: Read, view) -> None:
     done = 0
     while done < read.nbytes:
         try:
-            got = os.preadv(read.fd, [view[done:]], read.offset + done)
+            got = os.preadv(read.fd, [view[done:] if done else view], read.offset + done)
         except OSError as error:
             raise FlashError(
                 "cannot read a KV page", page=read.page_at(done), errno=error.errno,

@@ -126,12 +126,13 @@ def test_writes_have_the_drive_to_themselves(big):
 
     def reader_thread():
         for _ in range(200):
-            with window.reading():
-                with lock:
-                    reading[0] += 1
-                    log.append((reading[0], writing[0]))
-                with lock:
-                    reading[0] -= 1
+            window.begin_read()
+            with lock:
+                reading[0] += 1
+                log.append((reading[0], writing[0]))
+            with lock:
+                reading[0] -= 1
+            window.end_read()
 
     def writer_thread():
         for _ in range(50):
