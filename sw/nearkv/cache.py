@@ -60,7 +60,10 @@ class NearStorageCache(Cache):
         What K and V are rounded to. Default bf16 for bf16 models, otherwise fp16.
     spill_pages : int
         How many full pages of a head gather in host memory before they are written. Until then the
-        host attends to them.
+        host attends to them. Processor time for a token, measured over 520 tokens behind 4096 (twin,
+        4 layers, 4 kv heads of 64 channels, groups of 3), with page_tokens x spill_pages: 32 x 1
+        13.0 ms, 32 x 4 12.0, 128 x 1 10.3, 128 x 4 9.8, 512 x 1 11.3. Pages of 128 matter, gathering
+        them hardly does.
     weights : sequence of float, optional
         How fast the cards are, in any unit: a slow one gets less. Default: all alike.
     budget_bytes : int, optional
