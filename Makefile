@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-model sim bench mutants lint types verilog check-verilog record-verilog \
-	formal abi-page clean
+	formal footprint abi-page clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (default)
@@ -91,6 +91,9 @@ record-verilog: setup ## record the Verilog's hashes in tests/data, after a chan
 	for config in tiny smartssd; do \
 	$(BIN)/python -m nearkv_hw.emit --config $$config -o build/ || exit 1; done
 	cd build && sha256sum nearkv_tiny.v nearkv_smartssd.v > ../tests/data/verilog.sha256
+
+footprint: setup ## cells and logic depth on UltraScale+, against the record (extra `formal`; minutes)
+	$(BIN)/python -m nearkv_hw.footprint -o build/footprint --check tests/data/footprint.json
 
 abi-page: setup ## rewrite hw/ABI.md from hw/nearkv_hw/abi.py
 	mkdir -p build

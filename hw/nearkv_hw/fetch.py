@@ -220,7 +220,7 @@ class KvFetch(wiring.Component):
             room.eq(reserved + passes.i.p.blocks <= blocks.depth),
             announce.eq(passes.i.valid & passes.i.ready),
         ]
-        k_blocks = Mux(tile.tokens == 0, 1, (tile.tokens + 31) >> 5)
+        k_blocks = Mux(tile.tokens == 0, 1, tile.tokens[5:] + tile.tokens[:5].any())
         # Rows of a block: channels of K, tokens of V.
         rows = Mux(is_v, Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << 5)
         with m.FSM(name="order"):
@@ -282,8 +282,9 @@ class KvFetch(wiring.Component):
         now = passes.o.p
         row, block = Signal(9), Signal(4)
         arrives = master.o.valid
-        block_end = row == now.rows - 1
-        pass_end = block_end & (block == now.blocks - 1)
+        # Adding to the registers, not to what comes out of the queue: that is late in the cycle.
+        block_end = (row + 1)[:9] == now.rows
+        pass_end = block_end & ((block + 1)[:4] == now.blocks)
         m.d.comb += [
             master.freed.eq(self.o_beat.valid & self.o_beat.ready),
             self.q_address.eq(Cat(row[:8], now.q_bank)),
@@ -395,10 +396,12 @@ class KvFetch(wiring.Component):
             crc.series.eq(place.pass_.is_v),
             crc.first.eq(place.pass_.page_first & place.pass_first),
         ]
-        ended = delay(m, later, 1, "ended")  # 5 stages behind `place`
-        bad_crc = delay(m, crc.crc, 5 - Crc.latency, "crc") != ended.pass_.crc
-        ended_not_finite = Signal(reset_less=True)
-        m.d.sync += ended_not_finite.eq(not_finite)
+        ended = delay(m, later, 2, "ended")  # 6 stages behind `place`
+        bad_crc = Signal(reset_less=True)
+        m.d.sync += bad_crc.eq(
+            delay(m, crc.crc, 5 - Crc.latency, "crc") != delay(m, later.pass_.crc, 1, "want")
+        )
+        ended_not_finite = delay(m, not_finite, 2, "ended_not_finite")
 
         for kind, out in enumerate((self.o_faults_k, self.o_faults_v)):
             m.submodules[f"faults_{'kv'[kind]}"] = queue = Queue(Faults, 16)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queues between the stages."""
 
-from amaranth import Module, Signal
+from amaranth import Cat, Module, Signal
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -61,6 +61,11 @@ class Queue(wiring.Component):
             self.level.eq(inner.level),
         ]
         return m
+
+
+def is_last(index, count):
+    """index == count - 1, for an index of few bits, without an adder."""
+    return Cat((index == n) & (count == n + 1) for n in range(1 << len(index))).any()
 
 
 def delay(m, signal, cycles: int, name: str):

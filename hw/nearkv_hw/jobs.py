@@ -87,10 +87,9 @@ def q_layout(rows: int) -> data.StructLayout:
 def small_product(value, factor):
     """value * factor by shifts and adds: too rare to spend a DSP on."""
     terms = [Mux(factor[i], value << i, 0) for i in range(len(factor))]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    while len(terms) > 1:
+        terms = [sum(terms[i + 1 : i + 2], terms[i]) for i in range(0, len(terms), 2)]
+    return terms[0]
 
 
 class JobReader(wiring.Component):

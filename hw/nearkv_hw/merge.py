@@ -14,7 +14,7 @@ from amaranth.lib.wiring import In, Out
 from . import abi
 from .axi import BEAT_BITS, ControlArgs, Span
 from .fetch import EXPONENT_BITS, LANES
-from .fifo import Queue, delay
+from .fifo import Queue, delay, is_last
 from .jobs import Faults, JobInfo, small_product
 from .number import (
     LIMB_BITS,
@@ -105,19 +105,18 @@ class Accumulate(wiring.Component):
         own_top = register((place >> 4)[:TOP_BITS].as_signed(), "own_top")
         old_top = register(self.old_top, "old_top_2")
         fresh = register(fresh, "fresh_2")
-        # 3: limbs that each operand moves down.
+        # 3: limbs that each operand moves down, at most all four.
+        ahead = Signal(signed(TOP_BITS + 1))
+        m.d.comb += ahead.eq(own_top - old_top)
+        behind = ahead[-1]
+        few = Mux(behind, ahead[2:].all() & ahead[:2].any(), ~ahead[2:].any())  # 1..3, or 0..3
         top = Signal(signed(TOP_BITS))
-        m.d.comb += top.eq(Mux(fresh | (own_top > old_top), own_top, old_top))
-
-        def steps(own, name):
-            down = Signal(TOP_BITS + 1, name=f"{name}_down")
-            m.d.comb += down.eq(top - own)
-            return register(Mux(down > N_LIMBS, N_LIMBS, down[:3]), f"{name}_steps")
-
-        own_steps = steps(own_top, "own")
+        m.d.comb += top.eq(Mux(fresh | ~behind, own_top, old_top))
+        own_steps = register(
+            Mux(fresh | ~behind, 0, Mux(few, (-ahead[:2])[:2], N_LIMBS)), "own_steps"
+        )
         old_steps = register(
-            Mux(fresh, N_LIMBS, Mux(top - old_top > N_LIMBS, N_LIMBS, (top - old_top)[:3])),
-            "old_steps",
+            Mux(fresh, N_LIMBS, Mux(behind, 0, Mux(few, ahead[:2], N_LIMBS))), "old_steps"
         )
         old = register(self.old, "old")
         z = register(z, "z_3")
@@ -190,11 +189,13 @@ class Merge(wiring.Component):
         in_sums, second = Signal(init=1), Signal()
         channel, pair = Signal(8), Signal(range(max(pairs, 2)))
         held = Signal(range(out.depth + 1))
-        pair_end = pair == head.params.pairs - 1
+        pair_end = is_last(pair, head.params.pairs)
         block_end = Mux(in_sums, second, channel[:5] == LANES - 1)
         tile_end = Signal()
         m.d.comb += [
-            tile_end.eq(~in_sums & pair_end & (channel == (head.params.parts << 5) - 1)),
+            tile_end.eq(
+                ~in_sums & pair_end & channel[:5].all() & is_last(channel[5:], head.params.parts)
+            ),
             go.eq(
                 self.i_tile.valid & (in_sums | self.i_v.valid)
                 & (~head.job_last | (held != out.depth))

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 import numpy as np
 
 from . import abi, number
-from .fifo import Queue, delay
+from .fifo import Queue, delay, is_last
 from .jobs import Params
 from .number import (
     EXP2_FRAC_BITS,
@@ -327,8 +327,8 @@ class Softmax(wiring.Component):
         pair = Signal(range(abi.MAX_ROWS // 2), name=f"{name}_pair")
         pair_end, tile_end = Signal(name=f"{name}_pair_end"), Signal(name=f"{name}_tile_end")
         m.d.comb += [
-            pair_end.eq(pair == head.params.pairs - 1),
-            tile_end.eq((pair_end & (token == head.tokens - 1)) | (head.tokens == 0)),
+            pair_end.eq(is_last(pair, head.params.pairs)),
+            tile_end.eq((pair_end & (token + 1 == head.tokens)) | (head.tokens == 0)),
         ]
         with m.If(go):
             m.d.sync += pair.eq(pair + 1)
