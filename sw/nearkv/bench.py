@@ -2,7 +2,11 @@
 """`nearkv bench NAME`: the measured figures, each beside its limit or its peer."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+import html
 import importlib
+import io
+from pathlib import Path
 
 # Name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, what it measures).
 # Imported when asked for: a bench may need the simulator or torch.
@@ -30,3 +34,94 @@ def run(arguments: argparse.Namespace) -> int:
     )
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments.arguments))
+
+
+PLOT_SUFFIXES = (".png", ".svg", ".html")
+_COLOURS = ("#12a150", "#3f7cc4", "#b9b9b9", "#d9822b", "#b8577d", "#7d7d7d")
+
+
+def plot_bars(
+    path: str | Path,
+    title: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    unit: str,
+    limit: tuple[str, float] | None = None,
+    note: str = "",
+) -> None:
+    """Draw measured figures as horizontal bars, one group below the other.
+
+    Parameters
+    ----------
+    path : str or Path
+        Written; its suffix says how: one of `PLOT_SUFFIXES`. The HTML loads nothing from elsewhere.
+    groups : sequence of str
+        What was measured; the first is drawn on top.
+    series : mapping
+        Who was measured -> a value for each group, None where there is none. The first is ours.
+    limit : (name, value), optional
+        A line across all groups.
+    note : str, optional
+        Below the title: the machine and the command, without which figures say little.
+
+    Raises
+    ------
+    ValueError
+        If the suffix is none of those, or a series has not one value for each group.
+    RuntimeError
+        If matplotlib is not installed; the message has the command that installs it.
+    """
+    path = Path(path)
+    if path.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"a plot is a file {', '.join(PLOT_SUFFIXES)}, not {path.name!r}")
+    for name, values in series.items():
+        if len(values) != len(groups):
+            raise ValueError(f"{name!r} has {len(values)} values for {len(groups)} groups")
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "plots need matplotlib; install it with: pip install 'nearkv[plan]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888",
+        "axes.grid": True, "axes.grid.axis": "x", "grid.color": "#e6e6e6", "axes.axisbelow": True,
+        "legend.frameon": False, "svg.fonttype": "path", "svg.hashsalt": "nearkv",
+    }  # fmt: skip
+    height = 0.8 / len(series)
+    inches = 1.6 + len(groups) * (0.22 + 0.17 * len(series))
+    with matplotlib.rc_context(style):
+        figure, axis = pyplot.subplots(figsize=(8, inches), layout="constrained")
+        for i, (name, values) in enumerate(series.items()):
+            present = [(group, value) for group, value in enumerate(values) if value is not None]
+            places = [group + (i - (len(series) - 1) / 2) * height for group, _ in present]
+            bars = axis.barh(
+                places, [value for _, value in present], 0.92 * height, label=name,
+                color=_COLOURS[i % len(_COLOURS)],
+            )  # fmt: skip
+            axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color="#333")
+        if limit:
+            axis.axvline(limit[1], color="#c0392b", lw=1.5, ls="--", label=limit[0])
+        axis.set_yticks(range(len(groups)), groups)
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.margins(x=0.08)
+        axis.set_xlabel(unit)
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        axis.set_title(note, loc="left", fontsize=8, color="#555")
+        figure.legend(loc="outside lower right", ncols=4, fontsize=9)
+        if path.suffix == ".html":
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            svg = text.getvalue()
+            path.write_text(
+                f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+                + svg[svg.index("<svg") :]
+            )
+        else:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, dpi=120, metadata=metadata)
+        pyplot.close(figure)
