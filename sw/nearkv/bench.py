@@ -94,7 +94,8 @@ def plot_bars(
     }  # fmt: skip
     height = 0.8 / len(series)
     inches = 1.6 + len(groups) * (0.22 + 0.17 * len(series))
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(style)
         figure, axis = pyplot.subplots(figsize=(8, inches), layout="constrained")
         for i, (name, values) in enumerate(series.items()):
             present = [(group, value) for group, value in enumerate(values) if value is not None]
