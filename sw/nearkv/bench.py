@@ -7,6 +7,7 @@ import html
 import importlib
 import io
 from pathlib import Path
+from typing import Any
 
 # Name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, what it measures).
 # Imported when asked for: a bench may need the simulator or torch.
@@ -87,7 +88,7 @@ def plot_bars(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
+    style: dict[Any, Any] = {
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888",
         "axes.grid": True, "axes.grid.axis": "x", "grid.color": "#e6e6e6", "axes.axisbelow": True,
         "legend.frameon": False, "svg.fonttype": "path", "svg.hashsalt": "nearkv",
