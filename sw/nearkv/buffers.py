@@ -53,6 +53,11 @@ class KvMemory:
         """The place that a read fills. For `nearkv.flash` alone."""
         return memoryview(self._map)[offset : offset + nbytes]
 
+    @property
+    def address(self) -> int:
+        """Where it starts in this process. For `nearkv.flash` alone."""
+        return np.frombuffer(self._map, np.uint8).ctypes.data
+
     def simulated(self) -> np.ndarray:
         """The bytes, for a card that is a program: uint8 (nbytes,), read-only."""
         view = np.frombuffer(self._map, np.uint8)

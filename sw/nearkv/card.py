@@ -19,7 +19,7 @@ from nearkv_hw import abi
 from nearkv_hw.abi import Status
 
 from .buffers import JobMemory, KvMemory
-from .flash import READS_IN_FLIGHT, Load, Read, Reader
+from .flash import READS_IN_FLIGHT, Load, Read, open_reader
 
 log = logging.getLogger("nearkv")
 
@@ -108,6 +108,8 @@ class MemoryCard:
     kv_bytes, job_bytes : int
     reads_in_flight : int
         Requests that the drive has at once, of up to 1 MiB each.
+    reader : "auto", "uring" or "threads"
+        How they are made: `nearkv.flash.open_reader`.
     timeout_s : float
         For a load or a run that does not bring its own.
     """
@@ -120,6 +122,7 @@ class MemoryCard:
         kv_bytes: int = KV_BYTES,
         job_bytes: int = JOB_BYTES,
         reads_in_flight: int = READS_IN_FLIGHT,
+        reader: str = "auto",
         timeout_s: float = 60.0,
     ):
         self.name, self._backend, self.timeout_s = name, backend, timeout_s
@@ -128,7 +131,7 @@ class MemoryCard:
         self._config_hash = backend.config.hash32
         self._kv, self._job = KvMemory(kv_bytes), JobMemory(job_bytes)
         self._kv_seen = self._kv.simulated()
-        self._reader = Reader(self._kv, reads_in_flight)
+        self._reader = open_reader(self._kv, reads_in_flight, reader)
         self._late: list[Load] = []
         self._broken = ""
 
@@ -229,7 +232,7 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
     """The opener of a card that nearkv_sim imitates."""
 
     def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
-               reads_in_flight=READS_IN_FLIGHT, timeout_s=timeout_s, **options):  # fmt: skip
+               reads_in_flight=READS_IN_FLIGHT, reader="auto", timeout_s=timeout_s, **options):  # fmt: skip
         if unit:
             raise CardError(f"card {name!r}: there is one of its kind, without a number")
         try:
@@ -248,13 +251,13 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
             raise CardError(f"card {name!r} cannot be opened: {error}") from error
         return MemoryCard(
             name, backend, kv_bytes=kv_bytes, job_bytes=job_bytes,
-            reads_in_flight=reads_in_flight, timeout_s=timeout_s,
+            reads_in_flight=reads_in_flight, reader=reader, timeout_s=timeout_s,
         )  # fmt: skip
 
     return opener
 
 
-_MEMORY_OPTIONS = ("config", "kv_bytes", "job_bytes", "reads_in_flight", "timeout_s")
+_MEMORY_OPTIONS = ("config", "kv_bytes", "job_bytes", "reads_in_flight", "reader", "timeout_s")
 # family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
 _FAMILIES: dict[str, Callable[..., Card]] = {
     "model": _simulated("nearkv_sim.model", "ModelCard", timeout_s=60.0),

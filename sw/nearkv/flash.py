@@ -5,24 +5,32 @@ The only code that opens page files. They are opened past the page cache (O_DIRE
 system allows it: pages are read once per token, by the card, and would push out everything else.
 """
 
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 import contextlib
 import errno as errno_codes
+import functools
+import itertools
+import logging
 import os
 from pathlib import Path
 import queue
 import threading
-from typing import NamedTuple
+import time
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from nearkv_hw.abi import PAGE_ALIGN_BYTES
 
 from .buffers import KvMemory
+from .uring import Uring, refusal
+
+log = logging.getLogger("nearkv")
 
 # Of one request to the drive. Larger ones gain nothing and make the ends of a burst ragged.
 READ_BYTES = 1 << 20
-READS_IN_FLIGHT = 8
+READS_IN_FLIGHT = 16
 
 
 class PageId(NamedTuple):
@@ -72,40 +80,65 @@ class Window:
     """Keeps reads and writes of one drive apart: many readers, or one writer, who goes first.
 
     A drive that does both at once does both badly (bursts of reads lose more than half their rate),
-    so writes gather until they are worth a window of their own.
+    so writes gather until they are worth a window of their own. Nobody blocks to read: a burst that
+    comes while somebody writes begins when the writing ends.
     """
 
     def __init__(self):
-        self._change = threading.Condition()
-        self._readers = self._writers_waiting = 0
-        self._writing = False
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._writers = 0  # that write or wait
+        self._bursts: dict[object, Callable[[], object]] = {}
+        self._held: list[tuple[object, Callable[[], object], Callable[[], object]]] = []
 
-    def begin_read(self) -> None:
-        with self._change:
-            while self._writing or self._writers_waiting:
-                self._change.wait()
-            self._readers += 1
+    def begin(self, burst: object, join: Callable[[], object], go: Callable[[], object]) -> None:
+        """Call `go` to read, now or when the writing ends, perhaps in the writer's thread.
 
-    def end_read(self) -> None:
-        with self._change:
-            self._readers -= 1
-            if not self._readers and self._writers_waiting:
-                self._change.notify_all()
+        burst : any key, for `end`
+        join : waits until the burst has ended
+        """
+        with self._lock:
+            if self._writers:
+                self._held.append((burst, join, go))
+                return
+            self._bursts[burst] = join
+        go()
+
+    def end(self, burst: object) -> None:
+        with self._lock:
+            del self._bursts[burst]
 
     @contextlib.contextmanager
-    def writing(self):
-        with self._change:
-            self._writers_waiting += 1
-            while self._writing or self._readers:
-                self._change.wait()
-            self._writers_waiting -= 1
-            self._writing = True
+    def reading(self):
+        """A burst that the caller's own thread reads."""
+        begun, ended = threading.Event(), threading.Event()
+        self.begin(ended, ended.wait, begun.set)
+        begun.wait()
         try:
             yield
         finally:
-            with self._change:
-                self._writing = False
-                self._change.notify_all()
+            self.end(ended)
+            ended.set()
+
+    @contextlib.contextmanager
+    def writing(self):
+        with self._lock:
+            self._writers += 1
+            bursts = list(self._bursts.values())
+        try:
+            for join in bursts:
+                join()
+            with self._writing:
+                yield
+        finally:
+            held = []
+            with self._lock:
+                self._writers -= 1
+                if not self._writers:
+                    held, self._held = self._held, []
+                    self._bursts.update((burst, join) for burst, join, _ in held)
+            for _, _, go in held:
+                go()
 
 
 class Read(NamedTuple):
@@ -197,33 +230,32 @@ def read_into(read: Read, memory: KvMemory | np.ndarray) -> None:
         view = memory.target(read.kv_offset, read.nbytes)
     else:
         view = memory.data[read.kv_offset : read.kv_offset + read.nbytes]
-    if read.window is None:
-        _read_all(read, view)
-        return
-    read.window.begin_read()
-    try:
-        _read_all(read, view)
-    finally:
-        read.window.end_read()
-
-
-def _read_all(read: Read, view) -> None:
     done = 0
     while done < read.nbytes:
         try:
             got = os.preadv(read.fd, [view[done:] if done else view], read.offset + done)
         except OSError as error:
-            raise FlashError(
-                "cannot read a KV page", page=read.page_at(done), errno=error.errno,
-                filename=read.path, offset=read.offset + done,
-            ) from error  # fmt: skip
-        done += got
-        if got == 0 or done % PAGE_ALIGN_BYTES:  # only the end of the file is not aligned
-            raise FlashError(
-                f"the page file ends {read.nbytes - done} bytes too early; it was truncated",
-                page=read.page_at(done), filename=read.path, offset=read.offset + done,
-                remedy="the sequence has to be computed again",
-            )  # fmt: skip
+            raise _failed(read, done, error.errno or errno_codes.EIO) from error
+        done = _advance(read, done, got)
+
+
+def _advance(read: Read, done: int, got: int) -> int:
+    """How much of a read has arrived when `got` bytes more have; FlashError if no more will."""
+    done += got
+    if got == 0 or done % PAGE_ALIGN_BYTES:  # only the end of the file is not aligned
+        raise FlashError(
+            f"the page file ends {read.nbytes - done} bytes too early; it was truncated",
+            page=read.page_at(done), filename=read.path, offset=read.offset + done,
+            remedy="the sequence has to be computed again",
+        )  # fmt: skip
+    return done
+
+
+def _failed(read: Read, done: int, errno: int) -> FlashError:
+    return FlashError(
+        "cannot read a KV page", page=read.page_at(done), errno=errno,
+        filename=read.path, offset=read.offset + done,
+    )  # fmt: skip
 
 
 def pieces(read: Read) -> Iterator[Read]:
@@ -244,30 +276,30 @@ def pieces(read: Read) -> Iterator[Read]:
 class Load:
     """Reads on their way. Made by `Reader.start`."""
 
-    def __init__(self, reads: list[Read]):
-        self.nbytes = sum(read.nbytes for read in reads)
-        self._left = set(range(len(reads)))
-        self._reads = reads
+    def __init__(self, reader: "Reader", requests: list[Read]):
+        self.nbytes = sum(request.nbytes for request in requests)
+        self._reader, self._requests = reader, requests
+        self._left = set(range(len(requests)))
+        self._of_drive = Counter(request.window for request in requests)
         self._error: FlashError | None = None
-        self._error_index = len(reads)
-        self._lock = threading.Lock()
-        self._arrived = threading.Event()
-        if not reads:
-            self._arrived.set()
+        self._error_index = len(requests)
 
     def _done(self, index: int, error: FlashError | None) -> None:
-        with self._lock:
-            self._left.discard(index)
-            # The first in the order of the request, so that the same fault gives the same error.
-            if error is not None and index < self._error_index:
-                self._error, self._error_index = error, index
-            if not self._left:
-                self._arrived.set()
+        """A request has ended. Called by one thread at a time."""
+        # The first in the order of the request, so that the same fault gives the same error.
+        if error is not None and index < self._error_index:
+            self._error, self._error_index = error, index
+        self._left.discard(index)
+        window = self._requests[index].window
+        self._of_drive[window] -= 1
+        if window is not None and not self._of_drive[window]:
+            window.end(self)
 
     @property
     def arrived(self) -> bool:
         """Whether every read has ended, well or not."""
-        return self._arrived.is_set()
+        self._reader._until(lambda: not self._left, timeout_s=0)
+        return not self._left
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until every read has ended.
@@ -279,16 +311,15 @@ class Load:
         TimeoutError
             Naming what has not arrived. It may do so at any later time.
         """
-        if not self._arrived.wait(timeout_s):
-            with self._lock:
-                late = [self._reads[index] for index in sorted(self._left)]
-            if late:
-                first = late[0]
-                raise TimeoutError(
-                    f"after {timeout_s:g} s, {len(late)} of {len(self._reads)} reads have not "
-                    f"arrived, among them {first.page} ({first.path} at byte {first.offset}); "
-                    "is the drive alive?"
-                )
+        self._reader._until(lambda: not self._left, timeout_s)
+        late = sorted(self._left)
+        if late:
+            first = self._requests[late[0]]
+            raise TimeoutError(
+                f"after {timeout_s:g} s, {len(late)} of {len(self._requests)} reads have not "
+                f"arrived, among them {first.page} ({first.path} at byte {first.offset}); "
+                "is the drive alive?"
+            )
         if self._error is not None:
             raise self._error
 
@@ -296,7 +327,13 @@ class Load:
 class Reader:
     """Reads pages into one card's kv memory, at most `depth` requests at a time.
 
-    Threads with preadv, which leave Python's lock while the drive works.
+    Threads with preadv, which leave Python's lock while the drive works. `open_reader` gives a better
+    one where the system has it.
+
+    Parameters
+    ----------
+    memory : KvMemory
+    depth : int
     """
 
     def __init__(self, memory: KvMemory, depth: int = READS_IN_FLIGHT):
@@ -305,24 +342,42 @@ class Reader:
         self.depth, self._memory = depth, memory
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._change = threading.Condition()
 
     def start(self, reads: list[Read]) -> Load:
         """Ask for pages; returns at once."""
         requests = [piece for read in reads for piece in pieces(read)]
-        load = Load(requests)
+        load = Load(self, requests)
+        for window in list(load._of_drive):
+            mine = [(load, i, r) for i, r in enumerate(requests) if r.window is window]
+            if window is None:
+                self._go(mine)
+                continue
+            join = functools.partial(
+                self._until, lambda window=window: not load._of_drive[window], None
+            )
+            window.begin(load, join, functools.partial(self._go, mine))
+        return load
+
+    def close(self) -> None:
+        """End the reading, without waiting for a drive that does not answer."""
+        for _ in self._threads:
+            self._requests.put(None)
+        self._threads = []
+
+    def _go(self, requests: list[tuple[Load, int, Read]]) -> None:
+        """Begin to read."""
         while len(self._threads) < min(self.depth, len(requests)):
             thread = threading.Thread(target=self._work, name="nearkv-read", daemon=True)
             thread.start()
             self._threads.append(thread)
-        for index, request in enumerate(requests):
-            self._requests.put((load, index, request))
-        return load
+        for request in requests:
+            self._requests.put(request)
 
-    def close(self) -> None:
-        """End the threads, without waiting for a drive that does not answer."""
-        for _ in self._threads:
-            self._requests.put(None)
-        self._threads = []
+    def _until(self, finished: Callable[[], bool], timeout_s: float | None) -> None:
+        """Read on until `finished`, or until the time is up."""
+        with self._change:
+            self._change.wait_for(finished, timeout_s)
 
     def _work(self) -> None:
         while (work := self._requests.get()) is not None:
@@ -337,5 +392,146 @@ class Reader:
                     f"cannot read a KV page: {problem!r}", page=request.page,
                     filename=request.path, offset=request.offset,
                 )  # fmt: skip
-            load._done(index, error)
+            with self._change:
+                load._done(index, error)
+                if not load._left or request.window is not None:
+                    self._change.notify_all()
             del work, load, request, error
+
+
+class UringReader(Reader):
+    """Reads by io_uring: a load is one system call, and none of it needs a thread.
+
+    Whoever waits for a load, also a writer who waits for the drive, takes note of what has arrived.
+
+    Raises
+    ------
+    OSError
+        If io_uring cannot be used.
+    """
+
+    _lost: ClassVar[list] = []  # kv memories into which reads of closed readers may still write
+    _PATIENCE_S = 1.0  # until somebody who waits looks whether another has closed the reader
+
+    def __init__(self, memory: KvMemory, depth: int = READS_IN_FLIGHT):
+        super().__init__(memory, depth)
+        self._ring = Uring(depth)
+        self._address = memory.address
+        self._keys = itertools.count()
+        self._waiting: deque[tuple[Load, int, Read, int]] = deque()  # and how much has arrived
+        self._sent: dict[int, tuple[Load, int, Read, int]] = {}  # by key, on their way
+        self._submitting, self._reaping = threading.Lock(), threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._until(lambda: not self._sent, timeout_s=0.1)
+        if self._sent:
+            self._lost.append(self._memory)
+        self._ring.close()
+        self._abandon(self._sent.values())
+        self._abandon(self._waiting)
+
+    def _go(self, requests) -> None:
+        self._waiting.extend((*request, 0) for request in requests)
+        self._submit()
+        if self._closed:
+            self._abandon(self._waiting)
+
+    def _submit(self) -> None:
+        try:
+            with self._submitting:
+                while self._waiting and len(self._sent) < self.depth and not self._closed:
+                    load, index, request, done = work = self._waiting.popleft()
+                    key = next(self._keys)
+                    self._sent[key] = work
+                    self._ring.read(
+                        key, request.fd, request.offset + done,
+                        self._address + request.kv_offset + done, request.nbytes - done,
+                    )  # fmt: skip
+                self._ring.submit()
+        except OSError as error:
+            log.error("io_uring failed: %s", error)
+            self.close()
+
+    def _abandon(self, works) -> None:
+        """End reads that will not arrive, or of which nobody will know."""
+        for load, index, request, done in list(works):
+            error = FlashError(
+                "a read was given up: the card was closed", page=request.page_at(done),
+                filename=request.path, offset=request.offset + done,
+            )  # fmt: skip
+            self._end(load, index, error)
+
+    def _end(self, load: Load, index: int, error: FlashError | None) -> None:
+        with self._change:
+            if index in load._left:
+                load._done(index, error)
+
+    def _until(self, finished, timeout_s) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not finished():
+            left = self._PATIENCE_S if deadline is None else max(deadline - time.monotonic(), 0)
+            # One waits for the kernel, the others for that one.
+            if self._reaping.acquire(timeout=left):
+                try:
+                    if not finished() and self._ring.wait(min(left, self._PATIENCE_S)):
+                        self._reap()
+                finally:
+                    self._reaping.release()
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+
+    def _reap(self) -> None:
+        for key, result in self._ring.completions():
+            load, index, request, done = self._sent[key]
+            error, again = None, result in (-errno_codes.EINTR, -errno_codes.EAGAIN)
+            try:
+                if result >= 0:
+                    done = _advance(request, done, result)
+                    again = done < request.nbytes
+                elif not again:
+                    error = _failed(request, done, -result)
+            except FlashError as problem:
+                error = problem
+            if again:
+                self._waiting.appendleft((load, index, request, done))
+            del self._sent[key]
+            if not again:
+                self._end(load, index, error)
+        self._submit()
+
+
+def open_reader(memory: KvMemory, depth: int = READS_IN_FLIGHT, kind: str = "auto") -> Reader:
+    """A reader into kv memory.
+
+    Parameters
+    ----------
+    memory : KvMemory
+    depth : int
+        Requests that the drive has at once, at most.
+    kind : "auto", "uring" or "threads"
+        "auto": io_uring where the system allows it, otherwise threads.
+
+    Raises
+    ------
+    ValueError
+        If there is no such kind, or the depth is not positive.
+    OSError
+        If io_uring is demanded and cannot be used.
+    """
+    if kind not in ("auto", "uring", "threads"):
+        raise ValueError(f'the reader must be "auto", "uring" or "threads", not {kind!r}')
+    if kind == "uring" or (kind == "auto" and not _no_uring()):
+        return UringReader(memory, depth)
+    return Reader(memory, depth)
+
+
+@functools.cache
+def _no_uring() -> str:
+    reason = refusal()
+    if reason:
+        log.debug("pages are read by threads: %s", reason)
+    return reason

@@ -451,7 +451,8 @@ class KvStore:
         data = np.frombuffer(buffer, np.uint8)
         self.settle(page.sequence, page.layer)
         for read in self.reads(page, np.arange(page.page, page.page + n_pages), 0):
-            read_into(read, data)
+            with read.window.reading() if read.window else contextlib.nullcontext():
+                read_into(read, data)
         data = data.reshape(n_pages, page_bytes)
         stored = self.stored(page.sequence, page.layer)[page.kv_head, page.page :][:n_pages]
         for i, entry in enumerate(stored):

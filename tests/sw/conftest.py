@@ -2,6 +2,7 @@
 """Cards for the host's tests."""
 
 import os
+import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as nearkv.cli does, and why is said there
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import nearkv
+from nearkv import uring
+from nearkv.uring import Uring
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +27,69 @@ def one_thread():
 def card():
     with nearkv.open_card("model") as card:
         yield card
+
+
+class Drive:
+    """Makes reads of page files fail, however they are made.
+
+    `fate(file name, offset, nbytes)` says what becomes of a read: None, or a dict with any of
+    delay (s), errno, short (bytes that arrive).
+    """
+
+    def __init__(self, monkeypatch):
+        self.fate = lambda name, offset, nbytes: None
+        self.reads = []  # (file name, offset, nbytes)
+        preadv, read, wait = os.preadv, Uring.read, Uring.wait
+        completions = Uring.completions
+        fates, held = {}, []  # by (ring, key); (due, key, result)
+
+        def ask(fd, offset, nbytes):
+            name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
+            self.reads.append((name, offset, nbytes))
+            return self.fate(name, offset, nbytes) or {}
+
+        def faulty_preadv(fd, buffers, offset):
+            fate = ask(fd, offset, len(buffers[0]))
+            time.sleep(fate.get("delay", 0))
+            if "errno" in fate:
+                raise OSError(fate["errno"], os.strerror(fate["errno"]))
+            return preadv(fd, [buffers[0][: fate.get("short")]], offset)
+
+        def faulty_read(ring, key, fd, offset, address, nbytes):
+            fates[ring, key] = fate = ask(fd, offset, nbytes)
+            read(ring, key, fd, offset, address, fate.get("short", nbytes))
+
+        def faulty_wait(ring, timeout_s):
+            mine = [due for whose, due, *_ in held if whose is ring]
+            if not mine:
+                return wait(ring, timeout_s)
+            left = max(min(mine) - time.monotonic(), 0)
+            return wait(ring, left if timeout_s is None else min(left, timeout_s)) or bool(
+                time.monotonic() >= min(mine)
+            )
+
+        def faulty_completions(ring):
+            for key, result in completions(ring):
+                fate = fates.pop((ring, key))
+                due = time.monotonic() + fate.get("delay", 0)
+                held.append((ring, due, key, -fate["errno"] if "errno" in fate else result))
+            for work in [work for work in held if work[0] is ring and work[1] <= time.monotonic()]:
+                held.remove(work)
+                yield work[2:]
+
+        monkeypatch.setattr(os, "preadv", faulty_preadv)
+        monkeypatch.setattr(Uring, "read", faulty_read)
+        monkeypatch.setattr(Uring, "wait", faulty_wait)
+        monkeypatch.setattr(Uring, "completions", faulty_completions)
+
+
+@pytest.fixture
+def drive(monkeypatch):
+    return Drive(monkeypatch)
+
+
+@pytest.fixture(params=["uring", "threads"])
+def reader_kind(request):
+    if request.param == "uring" and uring.refusal():
+        pytest.skip(uring.refusal())
+    return request.param

@@ -190,18 +190,14 @@ def test_without_the_native_part_the_default_is_the_model_and_it_is_said(monkeyp
 
 
 @pytest.fixture
-def faulty(tmp_path, card, monkeypatch):
-    """Two sequences, attention, and a place for faults: {path name: what preadv does}."""
-    faults, real = {}, os.preadv
-
-    def preadv(fd, buffers, offset):
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
-        if name in faults:
-            return faults[name](fd, buffers, offset)
-        return real(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    with KvStore(tmp_path / "kv", LAYOUT, 2) as store:
+def faulty(tmp_path, drive, reader_kind):
+    """Two sequences, attention, and a place for faults: {file name: fate}."""
+    faults = {}
+    drive.fate = lambda name, offset, nbytes: faults.get(name)
+    with (
+        open_card("model", reader=reader_kind) as card,
+        KvStore(tmp_path / "kv", LAYOUT, 2) as store,
+    ):
         q = _fill(store)
         attention = PageAttention(card, store)
         for layer in (0, 1, 2):
@@ -217,11 +213,7 @@ def faulty(tmp_path, card, monkeypatch):
 
 def test_a_drive_that_fails_names_the_page_and_other_sequences_go_on(faulty):
     store, attention, q, faults = faulty
-
-    def fail(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    faults["sequence-000000.kv"] = fail
+    faults["sequence-000000.kv"] = {"errno": errno.EIO}
     for layer in (0, 1):
         match = rf"page 0 of layer {layer}, sequence 0, kv head 0, file .*000000\.kv.*Input/output"
         with pytest.raises(FlashError, match=match):
@@ -248,15 +240,8 @@ def test_a_file_truncated_or_deleted_while_it_is_used(faulty):
 
 def test_a_drive_a_hundred_times_slower_is_waited_for(faulty):
     store, attention, q, faults = faulty
-    real = os.readv
-
-    def slow(fd, buffers, offset):
-        time.sleep(0.05)
-        os.lseek(fd, offset, os.SEEK_SET)
-        return real(fd, buffers)
-
     before = attention.attend(0, range(4), q, 0.2)
-    faults["sequence-000000.kv"] = slow
+    faults["sequence-000000.kv"] = {"delay": 0.05}
     _same(attention.attend(0, range(4), q, 0.2), before)
     attention.close()
 
@@ -265,12 +250,7 @@ def test_a_load_that_is_late_names_the_page_and_the_card_recovers(faulty, monkey
     store, attention, q, faults = faulty
     attention.close()
     monkeypatch.setattr(attention.card, "timeout_s", 0.1)
-
-    def slow(fd, buffers, offset):
-        time.sleep(0.5)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    faults["sequence-000000.kv"] = slow
+    faults["sequence-000000.kv"] = {"delay": 0.5, "errno": errno.EIO}
     with pytest.raises(CardError, match=r"0\.1 s.*page 0 of layer 2, sequence 0, .*000000\.kv"):
         attention.attend(2, range(4), q, 0.2)
     with pytest.raises(CardError, match="until its reads have arrived"):

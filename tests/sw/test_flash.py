@@ -2,6 +2,7 @@
 """The reader and the drive's windows: bursts, faults, and slow drives."""
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -9,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from nearkv import flash
+from nearkv import flash, uring
 from nearkv.buffers import JobMemory, KvMemory
-from nearkv.flash import READ_BYTES, FlashError, PageId, Read, Reader, Window
+from nearkv.flash import READ_BYTES, FlashError, Load, PageId, Read, Reader, Window, open_reader
 
 MIB = 1 << 20
 
@@ -31,11 +32,25 @@ def big(tmp_path):
     os.close(fd)
 
 
+@pytest.fixture
+def opened(reader_kind):
+    """Opens readers of either kind, and closes them."""
+    readers = []
+
+    def opened(memory, depth=8):
+        readers.append(open_reader(memory, depth, reader_kind))
+        return readers[-1]
+
+    yield opened
+    for reader in readers:
+        reader.close()
+
+
 @pytest.mark.parametrize("depth", [1, 2, 16])
-def test_reads_arrive_whole_at_every_depth(big, depth):
+def test_reads_arrive_whole_at_every_depth(big, opened, depth):
     data, read = big
-    memory, reader = KvMemory(16 * MIB), Reader(KvMemory(4096), depth)
-    reader = Reader(memory, depth)
+    memory = KvMemory(16 * MIB)
+    reader = opened(memory, depth)
     loads = [
         reader.start([read(0, 5 * MIB + 4096), read(8192, MIB, 6 * MIB)]),
         reader.start([]),
@@ -48,66 +63,86 @@ def test_reads_arrive_whole_at_every_depth(big, depth):
     np.testing.assert_array_equal(seen[: len(data)], data)
     np.testing.assert_array_equal(seen[6 * MIB : 7 * MIB], data[8192 : 8192 + MIB])
     np.testing.assert_array_equal(seen[8 * MIB : 11 * MIB], data[4096 : 4096 + 3 * MIB])
-    reader.close()
 
 
-def test_no_more_requests_than_the_depth_are_with_the_drive(big, monkeypatch):
+def test_no_more_requests_than_the_depth_are_with_the_drive(big, opened, drive, monkeypatch):
     _, read = big
-    at_once, most, sizes, lock, real = [0], [0], [], threading.Lock(), os.preadv
+    at_once, most, lock = [0], [0], threading.Lock()
 
-    def preadv(fd, buffers, offset):
+    def count(change):
         with lock:
-            at_once[0] += 1
+            at_once[0] += change
             most[0] = max(most[0], at_once[0])
-            sizes.append(len(buffers[0]))
-        time.sleep(0.002)
-        try:
-            return real(fd, buffers, offset)
-        finally:
-            with lock:
-                at_once[0] -= 1
 
-    monkeypatch.setattr(os, "preadv", preadv)
-    reader = Reader(KvMemory(16 * MIB), 3)
-    reader.start([read(0, 5 * MIB), read(0, 5 * MIB, 5 * MIB)]).wait(10)
+    def fate(name, offset, nbytes):
+        count(1)
+        return {"delay": 0.002}
+
+    done = Load._done
+
+    def counted(load, index, error):
+        count(-1)
+        done(load, index, error)
+
+    drive.fate = fate
+    monkeypatch.setattr(Load, "_done", counted)
+    opened(KvMemory(16 * MIB), 3).start([read(0, 5 * MIB), read(0, 5 * MIB, 5 * MIB)]).wait(10)
     assert most[0] == 3
-    assert set(sizes) == {READ_BYTES}
-    reader.close()
+    assert {nbytes for _, _, nbytes in drive.reads} == {READ_BYTES}
 
 
-def test_the_first_fault_of_a_load_is_raised_and_other_loads_go_on(big, monkeypatch):
+def test_the_first_fault_of_a_load_is_raised_and_other_loads_go_on(big, opened, drive):
     data, read = big
-    real = os.preadv
-
-    def preadv(fd, buffers, offset):
-        if offset in (MIB, 3 * MIB):
-            time.sleep(0.05 if offset == MIB else 0)  # the later request fails first
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
+    drive.fate = lambda name, offset, nbytes: {
+        MIB: {"errno": errno.EIO, "delay": 0.05},  # the later request fails first
+        3 * MIB: {"errno": errno.EIO},
+    }.get(offset)
     memory = KvMemory(16 * MIB)
-    reader = Reader(memory, 4)
+    reader = opened(memory, 4)
     bad, good = reader.start([read(0, 4 * MIB)]), reader.start([read(4 * MIB, MIB, 8 * MIB)])
     good.wait(10)
     np.testing.assert_array_equal(memory.simulated()[8 * MIB : 9 * MIB], data[4 * MIB : 5 * MIB])
     with pytest.raises(FlashError, match="page 256 of layer 1, sequence 2.*Input/output") as caught:
         bad.wait(10)
     assert (caught.value.errno, caught.value.offset) == (errno.EIO, MIB)
-    reader.close()
 
 
-def test_short_reads_are_continued_and_an_early_end_is_an_error(big, monkeypatch):
+def test_short_reads_are_continued_and_an_early_end_is_an_error(big, opened, drive):
     data, read = big
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, b, at: real(fd, [b[0][:8192]], at))
+    drive.fate = lambda name, offset, nbytes: {"short": 8192}
     memory = KvMemory(8 * MIB)
-    reader = Reader(memory)
+    reader = opened(memory)
     reader.start([read(0, MIB)]).wait(10)
     np.testing.assert_array_equal(memory.simulated()[:MIB], data[:MIB])
-    with pytest.raises(FlashError, match="truncated"):
+    assert len(drive.reads) == MIB // 8192
+    with pytest.raises(FlashError, match="4096 bytes too early; it was truncated.*page 1281"):
         reader.start([read(5 * MIB, 8192)]).wait(10)
+
+
+def test_interrupted_reads_are_made_again(big, drive):
+    if uring.refusal():
+        pytest.skip(uring.refusal())
+    data, read = big
+    left = [errno.EINTR, errno.EAGAIN, errno.EAGAIN]
+    drive.fate = lambda name, offset, nbytes: {"errno": left.pop()} if left else None
+    memory = KvMemory(MIB)
+    reader = open_reader(memory, kind="uring")
+    reader.start([read(0, MIB)]).wait(10)
+    np.testing.assert_array_equal(memory.simulated(), data[:MIB])
+    assert len(drive.reads) == 4
     reader.close()
+
+
+def test_a_load_that_is_late_is_known_to_have_arrived_later(big, opened, drive):
+    _, read = big
+    drive.fate = lambda name, offset, nbytes: {"delay": 0.3}
+    load = opened(KvMemory(2 * MIB)).start([read(0, 2 * MIB)])
+    with pytest.raises(TimeoutError, match=r"0\.05 s, 2 of 2 reads .*page 0 of layer 1.*at byte 0"):
+        load.wait(0.05)
+    assert not load.arrived
+    time.sleep(0.4)
+    assert load.arrived
+    load.wait(0)
 
 
 def test_a_bug_in_a_reader_is_an_error_and_no_hang(big, monkeypatch):
@@ -119,29 +154,69 @@ def test_a_bug_in_a_reader_is_an_error_and_no_hang(big, monkeypatch):
     reader.close()
 
 
-def test_writes_have_the_drive_to_themselves(big):
+def test_a_reader_that_is_closed_ends_its_loads_and_keeps_the_memory_of_late_ones(big, drive):
+    if uring.refusal():
+        pytest.skip(uring.refusal())
     _, read = big
+    drive.fate = lambda name, offset, nbytes: {"delay": 60}
+    memory, window = KvMemory(4 * MIB), Window()
+    reader = open_reader(memory, 2, "uring")
+    load = reader.start([read(0, 4 * MIB, window=window)])
+    reader.close()
+    assert any(kept is memory for kept in flash.UringReader._lost)
+    with pytest.raises(FlashError, match="given up: the card was closed .page 0 of layer 1"):
+        load.wait(1)
+    with window.writing():  # nobody is waited for
+        late = reader.start([read(0, MIB, window=window)])
+    with pytest.raises(FlashError, match="the card was closed"):
+        late.wait(1)
+
+
+def test_without_io_uring_threads_read_and_it_is_said_once(big, monkeypatch, caplog):
+    def refuse(entries):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    data, read = big
+    memory = KvMemory(MIB)
+    try:
+        for cached in (uring.refusal, flash._no_uring):
+            cached.cache_clear()
+        monkeypatch.setattr(uring, "Uring", refuse)
+        with caplog.at_level(logging.DEBUG, "nearkv"):
+            for _ in range(2):
+                reader = open_reader(memory)
+                assert type(reader) is Reader
+                reader.start([read(0, MIB)]).wait(10)
+                reader.close()
+    finally:
+        for cached in (uring.refusal, flash._no_uring):
+            cached.cache_clear()
+    np.testing.assert_array_equal(memory.simulated(), data[:MIB])
+    assert caplog.text.count("pages are read by threads: io_uring_setup: Operation not per") == 1
+    with pytest.raises(ValueError, match='"auto", "uring" or "threads", not \'nvme\''):
+        open_reader(memory, kind="nvme")
+
+
+def test_writes_have_the_drive_to_themselves():
     window, log, lock = Window(), [], threading.Lock()
     reading, writing = [0], [0]
 
+    def note(what, change):
+        with lock:
+            what[0] += change
+            log.append((reading[0], writing[0]))
+
     def reader_thread():
         for _ in range(200):
-            window.begin_read()
-            with lock:
-                reading[0] += 1
-                log.append((reading[0], writing[0]))
-            with lock:
-                reading[0] -= 1
-            window.end_read()
+            with window.reading():
+                note(reading, 1)
+                note(reading, -1)
 
     def writer_thread():
         for _ in range(50):
             with window.writing():
-                with lock:
-                    writing[0] += 1
-                    log.append((reading[0], writing[0]))
-                with lock:
-                    writing[0] -= 1
+                note(writing, 1)
+                note(writing, -1)
 
     threads = [threading.Thread(target=reader_thread) for _ in range(3)]
     threads += [threading.Thread(target=writer_thread) for _ in range(2)]
@@ -150,8 +225,28 @@ def test_writes_have_the_drive_to_themselves(big):
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
-    assert len(log) == 3 * 200 + 2 * 50
+    assert len(log) == 2 * (3 * 200 + 2 * 50)
     assert all(writers == 0 or (readers, writers) == (0, 1) for readers, writers in log)
+
+
+def test_a_load_holds_off_writers_until_it_has_arrived_and_waits_for_those_before_it(
+    big, opened, drive
+):
+    data, read = big
+    drive.fate = lambda name, offset, nbytes: {"delay": 0.05}
+    windows = [Window(), Window()]
+    memory = KvMemory(8 * MIB)
+    reader = opened(memory)
+    first = reader.start([read(0, MIB, window=windows[0]), read(0, MIB, MIB, window=windows[1])])
+    with windows[0].writing():  # nobody waits for the load meanwhile
+        assert 0 not in first._left
+        second = reader.start([read(MIB, 2 * MIB, 2 * MIB, window=windows[0])])
+        with pytest.raises(TimeoutError):
+            second.wait(0.1)
+        assert {offset for _, offset, _ in drive.reads} == {0}
+    second.wait(10)
+    np.testing.assert_array_equal(memory.simulated()[2 * MIB : 4 * MIB], data[MIB : 3 * MIB])
+    first.wait(10)
 
 
 def test_memories_cannot_be_mistaken_for_each_other():
