@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The closed form and the simulation: the reference values, and each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -121,10 +123,31 @@ def test_loads_are_linear_in_the_shares():
         assert mixed[name] == pytest.approx(expect, rel=1e-9, abs=1e-12)
 
 
-def test_p2p_rates_are_those_of_the_published_log():
-    p = parameters()
-    assert closed_form.p2p_bytes_per_s(65536, p) == 0.87e9
-    assert closed_form.p2p_bytes_per_s(1 << 30, p) == 2.15e9
+def test_one_read_at_a_time_has_the_rate_of_the_published_log():
+    drives = load_machine("smartssd-x16").drives
+    assert closed_form.drive_bytes_per_s(drives, 65536, 1) == pytest.approx(0.87e9)
+    assert closed_form.drive_bytes_per_s(drives, 1 << 30, 1) == pytest.approx(2.15e9)
+
+
+def test_reads_in_flight_give_the_published_p2p_rate_at_hilos_blocks():
+    drives, p = load_machine("smartssd-x16").drives, parameters()
+    rate = closed_form.drive_bytes_per_s(drives, policy.HILOS_BLOCK, p.p2p_reads_in_flight)
+    assert rate == pytest.approx(3.0e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(("size", "published"), [(8192, 0.17e9), (32768, 0.54e9), (131072, 1.21e9)])
+def test_littles_law_with_one_latency_gives_the_published_log(size, published):
+    """What is done for drives without a log, done for the one that has one: within 20%."""
+    drives = replace(load_machine("smartssd-x16").drives, request_bytes=(), latency_seconds=50e-6)
+    assert closed_form.drive_bytes_per_s(drives, size, 1) == pytest.approx(published, rel=0.2)
+
+
+def test_deep_queues_saturate_a_drive_at_its_rated_bandwidth():
+    drives = load_machine("alveo-u280-pcie5").drives
+    depths = np.array([1, 2, 4, 8, 16, 32])
+    rates = closed_form.drive_bytes_per_s(drives, 131072, depths)
+    assert (np.diff(rates) >= 0).all()
+    assert rates[0] < 0.2 * rates[-1] == pytest.approx(0.2 * drives.read_bytes_per_s)
 
 
 @pytest.mark.parametrize(("slots", "expect"), [(1, 125.0), (2, 100.25), (8, 100.25)])

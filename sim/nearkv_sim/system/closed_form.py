@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import traffic
-from .describe import Machine, Model, Number, Parameters, Work, parameters
-from .policy import TIERS, Policy, weight_shares
+from .describe import Drives, Machine, Model, Number, Parameters, Work, parameters
+from .policy import ON_CARDS, ON_GPU, TIERS, Policy, weight_shares
 
 RESOURCES = {
     "drive": "flash reads and writes",
@@ -27,9 +27,12 @@ RESOURCES = {
     "gpu link": "host to GPU link",
     "gpu": "GPU arithmetic",
     "hbm": "GPU memory",
-    "cpu": "attention on the CPUs",
+    "cpu": "the host's CPUs",
+    "compute": "CPUs, then GPU",
+    "link first": "host to GPU link, before the rest",
     "dram": "host memory",
 }
+DENSE = ("gpu link", "gpu", "hbm")  # busy with the layers outside attention
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,14 @@ def maximum(values) -> Number:
     return result
 
 
-def p2p_bytes_per_s(request_bytes: Number, p: Parameters) -> Number:
-    """P2P rate of one SmartSSD for synchronous reads of this size (Vitis p2p_bandwidth log)."""
-    return np.interp(
-        np.log2(request_bytes), np.log2(p.p2p_request_bytes), p.p2p_request_bytes_per_s
-    )
+def drive_bytes_per_s(drives: Drives, request_bytes: Number, in_flight: Number) -> Number:
+    """Rate of one drive by Little's law: requests in flight over the time that one takes alone."""
+    if drives.request_bytes:
+        sizes = np.log2(drives.request_bytes)
+        alone = request_bytes / np.interp(np.log2(request_bytes), sizes, drives.request_bytes_per_s)
+    else:
+        alone = drives.latency_seconds + request_bytes / drives.read_bytes_per_s
+    return np.minimum(drives.read_bytes_per_s, in_flight * request_bytes / alone)
 
 
 def path_seconds_per_byte(machine: Machine, p: Parameters) -> Number:
@@ -108,13 +114,15 @@ def loads(
     w_dram, w_flash = streamed * weights["dram"], streamed * weights["flash"]
     card_read = kv * share["card"] * policy.read_share
     x_read, kv_read = kv * rho * share["flash_x"], kv * share["flash_kv"]
-    flash_read = card_read + x_read + kv_read + w_flash
-    on_flash = share["card"] + share["flash_kv"] + rho * share["flash_x"]
+    host_read = kv * share["flash_cpu"] * policy.read_share
+    flash_read = card_read + x_read + kv_read + host_read + w_flash
+    on_flash = share["card"] + share["flash_kv"] + share["flash_cpu"] + rho * share["flash_x"]
     token = batch * model.kv_bytes(policy.kv_type)
     flash_write = token * on_flash * policy.write_copies
     on_card = share["card"] + share["card_dram"]
 
     tail = 0.0  # seconds of CPU for what waits in host memory and is not a share of its own
+    handed = 1.0  # records that the host hands to a card, per sequence, layer and KV head
     # Records between host and cards, per step. HILOS and INF2: q, k, v down and out up, in fp16.
     if policy.abi_jobs:
         down, up, _ = traffic.job_bytes(
@@ -129,13 +137,14 @@ def loads(
             waiting = np.asarray(policy.writeback_steps) / 2
             tail = heads * on_card * waiting * width / host.attention_bytes_per_s  # K only
             records = records + heads * waiting * (width + 2 * model.group_size)
+            handed = handed + waiting
         passes = 1
     records = records * on_card
 
     flash_rate, n_cards = machine.flash_read_bytes_per_s, np.maximum(cards.count, 1e-9)
-    ingest = cards.ingest_bytes_per_s
-    if policy.small_requests:
-        ingest = np.minimum(ingest, p2p_bytes_per_s(p.small_request_bytes, p))
+    beside = drives.count / n_cards  # drives that a card reads
+    ingest = beside * drive_bytes_per_s(drives, policy.p2p_request_bytes, p.p2p_reads_in_flight)
+    ingest = np.minimum(ingest, cards.ingest_bytes_per_s)
     p2p = card_read / np.maximum(np.minimum(flash_rate, n_cards * ingest), 1.0)
     attended = (card_read + kv * share["card_dram"]) * passes
     engine = attended / np.maximum(n_cards * cards.engine_bytes_per_s, 1.0)
@@ -146,11 +155,11 @@ def loads(
         blocked = n_writes * p.small_write_seconds / drives.count
     else:
         blocked = 0.0
-    uplink = x_read + kv_read + w_flash + flash_write + records
+    uplink = x_read + kv_read + host_read + w_flash + flash_write + records
     if cards.behind_uplink:
         uplink = uplink + card_read
     from_dram = kv * (share["dram_kv"] + rho * share["dram_x"])
-    link = x_read + kv_read + w_flash + w_dram + from_dram
+    link = x_read + kv_read + w_flash + w_dram + from_dram if machine.has_gpu else 0.0 * kv
     x_share = share["flash_x"] + share["dram_x"]
     x_flops = min(model.reproject_flops(), model.absorb_flops()) if policy.absorb else (
         model.reproject_flops())  # fmt: skip
@@ -160,28 +169,24 @@ def loads(
     )
     hbm = active + kv * (kv_share + x_share * (2 if not policy.absorb else 2 * rho))
     cpu_read = kv * share["dram_cpu"]
-    dram = cpu_read + from_dram + w_dram
+    dram = cpu_read + from_dram + w_dram + 2 * host_read
     # CPUs unpack to fp16 first: their rate is one of elements, whatever the type.
     as_fp16 = model.kv_bytes("fp16") / model.kv_bytes(policy.kv_type)
-    on_cpu = cpu_read * as_fp16 / host.attention_bytes_per_s + tail
-    if cards.on_host:
-        dram = dram + 2 * card_read
-        on_cpu = on_cpu + engine * as_fp16
-        engine = engine * as_fp16
-    busy = {
-        "drive": drive + blocked,
-        "uplink": uplink / drives.uplink_bytes_per_s,
-        "gpu link": link / gpu.link_bytes_per_s,
-        "gpu": flops / (gpu.flops * p.gemm_efficiency),
-        "hbm": hbm / gpu.memory_bytes_per_s,
-        "cpu": on_cpu,
-        "dram": dram / host.memory_bytes_per_s,
-    }
+    on_cpu = (cpu_read + host_read) * as_fp16 / host.attention_bytes_per_s + tail
+    dense = flops / np.maximum(machine.dense_flops * p.gemm_efficiency, 1.0)
+    busy = {"drive": drive + blocked, "uplink": uplink / drives.uplink_bytes_per_s}
+    if machine.has_gpu:
+        busy["gpu link"] = link / gpu.link_bytes_per_s
+        busy["gpu"] = dense
+        busy["hbm"] = hbm / gpu.memory_bytes_per_s
+    else:
+        on_cpu, dram = on_cpu + dense, dram + active * weights["dram"]
+    busy["cpu"] = on_cpu
     if policy.buffered:
-        staged = kv_read + x_read + w_flash
+        staged = kv_read + host_read + x_read + w_flash
         busy["path"] = staged * path_seconds_per_byte(machine, p)
-        dram = dram + 4 * staged  # in, twice through the copy, out
-        busy["dram"] = dram / host.memory_bytes_per_s
+        dram = dram + 2 * staged  # through the copy: read and written once more
+    busy["dram"] = dram / host.memory_bytes_per_s
     if policy.serial_card:
         busy["card"] = p2p + engine + blocked
         if policy.x_after_cards:
@@ -189,13 +194,18 @@ def loads(
                 kv * rho * share["dram_x"],
                 batch * context * share["dram_x"] * x_flops,
             )
-            busy["card"] = busy["card"] + x_bytes / gpu.link_bytes_per_s
-            busy["card"] = busy["card"] + x_work / (gpu.flops * p.gemm_efficiency)
+            busy["card"] = busy["card"] + x_bytes / np.maximum(gpu.link_bytes_per_s, 1.0)
+            busy["card"] = busy["card"] + x_work / np.maximum(gpu.flops * p.gemm_efficiency, 1.0)
     else:
         busy["p2p"], busy["engine"] = p2p, engine
-    serial = {
+    if policy.in_turn and machine.has_gpu:
+        waited = {"link first": busy.pop("gpu link")}
+        busy["compute"] = busy["cpu"] + busy["gpu"]
+    else:
+        waited = {}
+    serial = waited | {
         "layers": model.n_layers * p.layer_seconds + 0 * batch,
-        "jobs": heads * p.job_seconds * on_card,
+        "jobs": heads * handed * p.job_seconds * on_card,
     }
     moved = {
         "flash read": flash_read,
@@ -275,12 +285,12 @@ def prefill_seconds(
     model: Model, machine: Machine, batch: Number, work: Work, on_flash: Number, policy: Policy,
     p: Parameters,
 ) -> Number:  # fmt: skip
-    """Layers and causal attention on the GPU, K and V to flash behind them; the longer of the two."""
+    """Layers and causal attention on the GPU (or CPUs), K and V to flash; the longer of the two."""
     context = np.asarray(work.context, float)
     flops = batch * context * (model.token_flops + model.attention_flops() * context / 2)
     stored = batch * context * model.kv_bytes(policy.kv_type) * on_flash * policy.write_copies
     rate = np.minimum(machine.flash_write_bytes_per_s, machine.drives.uplink_bytes_per_s)
-    return np.maximum(flops / (machine.gpu.flops * p.gemm_efficiency), stored / rate)
+    return np.maximum(flops / (machine.dense_flops * p.gemm_efficiency), stored / rate)
 
 
 def estimate(
@@ -314,7 +324,7 @@ def estimate(
     batch = np.asarray(work.batch, float)
     if policy.shrink_batch:
         batch = np.minimum(batch, np.floor(room / (length * token)))
-    on_flash = shares.get("card", 0.0) + shares.get("flash_kv", 0.0)
+    on_flash = sum(shares.get(t, 0.0) for t in ("card", "flash_kv", "flash_cpu"))
     on_flash = on_flash + rho * shares.get("flash_x", 0.0)
     stored = batch * length * token * on_flash * policy.write_copies
     capacity = machine.drives.count * machine.drives.capacity_bytes
@@ -323,8 +333,10 @@ def estimate(
         & (stored + weights["flash"] * model.weight_bytes <= capacity * (1 + 1e-6))
         & (batch * length * token * in_dram <= room + 1e-6 * machine.host.memory_bytes)
     )
-    uses_cards = np.asarray(shares.get("card", 0.0)) + shares.get("card_dram", 0.0) > 0
+    uses_cards = sum(np.asarray(shares.get(t, 0.0)) for t in ON_CARDS) > 0
     feasible = feasible & (~uses_cards | (np.asarray(machine.cards.count) > 0))
+    uses_gpu = sum(np.asarray(shares.get(t, 0.0)) for t in ON_GPU) > 0
+    feasible = feasible & (~uses_gpu | machine.has_gpu)
     safe = Work(
         batch=np.maximum(batch, 1), context=work.context, output=work.output, kv_type=work.kv_type
     )

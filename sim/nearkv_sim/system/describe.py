@@ -7,6 +7,7 @@ seconds, watts, USD. Any number of a `Machine` or of `Work` may be a numpy array
 with array operations, so one call evaluates a whole sweep.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -149,7 +150,7 @@ class Model:
 class Gpu:
     """All GPUs of a host together: rates and bytes are sums, watts and USD are of one."""
 
-    count: int = 1
+    count: int = 0
     flops: Number = 0.0
     memory_bytes: Number = 0.0
     memory_bytes_per_s: Number = 0.0
@@ -161,11 +162,16 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """CPUs, memory and the chassis. `attention_bytes_per_s`: K and V that the CPUs can attend to."""
+    """CPUs, memory and the chassis.
+
+    attention_bytes_per_s : K and V, as fp16, that the CPUs attend to; the software twin's rate if it
+        runs there. flops : of the CPUs in large matrix products, for machines without a GPU.
+    """
 
     memory_bytes: Number
     memory_bytes_per_s: Number
     attention_bytes_per_s: Number
+    flops: Number = 0.0
     cpu_watts: Number = 230.0
     cpu_idle_watts: Number = 70.0
     other_watts: Number = 100.0
@@ -174,10 +180,18 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Drives:
-    """All drives of a host. Rates, bytes and watts are of one drive; the uplink is shared by all."""
+    """All drives of a host. Rates, bytes and watts are of one drive; the uplink is shared by all.
+
+    latency_seconds : of one small read, alone; what sets the rate of few or small requests
+    request_bytes, request_bytes_per_s : the measured rate of one read at a time, where there is one
+    raid : a striped volume, which the kernel reads ahead by twice its stripe
+    """
 
     count: Number
     read_bytes_per_s: Number
+    latency_seconds: Number = 80e-6
+    request_bytes: Sequence[float] = ()
+    request_bytes_per_s: Sequence[float] = ()
     write_bytes_per_s: Number
     capacity_bytes: Number
     write_endurance_bytes: Number
@@ -194,8 +208,8 @@ class Cards:
 
     ingest : what one card takes from flash. engine : K and V that it attends to out of its memory,
     fp16 as stored. behind_uplink : True if flash reaches the card over the drives' uplink (a card in
-    another slot, or the software twin on the host), False if beside the flash.
-    on_host : the card is the twin on the host's CPUs: what it attends to goes through host memory.
+    another slot), False if beside the flash. The software twin on the host's CPUs is no card here but
+    a tier, `flash_cpu`.
     """
 
     count: Number = 0
@@ -203,7 +217,6 @@ class Cards:
     engine_bytes_per_s: Number = 0.0
     memory_bytes: Number = 0.0
     behind_uplink: bool = False
-    on_host: bool = False
     watts: Number = 0.0
     idle_watts: Number = 0.0
     usd: Number = 0.0
@@ -211,13 +224,13 @@ class Cards:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One host with its GPUs, drives and cards."""
+    """One host with its drives; GPUs and cards, if it has any."""
 
     name: str
     source: str
-    gpu: Gpu
     host: Host
     drives: Drives
+    gpu: Gpu = field(default_factory=Gpu)
     cards: Cards = field(default_factory=Cards)
     chassis_usd: float = 0.0
     chassis_watts: float = 0.0
@@ -239,6 +252,15 @@ class Machine:
     @property
     def flash_write_bytes_per_s(self) -> Number:
         return self.drives.count * self.drives.write_bytes_per_s
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.gpu.count > 0
+
+    @property
+    def dense_flops(self) -> Number:
+        """Of whatever runs the layers outside attention: the GPUs, or else the CPUs."""
+        return self.gpu.flops if self.has_gpu else self.host.flops
 
     @property
     def has_cards(self) -> bool:

@@ -197,7 +197,7 @@ def simulate_plan(
     dealt = [deal(np.repeat(c * head * share, model.n_kv_heads), n_cards) for c in parts]
     largest = max(map(max, dealt))
     busy = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
-    dense = max(busy[k] for k in ("gpu", "hbm", "gpu link"))
+    dense = max((busy[k] for k in closed_form.DENSE if k in busy), default=0.0)
     flash = float(machine.flash_read_bytes_per_s) / n_cards
     layer = float(np.ravel(estimate.loads.serial["layers"])[0]) / model.n_layers
     return simulate(

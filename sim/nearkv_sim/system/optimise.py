@@ -18,11 +18,11 @@ from scipy.optimize import linprog
 
 from . import closed_form
 from .describe import KV_FORMATS, Machine, Model, Parameters, Work, parameters
-from .policy import TIERS, Policy, nearkv
+from .policy import ON_CARDS, ON_GPU, TIERS, Policy, nearkv
 
 WEIGHTS = ("gpu", "dram", "flash")
 IN_MEMORY = ("dram_x", "dram_kv", "dram_cpu", "gpu", "card_dram")
-ON_FLASH = ("card", "flash_x", "flash_kv")
+ON_FLASH = ("card", "flash_x", "flash_kv", "flash_cpu")
 PAGE_TOKENS = (128, 64, 32)
 CHUNK = 256  # programmes iterated together
 
@@ -101,20 +101,21 @@ def programme(
         row([*used, *held], 0.0, 1.0)
 
     gpu, drives, cards = machine.gpu, machine.drives, machine.cards
-    memory(("gpu",), "gpu", (1 - p.working_share) * gpu.memory_bytes)
+    memory(("gpu",), "gpu", np.maximum((1 - p.working_share) * gpu.memory_bytes, 1.0))
     memory(("dram_x", "dram_kv", "dram_cpu"), "dram", machine.host.memory_bytes)
     memory(ON_FLASH, "flash", drives.count * drives.capacity_bytes)
     memory(("card_dram",), None, np.maximum(cards.count * cards.memory_bytes / 2, 1.0))
     # A page is half full in the mean; its tokens are in memory, on whichever side.
     waiting = np.minimum(1.0, policy.page_tokens / 2 / work.mean_context)
     row([-1.0 * (n in IN_MEMORY) for n in TIERS] + [0.0] * 3, 0.0, -waiting)
-    if not machine.has_cards:
-        row([1.0 * (n in ("card", "card_dram")) for n in TIERS] + [0.0] * 3, 0.0, 0.0)
+    absent = ((), ON_CARDS)[not machine.has_cards] + ((), ON_GPU)[not machine.has_gpu]
+    if absent:
+        row([1.0 * (n in absent) for n in TIERS] + [0.0] * 3, 0.0, 0.0)
     if limits.min_drive_years:
         seconds = limits.min_drive_years * 365.25 * 86400
         rate = drives.count * drives.write_endurance_bytes / seconds
         compute = model.token_flops + model.attention_flops() * np.asarray(work.context) / 2
-        prefill = batch * work.context * compute / (gpu.flops * p.gemm_efficiency)
+        prefill = batch * work.context * compute / (machine.dense_flops * p.gemm_efficiency)
         written = [size[n] / rate if n in ON_FLASH else 0.0 for n in TIERS]
         paid = [-work.output * c for c in cost[:-1]]
         used = [w + s for w, s in zip([*written, 0.0, 0.0, 0.0], paid, strict=True)]
@@ -162,7 +163,7 @@ def solve(lp: Programme) -> np.ndarray | None:
 def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
     """x of many programmes, shape (..., n): the simplex method on all tableaus at once.
 
-    The start is everything on flash, read by the GPU, and a step longer than that takes. Dantzig's
+    The start is everything on flash, attended by the CPUs, and a step longer than that takes. Dantzig's
     rule; right-hand sides are perturbed by 1e-10 against cycling. NaN where nothing is feasible.
     """
     shape, (m, n) = lp.upper.shape[:-2], lp.upper.shape[-2:]
@@ -175,7 +176,7 @@ def solve_many(lp: Programme, most_pivots: int = 200) -> np.ndarray:
         ]
         return np.concatenate(found).reshape(*shape, n)
     cost, upper, bound, unit = _scaled(lp)
-    points, start = len(upper), [list(TIERS).index("flash_kv"), n - 2]
+    points, start = len(upper), [list(TIERS).index("flash_cpu"), n - 2]
     timed = upper[0, :, -1] < 0
     # step = longest - slack: a variable that may start at zero.
     longest = 10 * (upper[:, timed][:, :, start].sum(2) - bound[:, timed]).max(axis=1) + 1
@@ -352,9 +353,10 @@ def micro_batches(model: Model, work: Work, estimate: closed_form.Estimate) -> i
 
 
 def stages(estimate: closed_form.Estimate) -> tuple[float, float]:
-    """Seconds of a step in the dense stage (GPU, its link) and in attention (everything else)."""
+    """Seconds of a step in the dense stage (GPU, its link) and in attention (everything else).
+
+    Without a GPU both share the CPUs, so nothing overlaps: the first is 0.
+    """
     busy = {k: float(np.ravel(v)[0]) for k, v in estimate.loads.busy.items()}
-    dense = max(busy[k] for k in ("gpu", "hbm", "gpu link"))
-    return dense, max(
-        (v for k, v in busy.items() if k not in ("gpu", "hbm", "gpu link")), default=0
-    )
+    dense = max((busy[k] for k in closed_form.DENSE if k in busy), default=0.0)
+    return dense, max(v for k, v in busy.items() if k not in closed_form.DENSE)

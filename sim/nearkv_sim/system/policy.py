@@ -18,9 +18,15 @@ TIERS = {
     "dram_x": "host memory to GPU as X",
     "dram_kv": "host memory to GPU as K and V",
     "dram_cpu": "host memory, attended by the CPUs",
+    "flash_cpu": "flash, attended by the CPUs",
     "gpu": "GPU memory",
     "card_dram": "card memory, attended by the cards",
 }
+ON_CARDS = ("card", "card_dram")
+ON_GPU = ("flash_x", "flash_kv", "dram_x", "dram_kv", "gpu")
+
+# K or V of one head that INF2 (32 tokens) and HILOS (128 tokens) take at a time, fp16, head_dim 128.
+INF2_TILE, HILOS_BLOCK = 8192, 32768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +34,15 @@ class Policy:
     """What distinguishes one system from another.
 
     shares : tier -> share of the context, adding up to 1; None: `nearkv`, to be optimised
-    buffered : flash reaches the GPU through the page cache and a copy (FlexGen), not directly
+    buffered : flash is read through the page cache and a copy (FlexGen), not directly
+    in_turn : GPU link first, then the longer of disk and compute; CPUs and GPU compute in turn. So
+        FlexGen's own cost model has it: T_gen = cpu->gpu + max(disk->cpu, ..., compute)
     serial_card : a card loads, then computes (HILOS); otherwise both at once
-    small_requests : P2P reads per head and block, not in long extents (INF2)
+    p2p_request_bytes : what one P2P read brings
     x_after_cards : the GPU attends to its X when the cards are done, not beside them (INF2)
     sync_writes : new K and V are written synchronously every `writeback_steps` steps
     writeback_steps : tokens gathered before they go to flash
-    resend_tail : the gathered tokens go to the cards at every step (HILOS)
+    resend_tail : the gathered tokens go to the cards at every step, each by itself (HILOS, INF2)
     abi_jobs : the cards are driven by this project's job records; otherwise by bare q, k, v, out
     absorb : X is attended without forming K and V where the model permits
     read_share : share of the pages that a sparse system reads; 1 is exact
@@ -47,8 +55,9 @@ class Policy:
     name: str
     shares: dict[str, Number] | None = field(default_factory=dict)
     buffered: bool = False
+    in_turn: bool = False
     serial_card: bool = False
-    small_requests: bool = False
+    p2p_request_bytes: Number = 1 << 20
     x_after_cards: bool = False
     sync_writes: bool = False
     writeback_steps: Number = 1
@@ -72,7 +81,7 @@ def weight_shares(model: Model, machine: Machine, big_on_flash: bool, working: f
     does not hold.
     """
     total = model.weight_bytes
-    gpu = np.minimum(1.0, (1 - working) * machine.gpu.memory_bytes / total)
+    gpu = np.minimum(1.0, (1 - working) * machine.gpu.memory_bytes / total)  # 0 without a GPU
     rest = 1.0 - gpu
     flash = (big_on_flash and model.parameters > 100e9) | (
         rest * total > 0.9 * machine.host.memory_bytes
@@ -81,13 +90,13 @@ def weight_shares(model: Model, machine: Machine, big_on_flash: bool, working: f
 
 
 def flexgen_ssd() -> Policy:
-    """FlexGen with the KV cache on disk."""
-    return Policy(name="flexgen-ssd", shares={"flash_kv": 1.0}, buffered=True)
+    """FlexGen with the KV cache on disk; as in its own benchmarks (`--cpu`), the CPUs attend to it."""
+    return Policy(name="flexgen-ssd", shares={"flash_cpu": 1.0}, buffered=True, in_turn=True)
 
 
 def flexgen_dram() -> Policy:
-    """FlexGen with the KV cache in host memory, at the largest batch that fits."""
-    return Policy(name="flexgen-dram", shares={"dram_kv": 1.0}, shrink_batch=True)
+    """FlexGen with the KV cache in host memory, attended by the CPUs, at the largest batch that fits."""
+    return Policy(name="flexgen-dram", shares={"dram_cpu": 1.0}, shrink_batch=True, in_turn=True)
 
 
 def instinfer(*, sparse: bool = False, page_filter: float = 0.53) -> Policy:
@@ -114,10 +123,11 @@ def inf2(
         name="inf2",
         shares={"card": 1.0 - share, "dram_x": share},
         serial_card=True,
-        small_requests=True,
+        p2p_request_bytes=INF2_TILE,
         x_after_cards=True,
         sync_writes=True,
         writeback_steps=2 if wb else 1,
+        resend_tail=wb,
     )
 
 
@@ -145,6 +155,7 @@ def hilos(
         name="hilos",
         shares={"card": 1.0 - np.asarray(alpha, float), "flash_x": np.asarray(alpha, float)},
         serial_card=not overlap,
+        p2p_request_bytes=HILOS_BLOCK,
         sync_writes=True,
         writeback_steps=writeback_steps if wb else 1,
         resend_tail=wb,

@@ -23,7 +23,7 @@ ANCHORS = {name: parameters().entries[name]["anchor"] for name in parameters().f
 NEUTRAL = {
     "flexgen_copy_bytes_per_s": 100e9,
     "small_write_seconds": 25.6e-6,  # one 4 KiB P2P write of the Vitis log
-    "small_request_bytes": 4194304,
+    "job_seconds": 0.0,
 }
 TOLERANCE = 0.10
 SPAN = (8192, 16384, 32768, 65536, 131072)  # contexts over which an assumed one is varied
@@ -127,10 +127,13 @@ def _side(side: dict, model: str, context: int, batch: int, output: int, p: Para
     machine = _machine(options.pop("machine"))
     if host_bytes := options.pop("host_bytes", None):
         machine = machine.with_(host={"memory_bytes": host_bytes})
+    if card_watts := options.pop("card_watts", None):
+        machine = machine.with_(cards={"watts": card_watts})
+    weights = options.pop("weights", None)
     work = Work(batch=batch, context=context, output=output)
     shape = _model(model)
     chosen = policy.system(options.pop("system"), shape, machine, work, **options)
-    return closed_form.estimate(shape, machine, work, chosen, p=p), machine
+    return closed_form.estimate(shape, machine, work, chosen, weights=weights, p=p), machine
 
 
 def _grid(row: Row, p: Parameters, value) -> list[tuple[float, str]]:
@@ -231,6 +234,7 @@ def _tokens_endured(row: Row, p: Parameters):
     return _single(endured / 1e9)
 
 
+FORWARD = ("ratio", "absolute", "path_rate", "kv_share")  # what `leave_one_out` fits to
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PREDICTORS = {
     "ratio": _ratio,
@@ -313,11 +317,7 @@ def leave_one_out(p: Parameters | None = None) -> dict[str, dict]:
     p = p or parameters()
     result = {}
     for system in dict.fromkeys(row.system for row in rows()):
-        others = [
-            row
-            for row in rows()
-            if row.system != system and row.get("predict") in ("ratio", "path_rate", "kv_share")
-        ]
+        others = [row for row in rows() if row.system != system and row.get("predict") in FORWARD]
 
         def residual(logs, names, others=others):
             trial = _with(p.with_(**NEUTRAL), logs, names)

@@ -121,7 +121,8 @@ def spread(
     layers = float(np.ravel(estimate.loads.serial["layers"])[0])
     step += layers * (passes - 1) * waves
     step = step + traffic if mode == "context" else max(step, traffic)
-    link = float(machine.gpu.link_bytes_per_s) / waves
+    feeds = machine.gpu.link_bytes_per_s if machine.has_gpu else machine.host.memory_bytes_per_s
+    link = float(feeds) / waves
     bottleneck = _reason(estimate, step, layers * passes * waves, traffic, link)
     return Point(
         hosts, int(machine.cards.count), mode, batch / step, step, 0.0, bottleneck, WHY[bottleneck]
