@@ -248,7 +248,8 @@ class Exp2(wiring.Component):
         else:
             a2 = register(coefficient(2), "a2")
             curve = register(a2 * delay(m, u, 1, "u"), "curve")
-            slope = register(delay(m, a1, 1, "a1") + (curve >> 16), "slope")
+            slope = (delay(m, a1, 1, "a1") + (curve >> 16))[: len(a1)]  # the table has room for it
+            slope = register(slope, "slope")
             line = register(register(slope, "slope_5") * delay(m, u, 4, "u_later"), "line")
             total = delay(m, a0, 4, "a0") + (line >> 16)
             m.d.comb += power.eq(register(total >> drop, "power"))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The DSP48E2 of AMD UltraScale and UltraScale+, as far as nearkv_hw.primitives uses it:
-// p = a * b + (0, p, c or pcin >> 17), every register present. For simulation.
-// Ref: AMD UG579. Anything else that is asked of it stops the simulation.
+// p = a * b + (0, p, c or pcin >> 17), every register present. For simulation and proofs.
+// Ref: AMD UG579. Anything else that is asked of it stops the simulation, or fails the proof.
 module DSP48E2 #(
   parameter ACASCREG = 1, ADREG = 1, ALUMODEREG = 1, AREG = 1, BCASCREG = 1, BREG = 1,
   parameter B_INPUT = "DIRECT",
@@ -51,12 +51,16 @@ module DSP48E2 #(
       $display("DSP48E2: registers that this model does not have");
       $stop;
     end
+  wire known = {OPMODE[8:7], OPMODE[3:0]} == 6'b000101
+    && {ALUMODE, INMODE, CARRYINSEL, CARRYIN, CARRYCASCIN, MULTSIGNIN} == 0
+    && {RSTA, RSTALLCARRYIN, RSTALUMODE, RSTB, RSTC, RSTCTRL, RSTD, RSTINMODE, RSTM, RSTP} == 0;
+`ifdef FORMAL
+  always @* assert (known);
+`else
   always @(posedge CLK)
-    if ({OPMODE[8:7], OPMODE[3:0]} != 6'b000101
-        || {ALUMODE, INMODE, CARRYINSEL, CARRYIN, CARRYCASCIN, MULTSIGNIN} != 0
-        || {RSTA, RSTALLCARRYIN, RSTALUMODE, RSTB, RSTC, RSTCTRL, RSTD, RSTINMODE, RSTM, RSTP} != 0)
-    begin
+    if (!known) begin
       $display("DSP48E2: a mode that this model does not have");
       $stop;
     end
+`endif
 endmodule

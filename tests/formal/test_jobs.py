@@ -122,7 +122,10 @@ class Queueing(Elaboratable):
 
 def test_every_job_read_is_answered_before_done_by_induction(bench):
     """At `done`, as many headers were written as jobs were read, in their order; reader, writer and
-    the queue between them have come to rest. So each accepted job has exactly one partial."""
+    the queue between them have come to rest. So each accepted job has exactly one partial.
+
+    At most 9 jobs have all their tiles on the way and no header yet: the fetch's queues of faults,
+    of one entry a job, have room for 16."""
     b, m = bench, bench.m
     dut = b.add(Queueing())
     reader, writer, infos = dut.reader, dut.writer, dut.infos
@@ -140,8 +143,17 @@ def test_every_job_read_is_answered_before_done_by_induction(bench):
     b.claim((headers == reader.n_jobs) & reader_rests & (infos.level == 0), when=writer.done)
     b.cover(writer.done & (headers == 1))
 
-    b.claim_queue(dut, "infos")
     b.claim(written == headers)
+    tile, report = reader.o_tile, reader.o_job
+    last_tile = tile.valid & tile.ready & tile.p.job_last
+    legal_header = infos.o.valid & infos.o.ready & infos.o.p.legal
+    unanswered = b.counter(last_tile, legal_header, name="unanswered")
+    b.claim(unanswered <= 9)
+    reporting = dut.state("reader.Report") & report.p.legal
+    queued = sum((there & info.legal for info, there in b.entries(dut, "infos", JobInfo)), start=0)
+    b.claim(unanswered == queued + reporting)
+    info = dut.inside("reader.info")
+    b.claim(info.legal, when=dut.state(*(f"reader.{name}" for name in IN_JOB[1:-1])))
     b.claim((headers + infos.level + in_job)[:32] == reader.n_jobs)
     b.claim(writer_rests & reader_rests & (infos.level == 0), when=~running)
     b.claim(~writer_rests, when=running)
