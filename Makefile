@@ -15,6 +15,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 # Written last, so that an interrupted set-up is taken up again by the next command.
 READY := .venv/.nearkv-ready
+PROOFS := .venv/.nearkv-proofs
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requirements/constraints.txt
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -63,10 +64,13 @@ test-model: setup ## all tests that run the demo model
 sim: setup ## all simulations of the whole kernel: Verilator and cocotb
 	$(PYTEST) -m sim
 
-formal: setup ## prove properties of the gateware of every bus and queue
-	@# Not by the constraints: this Yosys wants an older wasmtime than the pinned one.
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --editable '.[formal]'
+formal: $(PROOFS) ## prove properties of the gateware: streams, queues, buses, jobs, stages (minutes)
 	$(PYTEST) -m formal
+
+$(PROOFS): $(READY)
+	@echo 'setup: Yosys and the solver of the proofs'
+	@$(PIP) --editable '.[formal]'
+	@touch $@
 
 bench: setup ## measure: the simulated kernel's stream of beats (minutes)
 	$(BIN)/nearkv bench stream --config $(CONFIG)
@@ -92,7 +96,7 @@ record-verilog: setup ## record the Verilog's hashes in tests/data, after a chan
 	$(BIN)/python -m nearkv_hw.emit --config $$config -o build/ || exit 1; done
 	cd build && sha256sum nearkv_tiny.v nearkv_smartssd.v > ../tests/data/verilog.sha256
 
-footprint: setup ## cells and logic depth on UltraScale+, against the record (extra `formal`; minutes)
+footprint: $(PROOFS) ## cells and logic depth on UltraScale+, against the record (minutes)
 	$(BIN)/python -m nearkv_hw.footprint -o build/footprint --check tests/data/footprint.json
 
 abi-page: setup ## rewrite hw/ABI.md from hw/nearkv_hw/abi.py
