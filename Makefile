@@ -75,7 +75,7 @@ $(PROOFS): $(READY)
 bench: setup ## measure: the simulated kernel's stream of beats (minutes)
 	$(BIN)/nearkv bench stream --config $(CONFIG)
 
-mutants: setup ## break the gateware in 40 ways; the tests must notice each (minutes)
+mutants: setup ## break the gateware in 42 ways; the tests must notice each (minutes)
 	$(BIN)/python tests/mutants.py
 
 lint: setup ## check format and style
