@@ -4,13 +4,18 @@
 The arithmetic is `nearkv_sim.system`, loaded when the command runs.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 import json
 from pathlib import Path
 import re
+import tempfile
 import textwrap
 
 ACCURACY = {"exact": 0.0, "8bit": 0.01, "4bit": 0.2}
 BAR = 30
+# Places that the runtime can serve a share of the context from: cards (the twin is the CPUs') and host.
+RUNTIME_TIERS = ("card", "flash_cpu", "dram_cpu")
 
 
 def tokens(text: str) -> int:
@@ -42,6 +47,8 @@ def add_arguments(parser) -> None:
     add("--leave-one-out", action="store_true", help="fit without each system, then predict it")
     add("--scale", action="store_true", help="hosts x cards, and where more stop helping")
     add("--events", action="store_true", help="also simulate the step event by event")
+    add("--measure", type=Path, metavar="FILE", help="profile this machine into a machine file")
+    add("--kv-dir", type=Path, metavar="DIR", help="on the drive to profile (temporary files')")
     add("--sweep", type=Path, metavar="DIR", help="write sweep.csv, report.html and report.png")
     add("--list", action="store_true", help="models and machines that come with the package")
     add("--json", action="store_true", help="print JSON")
@@ -69,6 +76,8 @@ def run(args) -> int:
         return _reproduce(args)
     if args.leave_one_out:
         return _leave_one_out(args)
+    if args.measure:
+        return _measure(args)
     if args.batch < 1 or args.output < 1:
         raise ValueError("--batch and --output must be at least 1")
     model, machine = describe.load_model(args.model), describe.load_machine(args.machine)
@@ -82,6 +91,118 @@ def run(args) -> int:
     if args.scale:
         return _scale(args, model, machine, work)
     return _what_if(args, model, machine, work)
+
+
+def _measure(args) -> int:
+    from nearkv_sim.system import measure
+
+    directory = args.kv_dir or Path(tempfile.gettempdir())
+    profile = measure.measure(directory)
+    args.measure.write_text(profile.toml(str(directory)))
+    if args.json:
+        print(json.dumps(profile.as_dict(), indent=1))
+    else:
+        print(f"{args.measure.read_text()}\nplan with it: nearkv plan --machine {args.measure}")
+    return 0
+
+
+@dataclass(frozen=True)
+class RuntimePlan:
+    """What the optimiser says of a run, in the terms of `nearkv.NearStorageCache`.
+
+    Attributes
+    ----------
+    page_tokens, spill_pages : int
+        A page is written when full, so the spill interval is their product, in tokens.
+    kv_dtype : str
+        Of those that `kv_dtypes` permits.
+    weights : tuple of float, optional
+        How fast each card is, where rates were given.
+    budget_bytes : int, optional
+        What goes to flash, where host memory is to hold the rest; None: everything may.
+    batch : int
+        Sequences at a time; the others are better served after them.
+    tokens_per_s : float
+        Predicted.
+    bottleneck : str
+    shares : dict
+        Tier -> share of the context.
+    """
+
+    page_tokens: int
+    spill_pages: int
+    kv_dtype: str
+    weights: tuple[float, ...] | None
+    budget_bytes: int | None
+    batch: int
+    tokens_per_s: float
+    bottleneck: str
+    shares: dict[str, float]
+
+    def cache_arguments(self) -> dict:
+        """Keyword arguments for `NearStorageCache`."""
+        found = {"page_tokens": self.page_tokens, "spill_pages": self.spill_pages,
+                 "kv_dtype": self.kv_dtype, "weights": self.weights}  # fmt: skip
+        if self.budget_bytes is not None:
+            found |= {"budget_bytes": self.budget_bytes, "beyond_budget": "keep"}
+        return found
+
+
+def for_runtime(
+    config,
+    machine,
+    *,
+    batch: int,
+    context: int,
+    output: int = 64,
+    kv_dtypes: Sequence[str] = ("fp16",),
+    card_rates: Sequence[float] | None = None,
+) -> RuntimePlan:
+    """Plan a run of a model on a machine, with the optimiser that `nearkv plan` uses.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+    machine : str, path or nearkv_sim.system.describe.Machine
+        A name, a machine file such as `nearkv plan --measure` writes, or the machine itself.
+    batch, context, output : int
+        Sequences, tokens of each, tokens to generate.
+    kv_dtypes : sequence of str
+        Types that the caller can store; the plan takes the fastest.
+    card_rates : sequence of float, optional
+        Bytes/s of each card, for the shares of several cards.
+
+    Raises
+    ------
+    ValueError
+        If nothing fits, or the machine is unknown; the message says what does.
+    """
+    from nearkv_sim.system import describe, optimise
+
+    model = describe.model_of(config.get_text_config(decoder=True))
+    if not isinstance(machine, describe.Machine):
+        machine = describe.load_machine(str(machine))
+    work = describe.Work(batch=batch, context=context, output=output)
+    best = optimise.optimise(model, machine, work, optimise.Limits(types=tuple(kv_dtypes)),
+                             tiers=RUNTIME_TIERS)  # fmt: skip
+    shares = {k: float(v) for k, v in best.shares.items() if v > 0}
+    on_flash = sum(shares.get(t, 0.0) for t in optimise.ON_FLASH)
+    budget = None
+    # What waits for its page to fill is in memory anyway; less than a page more is no plan.
+    if (1 - on_flash) * context > best.policy.page_tokens:
+        stored = float(best.batch) * (context + output) * model.kv_bytes(best.policy.kv_type)
+        budget = int(on_flash * stored)
+    return RuntimePlan(
+        page_tokens=best.policy.page_tokens,
+        spill_pages=1,  # a page is written in one piece: gathering more of them gains nothing
+        kv_dtype=best.policy.kv_type,
+        weights=tuple(card_rates) if card_rates else None,
+        budget_bytes=budget,
+        batch=int(best.batch),
+        tokens_per_s=float(best.tokens_per_s),
+        bottleneck=best.bottleneck,
+        shares=shares,
+    )
 
 
 def _list(args, describe) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nearkv.attention import PageAttention
-from nearkv.card import open_card
+from nearkv.card import CardError, open_card
 from nearkv.store import KvStore
 from nearkv_hw import abi
 from nearkv_hw.config import preset
@@ -153,16 +153,37 @@ class CountingCard:
         (64, 4, 128, 128 << 10, (9, 2)),  # more pages than card memory holds
     ],
 )
+@pytest.mark.parametrize("card_name", ["model", "twin"])
 def test_the_engine_moves_exactly_the_bytes_of_the_model(
-    tmp_path, head_dim, group, page_tokens, kv_bytes, pages
+    tmp_path, card_name, head_dim, group, page_tokens, kv_bytes, pages
 ):
+    check_bytes(tmp_path, card_name, head_dim, group, page_tokens, pages, kv_bytes=kv_bytes)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(
+    ("head_dim", "group", "page_tokens", "pages"),
+    [(32, 1, 32, (2, 1)), (32, 2, 64, (1, 2)), (32, 5, 32, (3, 0))],
+)
+def test_the_simulated_hardware_moves_exactly_the_bytes_of_the_model(
+    tmp_path, head_dim, group, page_tokens, pages
+):
+    """The counters are those of the emitted Verilog."""
+    try:
+        open_card("rtl", config="tiny").close()
+    except CardError as error:
+        pytest.skip(str(error))
+    check_bytes(tmp_path, "rtl", head_dim, group, page_tokens, pages, config="tiny")
+
+
+def check_bytes(directory, card_name, head_dim, group, page_tokens, pages, **options):
     """A decode step through store, host and card: every counter, to the byte."""
     n_layers, n_kv_heads = 2, 2
     layout = abi.PageLayout(head_dim, page_tokens)
     rng = np.random.default_rng(3)
     with (
-        open_card("model", kv_bytes=kv_bytes) as card,
-        KvStore(tmp_path, layout, n_kv_heads) as store,
+        open_card(card_name, **options) as card,
+        KvStore(directory, layout, n_kv_heads) as store,
     ):
         for layer in range(n_layers):
             for sequence, count in enumerate(pages):

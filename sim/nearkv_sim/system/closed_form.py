@@ -172,7 +172,8 @@ def loads(
     dram = cpu_read + from_dram + w_dram + 2 * host_read
     # CPUs unpack to fp16 first: their rate is one of elements, whatever the type.
     as_fp16 = model.kv_bytes("fp16") / model.kv_bytes(policy.kv_type)
-    on_cpu = (cpu_read + host_read) * as_fp16 / host.attention_bytes_per_s + tail
+    twin = np.maximum(host.attention_bytes_per_s, host.twin_bytes_per_s * policy.abi_jobs)
+    on_cpu = cpu_read * as_fp16 / host.attention_bytes_per_s + host_read * as_fp16 / twin + tail
     dense = flops / np.maximum(machine.dense_flops * p.gemm_efficiency, 1.0)
     busy = {"drive": drive + blocked, "uplink": uplink / drives.uplink_bytes_per_s}
     if machine.has_gpu:

@@ -164,13 +164,15 @@ class Gpu:
 class Host:
     """CPUs, memory and the chassis.
 
-    attention_bytes_per_s : K and V, as fp16, that the CPUs attend to; the software twin's rate if it
-        runs there. flops : of the CPUs in large matrix products, for machines without a GPU.
+    attention_bytes_per_s : K and V, as fp16, that the CPUs attend to with a tensor library
+    twin_bytes_per_s : the same with the software twin, for nearkv alone, if that is faster
+    flops : of the CPUs in large matrix products, for machines without a GPU
     """
 
     memory_bytes: Number
     memory_bytes_per_s: Number
     attention_bytes_per_s: Number
+    twin_bytes_per_s: Number = 0.0
     flops: Number = 0.0
     cpu_watts: Number = 230.0
     cpu_idle_watts: Number = 70.0
@@ -358,6 +360,33 @@ def load_model(name: str) -> Model:
     """
     stem, data = _read("models", name)
     return _build(Model, {"name": stem, **data}, f"model {stem}")
+
+
+def model_of(config) -> Model:
+    """The shape of a transformers configuration of a decoder."""
+
+    def get(*names, default=None):
+        return next((v for n in names if (v := getattr(config, n, None)) is not None), default)
+
+    heads = get("num_attention_heads", "n_head")
+    hidden = get("hidden_size", "n_embd")
+    return Model(
+        name=get("model_type", default="model"),
+        source="a transformers configuration",
+        n_layers=get("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        n_q_heads=heads,
+        n_kv_heads=get("num_key_value_heads", default=heads),
+        head_dim=get("head_dim", default=hidden // heads),
+        ffn=get("moe_intermediate_size", "intermediate_size", "ffn_dim", default=4 * hidden),
+        ffn_matrices=2 if get("model_type") in ("opt", "gpt2") else 3,
+        vocabulary=config.vocab_size,
+        tied_embeddings=bool(get("tie_word_embeddings")),
+        rope=get("rope_parameters", "rope_theta") is not None,
+        max_positions=get("max_position_embeddings", default=1 << 20),
+        n_experts=get("num_local_experts", "num_experts", default=1),
+        experts_per_token=get("num_experts_per_tok", default=1),
+    )
 
 
 def load_machine(name: str) -> Machine:

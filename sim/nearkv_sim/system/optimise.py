@@ -11,6 +11,7 @@ One programme is solved by scipy. A sweep has thousands of the same shape: `solv
 all of them at a time.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,14 +36,20 @@ class Limits:
         0 permits fp16 and bf16 only, 0.01 also int8, 0.2 also int4
     min_drive_years : years that the drives have to last under this work, day and night
     sparse : permit reading only half the pages, chosen by a filter (no longer exact attention)
+    types : types to choose from, instead of those within `max_error`
     """
 
     max_error: float = 0.0
     min_drive_years: float = 0.0
     sparse: bool = False
+    types: tuple[str, ...] = ()
 
     @property
     def kv_types(self) -> list[str]:
+        if unknown := set(self.types) - set(KV_FORMATS):
+            raise ValueError(f"unknown types {sorted(unknown)}; there are {', '.join(KV_FORMATS)}")
+        if self.types:
+            return list(self.types)
         return [n for n, f in KV_FORMATS.items() if f.error <= self.max_error and n != "bf16"]
 
 
@@ -66,8 +73,9 @@ def programme(
     policy: Policy,
     limits: Limits,
     p: Parameters | None = None,
+    tiers: Collection[str] = tuple(TIERS),
 ) -> Programme:
-    """The linear programme of a policy with open shares; numbers may be arrays."""
+    """The linear programme of a policy with open shares, over `tiers`; numbers may be arrays."""
     p = p or parameters()
     names = [*TIERS, *WEIGHTS]
 
@@ -108,7 +116,8 @@ def programme(
     # A page is half full in the mean; its tokens are in memory, on whichever side.
     waiting = np.minimum(1.0, policy.page_tokens / 2 / work.mean_context)
     row([-1.0 * (n in IN_MEMORY) for n in TIERS] + [0.0] * 3, 0.0, -waiting)
-    absent = ((), ON_CARDS)[not machine.has_cards] + ((), ON_GPU)[not machine.has_gpu]
+    absent = set(TIERS) - set(tiers)
+    absent |= set(() if machine.has_cards else ON_CARDS) | set(() if machine.has_gpu else ON_GPU)
     if absent:
         row([1.0 * (n in absent) for n in TIERS] + [0.0] * 3, 0.0, 0.0)
     if limits.min_drive_years:
@@ -261,8 +270,9 @@ def optimise(
     limits: Limits | None = None,
     p: Parameters | None = None,
     page_filter: float = 0.53,
+    tiers: Collection[str] = tuple(TIERS),
 ) -> closed_form.Estimate:
-    """The best plan of nearkv for one piece of work on one machine.
+    """The best plan of nearkv for one piece of work on one machine, over `tiers`.
 
     Returns
     -------
@@ -282,7 +292,7 @@ def optimise(
             part = replace(work, batch=batch)
             for page_tokens in PAGE_TOKENS:
                 policy = nearkv(kv_type=kv_type, page_tokens=page_tokens, read_share=read_share)
-                x = solve(programme(model, machine, part, policy, limits, p))
+                x = solve(programme(model, machine, part, policy, limits, p, tiers))
                 if x is None:
                     continue
                 shares, weights = _split(x)
