@@ -324,7 +324,6 @@ class Card {
             memcpy(&record, job_ + fields.q + r * sizeof record, sizeof record);
             int exponent = std::clamp(record.exponent, Q_EXPONENT_MIN, Q_EXPONENT_MAX);
             query.exponent[r] = exponent;
-            query.exponent_pair[r] = uint32_t(uint16_t(exponent)) * 0x10001u;
             query.largest_exponent = std::max(query.largest_exponent, exponent);
             for (int i = 0; i < job.rows; i++) {
                 constexpr int drop = 32 - WEIGHT_BITS;
@@ -333,6 +332,12 @@ class Card {
                 query.weight_sum[i] += query.weight[i][r];
                 if (query.weight[i][r] != 0) query.weighted_rows = std::max(query.weighted_rows, i + 1);
             }
+        }
+        const int mantissa_bits = (fields.kv_type == KV_FP16 ? FP16 : BF16).mantissa_bits;
+        for (int r = 0; r < fields.head_dim; r++) {
+            // What does not fit is below the smallest element anyway.
+            int below = (query.exponent[r] - query.largest_exponent) * (1 << mantissa_bits);
+            query.below_largest[r] = uint32_t(uint16_t(std::max(below, INT16_MIN))) * 0x10001u;
         }
     }
 
@@ -357,10 +362,11 @@ class Card {
     void compute(Worker& worker, Job& job, int i) {
         const TileRef& at = job.tiles[i];
         const Page& page = job.pages[at.page];
-        const int head_dim = job.fields.head_dim, page_tokens = job.fields.page_tokens;
+        const int head_dim = job.fields.head_dim;
         TileCheck& check = job.checks[i];
         Tile tile{};
         tile.tokens = at.tokens;
+        tile.crc = crc;
         const uint8_t* k = kv_ + page.address + uint64_t(at.first) * head_dim * KV_ELEMENT_BYTES;
         const uint8_t* v = kv_ + page.address + part_bytes(job.fields) + uint64_t(at.first) * BEAT_BYTES;
         tile.k = reinterpret_cast<const uint16_t*>(k);
@@ -369,14 +375,9 @@ class Card {
             const TileRef& next = job.tiles[i + 1];
             tile.next_k = reinterpret_cast<const uint16_t*>(kv_ + job.pages[next.page].address) + next.first * head_dim;
         }
-        const size_t blocks = (at.tokens + LANES - 1) / LANES;
-        check.crc_k = crc(0, k, blocks * head_dim * BEAT_BYTES);
         path.scores(worker.query, tile, worker.scratch, worker.sums);
-        check.crc_v = 0;
-        for (int part = 0; part < head_dim / LANES; part++)
-            check.crc_v = crc(check.crc_v, v + uint64_t(part) * page_tokens * BEAT_BYTES, at.tokens * BEAT_BYTES);
         path.values(worker.query, tile, worker.scratch, worker.sums);
-        check.non_finite = tile.non_finite;
+        check = {tile.crc_k, tile.crc_v, tile.non_finite};
     }
 
     // The flags of the job's pages; the first page to blame.

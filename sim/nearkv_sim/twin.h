@@ -32,7 +32,8 @@ struct Query {
     alignas(64) int64_t weight_52[MAX_ROWS][WEIGHT_STRIDE];  // the same modulo 2^52
     double weight_sum[MAX_ROWS];
     alignas(64) int32_t exponent[MAX_HEAD_DIM];
-    alignas(64) uint32_t exponent_pair[MAX_HEAD_DIM];  // the low 16 bits twice
+    // How far below the largest they lie, in units of an element's exponent, as 16 bits twice.
+    alignas(64) uint32_t below_largest[MAX_HEAD_DIM];
 };
 
 // Exact sums of 32 lanes in the format of number.Wide, all under one top. Limbs 0 and 2 are the low and
@@ -51,21 +52,27 @@ struct Sums {
     bool saturated;
 };
 
+// CRC-32C of more bytes, given that of those before.
+using Crc = uint32_t (*)(uint32_t crc, const uint8_t* data, size_t n);
+
 struct Tile {
     const uint16_t* k;  // [block][channel][32]
     const uint16_t* v;  // of the first part; the next is page_tokens * 32 elements further
     const uint16_t* next_k;  // of the tile that will follow, to fetch it from memory in time; or null
     int tokens;
-    bool non_finite;  // found by the path
+    Crc crc;  // for paths that have none of their own
+    // Found by the path.
+    bool non_finite;
+    uint32_t crc_k, crc_v;
 };
 
 // What a thread needs while it computes a tile.
 struct Scratch {
     alignas(64) float x[(MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS) * LANES];
     alignas(64) float scale[MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS];
-    alignas(64) double raw[MAX_ROWS][TILE_TOKENS];       // S, then the scores as int64
-    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];       // [row][token]; as int64 on some paths
-    alignas(64) double o[MAX_ROWS][LANES];
+    alignas(64) int64_t raw[MAX_ROWS][TILE_TOKENS];  // S, then the scores
+    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];   // [row][token]; as int64 on some paths
+    alignas(64) int64_t o[MAX_ROWS][LANES];
     int block_exponent[TILE_TOKENS / BLOCK_TOKENS];
     int tile_max[MAX_ROWS];
     double p_sum[MAX_ROWS];
@@ -78,9 +85,6 @@ struct Path {
     void (*scores)(const Query&, Tile&, Scratch&, Sums&);
     void (*values)(const Query&, Tile&, Scratch&, Sums&);
 };
-
-// CRC-32C of more bytes, given that of those before.
-using Crc = uint32_t (*)(uint32_t crc, const uint8_t* data, size_t n);
 
 extern const Path IFMA, AVX512, AVX2, PORTABLE;
 uint32_t crc_portable(uint32_t crc, const uint8_t* data, size_t n);

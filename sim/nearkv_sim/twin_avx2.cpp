@@ -30,14 +30,18 @@ struct Avx2 : Generic {
         return _mm256_cvtph_ps(bits);
     }
     static F32 round(F32 element, F32 scale) { return _mm256_fmadd_ps(element, scale, all<F32>(BIAS)); }
-    static F64 widen(const float* p) { return _mm256_cvtps_pd(_mm_load_ps(p)); }
+    static void widen(const float* x, F64 to[2]) {
+        to[0] = _mm256_cvtps_pd(_mm_load_ps(x));
+        to[1] = _mm256_cvtps_pd(_mm_load_ps(x + 4));
+    }
     static F64 multiply_add(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }
     static I64 multiply_32(I64 a, I64 b) { return (I64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
     static I64 shift_right(I64 a, int n) { return Generic::shift_right(a, n); }
     static I64 shift_right(I64 a, I64 n) { return (I64)_mm256_srlv_epi64((__m256i)a, (__m256i)n); }
     static I16 larger_16(I16 a, I16 b) { return (I16)_mm256_max_epi16((__m256i)a, (__m256i)b); }
+    static I16 add_saturating(I16 a, I16 b) { return (I16)_mm256_adds_epi16((__m256i)a, (__m256i)b); }
     static I64 look_up(const int64_t* table, I64 index) {
-        return (I64)_mm256_i64gather_epi64((const long long*)table, (__m256i)index, 8);
+        return (I64)_mm256_i64gather_epi64((const long long*)table, (__m256i)(index & 15), 8);
     }
 };
 

@@ -29,7 +29,10 @@ struct Avx512 : Generic {
         return _mm512_cvtph_ps(bits);
     }
     static F32 round(F32 element, F32 scale) { return _mm512_fmadd_ps(element, scale, all<F32>(BIAS)); }
-    static F64 widen(const float* p) { return _mm512_cvtps_pd(_mm256_load_ps(p)); }
+    static void widen(const float* x, F64 to[2]) {
+        to[0] = _mm512_cvtps_pd(_mm256_load_ps(x));
+        to[1] = _mm512_cvtps_pd(_mm256_load_ps(x + 8));
+    }
     static F64 multiply_add(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
     static I64 to_int(F64 a) { return (I64)_mm512_cvtpd_epi64(a); }
     static F64 p_weight(I64 p) { return _mm512_cvtepi64_pd((__m512i)p); }
@@ -37,6 +40,7 @@ struct Avx512 : Generic {
     static I64 shift_right(I64 a, I64 n) { return (I64)_mm512_srlv_epi64((__m512i)a, (__m512i)n); }
     static I64 multiply_32(I64 a, I64 b) { return (I64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
     static I16 larger_16(I16 a, I16 b) { return (I16)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+    static I16 add_saturating(I16 a, I16 b) { return (I16)_mm512_adds_epi16((__m512i)a, (__m512i)b); }
     static I64 look_up(const int64_t* table, I64 index) {
         static_assert(1 << EXP2_SEGMENT_BITS == 16);
         // All sixteen fit two registers.
@@ -45,39 +49,106 @@ struct Avx512 : Generic {
     }
 };
 
-// Sums as integers modulo 2^52: widening an element then takes one operation instead of two. The bits of
-// the float x + BIAS, read as an integer, are x + BIAS_BITS.
+// CRC-32C with carry-less multiplications of 512 bits: four remainders of four times 128 bits, into which
+// 256 more bytes are folded at a time.
+class Folded {
+  public:
+    static constexpr size_t BYTES = 256;
+
+    explicit Folded(uint32_t crc) {
+        past_ = _mm512_load_si512(factors().by_2048);
+        for (__m512i& sum : sum_) sum = _mm512_setzero_si512();
+        // The powers of x repeat after 2^31 - 1; so this is what BYTES more move to the beginning.
+        static const uint32_t before = crc_power(INT32_MAX - 8 * BYTES), of_empty = crc_multiply(~0u, before);
+        sum_[0] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(crc ? crc_multiply(~crc, before) : of_empty));
+    }
+
+    TWIN_INLINE_MEMBER void add(const I16 data[4]) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum_[i] = fold(sum_[i], past_, (__m512i)data[i]);
+    }
+
+    uint32_t end() const {
+        __m512i sum = sum_[0], past = _mm512_load_si512(factors().by_512);
+        for (int i = 1; i < 4; i++) sum = fold(sum, past, sum_[i]);
+        alignas(64) uint8_t rest[64];
+        _mm512_store_si512(rest, sum);
+        return crc_sse42(~0u, rest, sizeof rest);
+    }
+
+  private:
+    struct Factors {
+        alignas(64) uint64_t by_2048[8], by_512[8];
+    };
+
+    // Past so many more bits. In the bit order of a CRC the product of two 64-bit numbers comes out one x
+    // too high in 128 bits, and the earlier 64 bits are x^64 higher.
+    static __m512i past(int bits) {
+        uint64_t earlier = uint64_t(crc_power(bits + 64 - 1)) << 32, later = uint64_t(crc_power(bits - 1)) << 32;
+        return _mm512_broadcast_i32x4(_mm_set_epi64x(later, earlier));
+    }
+
+    static const Factors& factors() {
+        static const Factors known = [] {
+            Factors f;
+            _mm512_store_si512(f.by_2048, past(2048));
+            _mm512_store_si512(f.by_512, past(512));
+            return f;
+        }();
+        return known;
+    }
+
+    static __m512i fold(__m512i value, __m512i factors, __m512i next) {
+        return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(value, factors, 0x00),
+                                         _mm512_clmulepi64_epi128(value, factors, 0x11), next, 0x96);
+    }
+
+    __m512i sum_[4], past_;
+};
+
+// With sums as integers modulo 2^52: widening an element then is a mask or a shift. The bits of the
+// float x + BIAS, read as an integer, are x + BIAS_BITS.
 struct Ifma : Avx512 {
     using Sum = I64;
+    static constexpr int ROWS_SCALED = 8;
     static constexpr int64_t BIAS_BITS = 0x4B400000;
     static const double* query_weights(const Query& query) { return (const double*)query.weight_52[0]; }
     static F64 p_weight(I64 p) { return (F64)p; }
     static I64 start(double weight_sum) { return all<I64>(-BIAS_BITS * static_cast<int64_t>(weight_sum)); }
     static I64 weight(const double* p) { return all<I64>(*(const int64_t*)p); }
-    static I64 widen(const float* p) {
-        return (I64)_mm512_cvtepu32_epi64(_mm256_load_si256((const __m256i*)p));
-    }
+    // Even lanes, under the low 20 bits of their odd neighbours; odd lanes. What the neighbours add is
+    // 2^32 times their own sum, modulo 2^52; so `narrow` can take it off again.
+    static void widen(F32 x, I64 to[2]) { to[0] = (I64)x, to[1] = (I64)((U64)x >> 32); }
+    static void widen(const float* x, I64 to[2]) { widen(*(const F32*)x, to); }
     static I64 multiply_add(I64 a, I64 b, I64 c) {
         return (I64)_mm512_madd52lo_epu64((__m512i)c, (__m512i)a, (__m512i)b);
     }
-    static F64 end(I64 sum) { return _mm512_cvtepi64_pd((__m512i)(sum << 12 >> 12)); }
-};
+    template <class>
+    static void narrow(const I64 sum[2], I64* low, I64* high) {
+        const I64 even = (sum[0] - (sum[1] << 32)) << 12 >> 12, odd = sum[1] << 12 >> 12;
+        *low = (I64)_mm512_permutex2var_epi64((__m512i)even, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), (__m512i)odd);
+        *high = (I64)_mm512_permutex2var_epi64((__m512i)even, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), (__m512i)odd);
+    }
+    // The high half of a product of 104 bits.
+    template <class>
+    static I64 interpolate(I64 a, I64 b, I64 u) {
+        return (I64)_mm512_madd52hi_epu64((__m512i)a, (__m512i)b, (__m512i)(u << (52 - U_BITS)));
+    }
 
-// value * x^bits, for four remainders of 128 bits; the factors are those of `Fold`.
-__m512i fold(__m512i value, __m512i factors, __m512i next) {
-    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(value, factors, 0x00),
-                                     _mm512_clmulepi64_epi128(value, factors, 0x11), next, 0x96);
-}
+    class Checksum {
+      public:
+        explicit Checksum(Crc) : sum_(0) {}
+        void part(const uint16_t*, int) {}
+        TWIN_INLINE_MEMBER void rows(const I16* rows) { sum_.add(rows); }
+        void rest(const uint16_t* rows, int n) {
+            if (n) sum_ = Folded(crc_sse42(sum_.end(), (const uint8_t*)rows, n * sizeof(I16)));
+        }
+        uint32_t end() const { return sum_.end(); }
 
-// Factors that move 128 bits past `bits` more bits. In the bit order of a CRC the product of two 64-bit
-// numbers comes out one x too high in 128 bits, and the earlier 64 bits are x^64 higher.
-__m512i fold_factors(int bits) {
-    uint64_t earlier = uint64_t(crc_power(bits + 64 - 1)) << 32, later = uint64_t(crc_power(bits - 1)) << 32;
-    return _mm512_broadcast_i32x4(_mm_set_epi64x(later, earlier));
-}
-
-struct FoldFactors {
-    alignas(64) uint64_t by_2048[8], by_512[8];
+      private:
+        static_assert(STRIDE * sizeof(I16) == Folded::BYTES);
+        Folded sum_;
+    };
 };
 
 }  // namespace
@@ -90,7 +161,7 @@ const Path AVX512 = {
     },
     scores<Avx512>, values<Avx512>};
 
-const Path IFMA = {"ifma", [] { return AVX512.supported() && __builtin_cpu_supports("avx512ifma"); },
+const Path IFMA = {"ifma", [] { return crc_avx512_supported() && __builtin_cpu_supports("avx512ifma"); },
                    scores<Ifma>, values<Ifma>};
 
 bool crc_avx512_supported() {
@@ -98,24 +169,14 @@ bool crc_avx512_supported() {
 }
 
 uint32_t crc_avx512(uint32_t crc, const uint8_t* data, size_t n) {
-    if (n < 512) return crc_sse42(crc, data, n);
-    static const FoldFactors factors = [] {
-        FoldFactors f;
-        _mm512_store_si512(f.by_2048, fold_factors(2048));
-        _mm512_store_si512(f.by_512, fold_factors(512));
-        return f;
-    }();
-    __m512i sum[4], by_2048 = _mm512_load_si512(factors.by_2048);
-    for (int i = 0; i < 4; i++) sum[i] = _mm512_loadu_si512(data + 64 * i);
-    sum[0] = _mm512_xor_si512(sum[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(~crc)));
-    for (data += 256, n -= 256; n >= 256; data += 256, n -= 256)
-        for (int i = 0; i < 4; i++) sum[i] = fold(sum[i], by_2048, _mm512_loadu_si512(data + 64 * i));
-    __m512i by_512 = _mm512_load_si512(factors.by_512);
-    for (int i = 1; i < 4; i++) sum[i] = fold(sum[i - 1], by_512, sum[i]);
-    alignas(64) uint8_t rest[64];
-    _mm512_store_si512(rest, sum[3]);
-    crc = ~crc_sse42(~0u, rest, sizeof rest);
-    return crc_sse42(~crc, data, n);
+    if (n < 2 * Folded::BYTES) return crc_sse42(crc, data, n);
+    Folded sum(crc);
+    for (; n >= Folded::BYTES; data += Folded::BYTES, n -= Folded::BYTES) {
+        I16 rows[4];
+        for (int i = 0; i < 4; i++) rows[i] = (I16)_mm512_loadu_si512(data + 64 * i);
+        sum.add(rows);
+    }
+    return crc_sse42(sum.end(), data, n);
 }
 
 }  // namespace twin

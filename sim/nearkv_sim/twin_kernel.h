@@ -25,6 +25,7 @@ typedef uint64_t U64 __attribute__((vector_size(SIMD_BYTES), may_alias));
 typedef U16 U16Loose __attribute__((aligned(2)));  // pages need not be aligned to vectors
 
 #define TWIN_INLINE static inline __attribute__((always_inline))
+#define TWIN_INLINE_MEMBER inline __attribute__((always_inline))
 
 template <class V>
 TWIN_INLINE V larger(V a, V b) {
@@ -49,15 +50,23 @@ constexpr int64_t MAGIC_BITS = 0x4338000000000000;
 constexpr float BIAS = 12582912.0f;  // 1.5 * 2^23
 static_assert(KV_BITS == 23, "an aligned element must fit the mantissa of BIAS");
 
+constexpr int U_BITS = SCORE_FRAC_BITS - EXP2_SEGMENT_BITS;
+
 // Defaults of the operations that an instruction set may do better.
 struct Generic {
+    // As many rows at most are worth aligning while they are multiplied.
+    static constexpr int ROWS_SCALED = 0;
     // Sums of products of a weight and an aligned element, from minus what BIAS adds to them.
     using Sum = F64;
     static const double* query_weights(const Query& query) { return query.weight[0]; }
     static F64 p_weight(I64 p) { return (F64)(p + MAGIC_BITS) - MAGIC; }
     static F64 start(double weight_sum) { return all<F64>(-double(BIAS) * weight_sum); }
     static F64 weight(const double* p) { return all<F64>(*p); }
-    static F64 end(F64 sum) { return sum; }
+    // The sums of the lanes that `widen` split, in order.
+    template <class Simd>
+    static void narrow(const F64 sum[2], I64* low, I64* high) {
+        *low = Simd::to_int(sum[0]), *high = Simd::to_int(sum[1]);
+    }
     // a * b + c, exact by the caller's promise
     static F64 multiply_add(F64 a, F64 b, F64 c) { return a * b + c; }
     static I64 to_int(F64 a) { return (I64)(a + MAGIC) - MAGIC_BITS; }
@@ -68,52 +77,97 @@ struct Generic {
     static I64 shift_right(I64 a, I64 n) { return (I64)((U64)a >> (U64)n); }  // a not negative
     static I64 multiply(I64 a, int64_t b) { return a * b; }
     static I64 multiply_32(I64 a, I64 b) { return a * b; }  // both in 0 .. 2^32 - 1
+    // a + floor(b * u / 2^U_BITS), all not negative, for the low U_BITS bits of u
+    template <class Simd>
+    static I64 interpolate(I64 a, I64 b, I64 u) {
+        return a + (I64)((U64)Simd::multiply_32(b, u & ((1 << U_BITS) - 1)) >> U_BITS);
+    }
     static I16 larger_16(I16 a, I16 b) { return larger(a, b); }
+    static I16 add_saturating(I16 a, I16 b) {  // b not positive
+        I16 sum = a + b;
+        return (sum > a) ? all<I16>(int16_t(INT16_MIN)) : sum;
+    }
+
+    // CRC-32C of a tile's K or V. A path may read parts of it on its own account, or row by row while
+    // `survey` has them in registers.
+    class Checksum {
+      public:
+        explicit Checksum(Crc crc) : crc_(crc) {}
+        void part(const uint16_t* rows, int n) {  // all that is contiguous
+            sum_ = crc_(sum_, (const uint8_t*)rows, size_t(n) * LANES * KV_ELEMENT_BYTES);
+        }
+        void rows(const I16*) {}              // the next STRIDE rows
+        void rest(const uint16_t*, int) {}    // the rows that remain, fewer than STRIDE
+        uint32_t end() const { return sum_; }
+
+      private:
+        Crc crc_;
+        uint32_t sum_ = 0;
+    };
 };
+
+// Rows that `survey` takes at once.
+constexpr int STRIDE = 4;
 
 // Ask for one row of 32 elements of the block that is needed half a tile later. The processor can wait
 // for few rows at once, so the requests are spread over all that is done with a block, about in
-// proportion to time: an eighth of the rows in `extent`, an eighth in `align`, the rest in `dot`.
+// proportion to time: a quarter of the rows in `survey`, the rest in `dot`.
 TWIN_INLINE void fetch(const uint16_t* ahead, size_t row) { __builtin_prefetch(ahead + row * LANES, 0, 2); }
 
+// What there is to know of a block before it is aligned.
 struct Extent {
-    int exponent;  // the largest of the block
+    int exponent;  // the largest
     bool finite;
 };
 
-// The largest exponent of a block: of `n` rows whose own exponents are added, in its first `lanes` lanes.
+// The first look at a block: its CRC, and its largest exponent, of `n` rows whose own exponents are added,
+// in its first `lanes` lanes.
 template <KvFormat FORMAT, class Simd>
-TWIN_INLINE Extent extent(const uint16_t* block, int n, const uint32_t* row_exponent,
-                          int largest_row_exponent, int lanes, const uint16_t* ahead) {
+TWIN_INLINE Extent survey(const uint16_t* block, int n, const uint32_t* below_largest,
+                          int largest_row_exponent, int lanes, const uint16_t* ahead,
+                          typename Simd::Checksum& checksum) {
     constexpr int VECTORS = LANES / I16_LANES;
-    // Of each lane.
-    I16 largest[VECTORS], magnitude[VECTORS];
-    for (int v = 0; v < VECTORS; v++) largest[v] = all<I16>(int16_t(-32768)), magnitude[v] = I16{};
-    for (ptrdiff_t r = 0; r < n; r++) {
-        if (r % 8 == 0) fetch(ahead, r / 8);
+    // Of each lane: magnitudes, and the same less what the row's exponent lies below the largest.
+    I16 magnitude[VECTORS]{}, scaled[VECTORS];
+    for (int v = 0; v < VECTORS; v++) scaled[v] = all<I16>(int16_t(INT16_MIN));
+    auto look = [&](ptrdiff_t r, I16* row) __attribute__((always_inline)) {
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
-            I16 it = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES)) & int16_t(0x7FFF);
+            row[v] = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES));
+            I16 it = row[v] & int16_t(0x7FFF);
             magnitude[v] = Simd::larger_16(magnitude[v], it);
-            if (!row_exponent) continue;
-            I16 field = (I16)((U16)it >> FORMAT.mantissa_bits);
-            largest[v] = Simd::larger_16(largest[v], field + (I16)all<U32>(row_exponent[r]));
+            if (below_largest)
+                scaled[v] = Simd::larger_16(scaled[v], Simd::add_saturating(it, (I16)all<U32>(below_largest[r])));
         }
+    };
+    auto crc = checksum;  // of which no pointer is around
+    ptrdiff_t r = 0;
+    for (; r + STRIDE <= n; r += STRIDE) {
+        fetch(ahead, r / 4);
+        I16 row[STRIDE * VECTORS];
+#pragma GCC unroll 4
+        for (int i = 0; i < STRIDE; i++) look(r + i, row + i * VECTORS);
+        crc.rows(row);
     }
+    checksum = crc;
+    checksum.rest(block + r * LANES, n - r);
+    for (I16 row[VECTORS]; r < n; r++) look(r, row);
+
     alignas(64) int16_t totals[LANES], magnitudes[LANES];
     for (int v = 0; v < VECTORS; v++) {
-        *(I16*)(totals + v * I16_LANES) = largest[v];
+        *(I16*)(totals + v * I16_LANES) = below_largest ? scaled[v] : magnitude[v];
         *(I16*)(magnitudes + v * I16_LANES) = magnitude[v];
     }
-    for (int t = lanes; t < LANES; t++) totals[t] = -32768, magnitudes[t] = 0;
-    int16_t total = -32768, most = 0;
+    for (int t = lanes; t < LANES; t++) totals[t] = INT16_MIN, magnitudes[t] = 0;
+    int16_t total = INT16_MIN, most = 0;
     for (int t = 0; t < LANES; t++) {
         total = totals[t] > total ? totals[t] : total;
         most = magnitudes[t] > most ? magnitudes[t] : most;
     }
-    const int field = most >> FORMAT.mantissa_bits, exponent = row_exponent ? total : field;
     // Exponent field 0 counts as 1, so no row is below its own exponent plus 1.
-    const int least = largest_row_exponent + 1;
-    return {exponent > least ? exponent : least, field < (1 << FORMAT.exponent_bits) - 1};
+    const int field = total >> FORMAT.mantissa_bits;
+    return {largest_row_exponent + (field > 1 ? field : 1),
+            most >> FORMAT.mantissa_bits < (1 << FORMAT.exponent_bits) - 1};
 }
 
 // x + BIAS of a block by the letter of align.model: any exponents, Inf and NaN.
@@ -130,55 +184,59 @@ static void align_exactly(const uint16_t* block, int n, const int32_t* row_expon
     }
 }
 
-// The same with floating point operations, which scale by 2^k and round like it as long as 2^k and the
-// elements are finite floats.
+// A block as the dot products read it: aligned while it is read, with floating point operations, which scale
+// by 2^k and round like `align_exactly` as long as 2^k and the elements are finite floats ...
 template <KvFormat FORMAT, class Simd>
-TWIN_INLINE void align(const uint16_t* block, int n, const int32_t* row_exponent, int largest_row_exponent,
-                       Extent extent, const uint16_t* ahead, float* scale, float* x) {
-    const int base = FORMAT.unit - extent.exponent;
-    if (!extent.finite || base + largest_row_exponent > 127) {
-        align_exactly<FORMAT>(block, n, row_exponent, extent.exponent, x);
-        return;
+struct Scaled {
+    const uint16_t* block;
+    const float* scale;  // of each row
+    TWIN_INLINE_MEMBER F32 aligned(ptrdiff_t r, int lane) const {
+        return Simd::round(Simd::template load<FORMAT.mantissa_bits>(block + r * LANES + lane), all<F32>(scale[r]));
     }
-    for (int r = 0; r < n; r += F32_LANES) {  // up to a vector past n, which is never used
-        I32 power = all<I32>(base + 127);
-        if (row_exponent) power += *(const I32*)(row_exponent + r);
-        *(I32*)(scale + r) = power > 0 ? (power << 23) | Simd::SCALE_NUDGE : I32{};
-    }
-    for (ptrdiff_t r = 0; r < n; r++, block += LANES, x += LANES) {
-        if (r % 8 == 0) fetch(ahead, (n + r) / 8);
-        F32 factor = all<F32>(scale[r]);
-#pragma GCC unroll 16
-        for (int t = 0; t < LANES; t += F32_LANES)
-            *(F32*)(x + t) = Simd::round(Simd::template load<FORMAT.mantissa_bits>(block + t), factor);
-    }
-}
+    TWIN_INLINE_MEMBER void widen(F32 x, ptrdiff_t, int, typename Simd::Sum to[2]) const { Simd::widen(x, to); }
+};
 
-// out[row][lane] = sum over r of weight[row][r] * x[r][lane], for ROWS rows at once.
-template <int ROWS, class Simd>
-static void dot_rows(const float* x, int n, const double* weight, const double* weight_sum, double* out,
-                     int out_stride, const uint16_t* ahead) {
-    // As many lanes as the registers hold accumulators for.
-    constexpr int VECTORS = ROWS * LANES / F64_LANES <= Simd::ACCUMULATORS ? LANES / F64_LANES
-                            : ROWS * LANES / F64_LANES / 2 <= Simd::ACCUMULATORS
-                                ? LANES / F64_LANES / 2
-                                : (Simd::ACCUMULATORS / ROWS > 2 ? 2 : Simd::ACCUMULATORS / ROWS);
-    static_assert(VECTORS >= 1 && LANES / F64_LANES % VECTORS == 0);
-    constexpr int PASSES = LANES / (VECTORS * F64_LANES);
+// ... or already aligned.
+template <class Simd>
+struct Aligned {
+    const float* x;
+    TWIN_INLINE_MEMBER F32 aligned(ptrdiff_t r, int lane) const { return *(const F32*)(x + r * LANES + lane); }
+    TWIN_INLINE_MEMBER void widen(F32, ptrdiff_t r, int lane, typename Simd::Sum to[2]) const {
+        Simd::widen(x + r * LANES + lane, to);
+    }
+};
+
+// out[row][lane] = sum over r of weight[row][r] * x[r][lane], for ROWS rows at once; and with TOTAL the
+// plain sum over r as well.
+template <int ROWS, bool TOTAL, class Simd, class Block>
+static void dot_rows(Block block, int n, const double* weight, const double* weight_sum, int64_t* out,
+                     int out_stride, int32_t* total, const uint16_t* ahead) {
+    // As many lanes as the registers hold accumulators for, but always a vector of floats.
+    constexpr int MOST = LANES / F64_LANES;
+    constexpr int VECTORS = ROWS * MOST <= Simd::ACCUMULATORS       ? MOST
+                            : ROWS * MOST / 2 <= Simd::ACCUMULATORS ? MOST / 2
+                                                                    : 2;
+    static_assert(VECTORS >= 2 && MOST % VECTORS == 0);
+    constexpr int PASSES = MOST / VECTORS;
+    const uint16_t* next = ahead + n / 4 * LANES;
     for (int pass = 0; pass < PASSES; pass++) {
         const int lane = pass * VECTORS * F64_LANES;
-        typename Simd::Sum sum[ROWS][VECTORS];
+        typename Simd::Sum sum[ROWS + 1][VECTORS];
+        I32 plain[VECTORS / 2]{};
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++) sum[i][v] = Simd::start(weight_sum[i]);
-#pragma GCC unroll 2
         for (ptrdiff_t r = 0; r < n; r++) {
-            fetch(ahead, n / 4 + 3 * (pass * size_t(n) + r) / (4 * PASSES));
+            __builtin_prefetch(next, 0, 2);
+            next += 3 * LANES / 4 / PASSES;
             typename Simd::Sum element[VECTORS];
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++)
-                element[v] = Simd::widen(x + r * LANES + lane + v * F64_LANES);
+            for (int v = 0; v < VECTORS; v += 2) {
+                F32 x = block.aligned(r, lane + v * F64_LANES);
+                if (TOTAL) plain[v / 2] += (I32)x;
+                if (ROWS) block.widen(x, r, lane + v * F64_LANES, element + v);
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < ROWS; i++) {
                 auto w = Simd::weight(weight + i * WEIGHT_STRIDE + r);
@@ -188,23 +246,61 @@ static void dot_rows(const float* x, int n, const double* weight, const double* 
             }
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++)
-                *(F64*)(out + i * out_stride + lane + v * F64_LANES) = Simd::end(sum[i][v]);
+        for (int v = 0; v < VECTORS; v += 2) {
+            for (int i = 0; i < ROWS; i++) {
+                int64_t* to = out + i * out_stride + lane + v * F64_LANES;
+                Simd::template narrow<Simd>(sum[i] + v, (I64*)to, (I64*)(to + F64_LANES));
+            }
+            // The bits of x + BIAS are those of BIAS plus x.
+            if (TOTAL) *(I32*)(total + lane + v * F64_LANES) = plain[v / 2] - (I32)((U32)all<F32>(BIAS) * uint32_t(n));
+        }
     }
 }
 
-template <class Simd, int ROWS = Simd::ROWS_AT_ONCE>
-static void dot(const float* x, int n, int rows, const double* weight, const double* weight_sum, double* out,
-                int out_stride, const uint16_t* ahead) {
-    if constexpr (ROWS > 0) {
-        while (rows >= ROWS) {
-            dot_rows<ROWS, Simd>(x, n, weight, weight_sum, out, out_stride, ahead);
-            rows -= ROWS, weight += ROWS * WEIGHT_STRIDE, weight_sum += ROWS, out += ROWS * out_stride;
+// The same for any number of rows; without a total if that is null.
+template <class Simd, int ROWS, class Block>
+static void dot(Block block, int n, int rows, const double* weight, const double* weight_sum, int64_t* out,
+                int out_stride, int32_t* total, const uint16_t* ahead) {
+    constexpr int MOST = Simd::ROWS_AT_ONCE;
+    if (ROWS == MOST)
+        for (; rows > MOST; rows -= MOST) {
+            dot_rows<MOST, false, Simd>(block, n, weight, weight_sum, out, out_stride, total, ahead);
+            weight += MOST * WEIGHT_STRIDE, weight_sum += MOST, out += MOST * out_stride;
         }
-        dot<Simd, ROWS - 1>(x, n, rows, weight, weight_sum, out, out_stride, ahead);
+    if (rows == ROWS && total)
+        dot_rows<ROWS, true, Simd>(block, n, weight, weight_sum, out, out_stride, total, ahead);
+    else if (rows == ROWS)
+        dot_rows<ROWS, false, Simd>(block, n, weight, weight_sum, out, out_stride, total, ahead);
+    else if constexpr (ROWS > 0)
+        dot<Simd, ROWS - 1>(block, n, rows, weight, weight_sum, out, out_stride, total, ahead);
+}
+
+// Aligns a block to the exponent that `survey` found, and multiplies it with `rows` rows of weights.
+template <KvFormat FORMAT, class Simd>
+TWIN_INLINE void multiply(const uint16_t* block, int n, const int32_t* row_exponent, int largest_row_exponent,
+                          Extent extent, Scratch& scratch, int rows, const double* weight,
+                          const double* weight_sum, int64_t* out, int out_stride, int32_t* total,
+                          const uint16_t* ahead) {
+    const int base = FORMAT.unit - extent.exponent;
+    if (!extent.finite || base + largest_row_exponent > 127) {
+        align_exactly<FORMAT>(block, n, row_exponent, extent.exponent, scratch.x);
+    } else {
+        for (int r = 0; r < n; r += F32_LANES) {  // up to a vector past n, which is never used
+            I32 power = all<I32>(base + 127);
+            if (row_exponent) power += *(const I32*)(row_exponent + r);
+            *(I32*)(scratch.scale + r) = power > 0 ? (power << 23) | Simd::SCALE_NUDGE : I32{};
+        }
+        const Scaled<FORMAT, Simd> scaled{block, scratch.scale};
+        if constexpr (Simd::ROWS_SCALED > 0)
+            if (rows <= Simd::ROWS_SCALED) {
+                dot<Simd, Simd::ROWS_SCALED>(scaled, n, rows, weight, weight_sum, out, out_stride, total, ahead);
+                return;
+            }
+        for (ptrdiff_t r = 0; r < n; r++)
+#pragma GCC unroll 16
+            for (int t = 0; t < LANES; t += F32_LANES) *(F32*)(scratch.x + r * LANES + t) = scaled.aligned(r, t);
     }
+    dot<Simd, Simd::ROWS_AT_ONCE>(Aligned<Simd>{scratch.x}, n, rows, weight, weight_sum, out, out_stride, total, ahead);
 }
 
 constexpr int64_t SCORE_UNIT = int64_t(1) << SCORE_FRAC_BITS;
@@ -212,12 +308,11 @@ constexpr int64_t NO_SCORE = -(int64_t(1) << 44);  // of a token that is not the
 
 // softmax.score_model on the sums of one block, in place. True if a score left the range.
 template <class Simd>
-TWIN_INLINE bool to_scores(double* raw, int64_t mantissa, int shift) {
+TWIN_INLINE bool to_scores(int64_t* raw, int64_t mantissa, int shift) {
     I64 most{}, least{};
     if (shift > SCORE_SHIFT_MAX) shift = SCORE_SHIFT_MAX;
     for (int t = 0; t < LANES; t += F64_LANES) {
-        I64 sum = Simd::to_int(*(const F64*)(raw + t));
-        I64 product = Simd::multiply(Simd::shift_right(sum, RAW_SHIFT), mantissa), score;
+        I64 product = Simd::multiply(Simd::shift_right(*(const I64*)(raw + t), RAW_SHIFT), mantissa), score;
         if (shift >= 1)
             score = Simd::shift_right(Simd::shift_right(product, shift - 1) + 1, 1);
         else
@@ -231,6 +326,13 @@ TWIN_INLINE bool to_scores(double* raw, int64_t mantissa, int shift) {
     return beyond;
 }
 
+constexpr int DROP = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS;
+constexpr int NARROW = P_WIDE_FRAC_BITS - P_BITS;
+// What softmax.model makes of a score that is the tile's maximum, and an integer.
+constexpr int64_t ONE_WIDE = (EXP2_A0[0] + (1 << (DROP - 1))) >> DROP;
+constexpr int64_t ONE_ROUNDED = (ONE_WIDE + (1 << (NARROW - 1))) >> NARROW;
+constexpr int64_t ONE = ONE_ROUNDED < P_MAX ? ONE_ROUNDED : P_MAX;
+
 // softmax.model on one row of scores; `blocks` blocks of it are there.
 template <class Simd>
 TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& tile_max, int64_t& tile_sum,
@@ -242,21 +344,16 @@ TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& ti
         if (most[i] > highest) highest = most[i];
     tile_max = static_cast<int>((highest + SCORE_UNIT - 1) >> SCORE_FRAC_BITS);
 
-    constexpr int U_BITS = SCORE_FRAC_BITS - EXP2_SEGMENT_BITS, DROP = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS;
-    constexpr int NARROW = P_WIDE_FRAC_BITS - P_BITS;
     const int64_t ceiling = tile_max * SCORE_UNIT;
     I64 sum{}, wide_sum{};
     for (int t = 0; t < blocks * LANES; t += F64_LANES) {
         I64 below = *(const I64*)(score + t) - ceiling;
-        I64 fraction = below & (SCORE_UNIT - 1);
-        I64 segment = fraction >> U_BITS, u = fraction & ((1 << U_BITS) - 1);
-        I64 slope = Simd::look_up(EXP2_A1, segment) +
-                    (I64)((U64)Simd::multiply_32(Simd::look_up(EXP2_A2, segment), u) >> U_BITS);
-        I64 value = Simd::look_up(EXP2_A0, segment) + (I64)((U64)Simd::multiply_32(slope, u) >> U_BITS);
-        I64 power = (I64)((U64)(value + (1 << (DROP - 1))) >> DROP);
-        // Not below 0: how many binades the score's floor lies below the maximum.
-        I64 binades = (I64)((U64)(SCORE_UNIT - 1 - below) >> SCORE_FRAC_BITS);
-        I64 wide = Simd::shift_right(power, smaller(binades, all<I64>(P_WIDE_FRAC_BITS + 1)));
+        I64 segment = (I64)((U64)below >> U_BITS);
+        I64 slope = Simd::template interpolate<Simd>(Simd::look_up(EXP2_A1, segment), Simd::look_up(EXP2_A2, segment), below);
+        I64 value = Simd::template interpolate<Simd>(Simd::look_up(EXP2_A0, segment), slope, below);
+        // DROP, and by how many binades the score's floor lies below the maximum.
+        I64 down = (I64)((U64)(DROP * SCORE_UNIT + SCORE_UNIT - 1 - below) >> SCORE_FRAC_BITS);
+        I64 wide = Simd::shift_right(value + (1 << (DROP - 1)), smaller(down, all<I64>(DROP + P_WIDE_FRAC_BITS + 1)));
         I64 weight = smaller((I64)((U64)(wide + (1 << (NARROW - 1))) >> NARROW), all<I64>(P_MAX));
         sum += weight;
         wide_sum += wide;
@@ -279,14 +376,14 @@ static void raise_top(BlockSum& sum, int top) {
 
 // sum += mantissa * 2^exponent, for `lanes` lanes of integers of magnitude up to 2^46.
 template <class Simd>
-TWIN_INLINE void add(BlockSum& sum, const double* mantissa, int lanes, int exponent) {
+TWIN_INLINE void add(BlockSum& sum, const int64_t* mantissa, int lanes, int exponent) {
     const int place = exponent + WINDOW_TOP, top = place >> LIMB_STEP_LOG2;
     if (top > sum.top) raise_top(sum, top);
     const int down = sum.top - top;
     if (down >= N_LIMBS) return;
     static_assert(LIMB_STEP == 16, "the masks below");
     for (int i = 0; i < lanes; i += F64_LANES) {
-        I64 z = Simd::to_int(*(const F64*)(mantissa + i)) << ((place & (LIMB_STEP - 1)) + 1);
+        I64 z = *(const I64*)(mantissa + i) << ((place & (LIMB_STEP - 1)) + 1);
         I64 even = z & 0x0000FFFF0000FFFF;
         I64 odd = (I64)((I32)z >> 16) & int64_t(0xFFFFFFFF0000FFFF);
         for (int j = 0; j < down; j++) {
@@ -302,58 +399,67 @@ TWIN_INLINE void add(BlockSum& sum, const double* mantissa, int lanes, int expon
 template <KvFormat FORMAT, class Simd>
 static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
     const int blocks = (tile.tokens + LANES - 1) / LANES;
+    typename Simd::Checksum checksum(tile.crc);
+    checksum.part(tile.k, blocks * query.head_dim);
     for (int b = 0; b < blocks; b++) {
         const uint16_t* k = tile.k + b * query.head_dim * LANES;
         const int lanes = tile.tokens - b * LANES < LANES ? tile.tokens - b * LANES : LANES;
         // As many elements of V: whole parts if the head is as long as a tile, else about that.
         const uint16_t* ahead = tile.v + ptrdiff_t(b) * query.head_dim / TILE_TOKENS * query.page_tokens * LANES +
                                 b * query.head_dim % TILE_TOKENS * LANES;
-        Extent found = extent<FORMAT, Simd>(k, query.head_dim, query.exponent_pair, query.largest_exponent,
-                                            lanes, ahead);
+        Extent found = survey<FORMAT, Simd>(k, query.head_dim, query.below_largest, query.largest_exponent,
+                                            lanes, ahead, checksum);
         tile.non_finite |= !found.finite;
-        align<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, ahead,
-                            scratch.scale, scratch.x);
-        dot<Simd>(scratch.x, query.head_dim, query.weighted_rows, Simd::query_weights(query), query.weight_sum,
-                  &scratch.raw[0][b * LANES], TILE_TOKENS, ahead);
-        for (int i = 0; i < query.rows; i++) {
-            double* raw = &scratch.raw[i][b * LANES];
-            for (int t = i < query.weighted_rows ? lanes : 0; t < LANES; t++) raw[t] = 0;
+        multiply<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, scratch,
+                               query.weighted_rows, Simd::query_weights(query), query.weight_sum,
+                               &scratch.raw[0][b * LANES], TILE_TOKENS, nullptr, ahead);
+        for (int i = 0; i < query.weighted_rows; i++) {
+            int64_t* raw = &scratch.raw[i][b * LANES];
+            for (int t = lanes; t < LANES; t++) raw[t] = 0;
             bool beyond = to_scores<Simd>(raw, query.mantissa, query.shift - found.exponent);
             sums.saturated |= beyond && i < query.group_size;
-            for (int t = lanes; t < LANES; t++) reinterpret_cast<int64_t*>(raw)[t] = NO_SCORE;
+            for (int t = lanes; t < LANES; t++) raw[t] = NO_SCORE;
         }
     }
+    tile.crc_k = checksum.end();
     for (int i = 0; i < query.rows; i++) {
         int64_t tile_sum = 0, tile_wide = 0;
         int& tile_max = scratch.tile_max[i];
         tile_max = RUN_MAX_EMPTY;
-        if (blocks)
-            to_weights<Simd>(reinterpret_cast<const int64_t*>(scratch.raw[i]), blocks, scratch.p[i], tile_max,
-                             tile_sum, tile_wide);
+        if (blocks && i >= query.weighted_rows)  // all scores are 0
+            tile_max = 0, tile_sum = ONE * tile.tokens, tile_wide = ONE_WIDE * tile.tokens;
+        else if (blocks)
+            to_weights<Simd>(scratch.raw[i], blocks, scratch.p[i], tile_max, tile_sum, tile_wide);
         scratch.p_sum[i] = static_cast<double>(tile_sum);
         if (tile_max > sums.run_max[i]) sums.run_max[i] = tile_max;
-        alignas(64) double pair[F64_LANES > 2 ? F64_LANES : 2] = {
-            static_cast<double>(tile_sum << SUM_SHIFT), static_cast<double>(tile_wide << SUM_WIDE_SHIFT)};
+        alignas(64) int64_t pair[F64_LANES > 2 ? F64_LANES : 2] = {tile_sum << SUM_SHIFT,
+                                                                   tile_wide << SUM_WIDE_SHIFT};
         add<Simd>(sums.denominators[i], pair, 2, tile_max);
     }
 }
 
 template <KvFormat FORMAT, class Simd>
 static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
+    typename Simd::Checksum checksum(tile.crc);
+    const bool unweighted = query.weighted_rows < query.rows;
     for (int part = 0; part < query.head_dim / LANES; part++) {
         const uint16_t* v = tile.v + size_t(part) * query.page_tokens * LANES;
-        int exponent = EXPONENT_FLOOR;
         const uint16_t* ahead = (tile.next_k ? tile.next_k : v) + part * TILE_TOKENS * LANES;
-        if (tile.tokens) {
-            Extent found = extent<FORMAT, Simd>(v, tile.tokens, nullptr, 0, LANES, ahead);
-            tile.non_finite |= !found.finite;
-            exponent = found.exponent;
-            align<FORMAT, Simd>(v, tile.tokens, nullptr, 0, found, ahead, scratch.scale, scratch.x);
-        }
-        dot<Simd>(scratch.x, tile.tokens, query.rows, scratch.p[0], scratch.p_sum, scratch.o[0], LANES, ahead);
+        Extent found = {EXPONENT_FLOOR, true};
+        alignas(64) int32_t total[LANES]{};
+        checksum.part(v, tile.tokens);
+        if (tile.tokens)
+            found = survey<FORMAT, Simd>(v, tile.tokens, nullptr, 0, LANES, ahead, checksum);
+        tile.non_finite |= !found.finite;
+        multiply<FORMAT, Simd>(v, tile.tokens, nullptr, 0, found, scratch, query.weighted_rows, scratch.p[0],
+                               scratch.p_sum, scratch.o[0], LANES, unweighted ? total : nullptr, ahead);
+        // Rows without weight have the same p for every token.
+        for (int i = query.weighted_rows; i < query.rows; i++)
+            for (int t = 0; t < LANES; t++) scratch.o[i][t] = ONE * total[t];
         for (int i = 0; i < query.rows; i++)
-            add<Simd>(sums.out[i][part], scratch.o[i], LANES, scratch.tile_max[i] + exponent);
+            add<Simd>(sums.out[i][part], scratch.o[i], LANES, scratch.tile_max[i] + found.exponent);
     }
+    tile.crc_v = checksum.end();
 }
 
 template <class Simd>

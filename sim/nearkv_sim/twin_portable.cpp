@@ -10,8 +10,8 @@ namespace {
 struct Portable : Generic {
     static constexpr int ACCUMULATORS = 8, ROWS_AT_ONCE = 4;
     static constexpr int SCALE_NUDGE = 0;
+    typedef float Pair __attribute__((vector_size(8), may_alias));
     typedef uint16_t Half __attribute__((vector_size(8), may_alias, aligned(2)));
-    typedef float Pair __attribute__((vector_size(8), may_alias, aligned(4)));
 
     template <int MANTISSA_BITS>
     static F32 load(const uint16_t* p) {
@@ -26,8 +26,10 @@ struct Portable : Generic {
         F32 half = (F32)(((I32)x & INT32_MIN) | (I32)all<F32>(0.5f));
         return __builtin_convertvector(__builtin_convertvector(x + half, I32), F32) + BIAS;
     }
-    static F64 widen(const float* p) { return __builtin_convertvector(*(const Pair*)p, F64); }
-    static I64 look_up(const int64_t* table, I64 index) { return I64{table[index[0]], table[index[1]]}; }
+    static void widen(const float* x, F64 to[2]) {
+        for (int i = 0; i < 2; i++) to[i] = __builtin_convertvector(((const Pair*)x)[i], F64);
+    }
+    static I64 look_up(const int64_t* table, I64 index) { return I64{table[index[0] & 15], table[index[1] & 15]}; }
 };
 
 // Eight tables: one for each byte of a word.

@@ -122,6 +122,19 @@ def test_every_group_size(assert_twin_equals_model):
     assert_twin_equals_model(workload.place(jobs, rng), WIDE)
 
 
+@pytest.mark.parametrize("kv_type", KvType)
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8, 11])
+def test_heads_without_weight(assert_twin_equals_model, group_size, kv_type):
+    """All scores of a q of zeros are equal; the twin takes a short cut for such heads at the end."""
+    rng = np.random.default_rng(26)
+    jobs = []
+    for zeros in {1, group_size // 2, group_size}:
+        job = random_job(rng, WIDE, group_size=group_size, n_tokens=301, kv_type=kv_type)
+        job.q[group_size - zeros :] = 0
+        jobs.append(job)
+    assert_twin_equals_model(workload.place(jobs, rng), WIDE)
+
+
 @pytest.mark.parametrize("page_tokens", [128, 512, 4096])
 def test_a_long_job_is_the_same_however_it_is_cut(assert_twin_equals_model, page_tokens):
     """Across units of work, and with one page that several threads share."""
