@@ -37,6 +37,7 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     on_the_way = b.counter(Mux(issued, burst_beats, 0), dut.r.valid, name="on_the_way")
     b.assume(on_the_way != 0, when=dut.r.valid)
     b.assume(passes.o.valid, when=dut.r.valid)
+    b.claim_stream(dut.ar, passes.i, dut.inside("master").spans)
     for queue in (beats, blocks, waiting):
         b.claim(queue.i.ready, when=queue.i.valid)
     b.cover(beats.o.valid)

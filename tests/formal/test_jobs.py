@@ -31,7 +31,7 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     b, m = bench, bench.m
     dut = b.add(JobReader(2, 64))
     reader = dut.state
-    b.claim_stream(dut.o_tile, dut.o_job, dut.ar)
+    b.claim_stream(dut.o_tile, dut.o_job, dut.ar, dut.inside("master").spans)
     tiles, reports = dut.o_tile.valid & dut.o_tile.ready, dut.o_job.valid & dut.o_job.ready
     running = b.ghost(1, "running")
     m.d.sync += running.eq((running | dut.start) & ~reader("Idle"))
