@@ -45,8 +45,8 @@ def add_arguments(parser) -> None:
     add("--min-drive-years", type=float, default=0.0, metavar="Y", help="years drives have to last")
     add("--reproduce", action="store_true", help="published results beside what the model predicts")
     add("--leave-one-out", action="store_true", help="fit without each system, then predict it")
-    add("--scale", action="store_true", help="hosts x cards, and where more stop helping")
-    add("--events", action="store_true", help="also simulate the step event by event")
+    add("--scale", action="store_true", help="hosts x drives, and where more stop helping")
+    add("--events", action="store_true", help="also simulate the step, or cluster, event by event")
     add("--measure", type=Path, metavar="FILE", help="profile this machine into a machine file")
     add("--kv-dir", type=Path, metavar="DIR", help="on the drive to profile (temporary files')")
     add("--sweep", type=Path, metavar="DIR", help="write sweep.csv, report.html and report.png")
@@ -280,13 +280,25 @@ def _scale(args, model, machine, work) -> int:
     from nearkv_sim.system import scale
 
     points = scale.scale(model, machine, work)
+    simulated = [scale.simulate(p, model.n_layers) if args.events else None for p in points]
     if args.json:
-        print(json.dumps([vars(p) for p in points], indent=1))
+        rows = zip(points, simulated, strict=True)
+        print(json.dumps([{**vars(p), "simulated_tokens_per_s": s} for p, s in rows], indent=1))
         return 0
-    print(f"{'hosts':>6}{'cards':>6}  {'spread':10}{'tokens/s':>10}{'per host':>10}  bottleneck")
-    for p in points:
-        print(f"{p.hosts:6}{p.cards:6}  {p.mode:10}{p.tokens_per_s:10.3g}{p.efficiency:10.0%}"
-              f"  {p.bottleneck}: {p.why}")  # fmt: skip
+    print(f"{model.name} on hosts of {machine.name}: batch {args.batch}, context {args.context:,}, "
+          f"output {args.output}\n")  # fmt: skip
+    extra = f"{'simulated':>11}" if args.events else ""
+    print(f"{'hosts':>6}{'drives':>7}  {'spread':10}{'tokens/s':>10}{extra}{'per host':>10}"
+          "  bottleneck")  # fmt: skip
+    for p, s in zip(points, simulated, strict=True):
+        extra = f"{s:11.3g}" if args.events else ""
+        print(f"{p.hosts:6}{p.drives:7}  {p.mode:10}{p.tokens_per_s:10.3g}{extra}"
+              f"{p.efficiency:10.0%}  {p.bottleneck}")  # fmt: skip
+    print(
+        "\ndrives: of each host, with their cards. per host: against the fewest hosts with as many."
+    )
+    for name in dict.fromkeys(p.bottleneck for p in points):
+        print(f"{name}: {scale.WHY[name]}")
     return 0
 
 

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from nearkv import plan
-from nearkv_sim.system import policy, report, scale
-from nearkv_sim.system.describe import Work, load_machine, load_model
+from nearkv_sim.system import events, policy, report, scale
+from nearkv_sim.system.describe import Work, load_machine, load_model, parameters
 
 
 def call(*words) -> int:
@@ -125,12 +125,54 @@ def test_lengths_are_read_as_people_write_them():
 def test_scaling_stops_and_says_why():
     model, machine = load_model("qwen2.5-32b"), load_machine("smartssd-x16")
     work = Work(batch=16, context=1 << 20)
-    points = scale.scale(model, machine, work, hosts=(1, 4, 64), cards=(16,))
+    points = scale.scale(model, machine, work, hosts=(1, 4, 64), drives=(16,))
     assert [p.hosts for p in points] == [1, 4, 64]
     rates = [p.tokens_per_s for p in points]
     assert rates == sorted(rates)
     assert points[-1].efficiency < 0.5
     assert points[-1].bottleneck == "weights"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "mode"), [(1, "data"), (4, "data"), (4, "pipeline"), (8, "pipeline"), (4, "context")]
+)
+def test_a_simulated_cluster_agrees_with_the_closed_form_where_that_is_right(hosts, mode):
+    """Without host time they agree; with it, the closed form hides none and the simulation some."""
+    model, machine = load_model("opt-30b"), load_machine("smartssd-x16")
+    work, p = Work(batch=64, context=131072), parameters()
+    bare = scale.spread(
+        model, machine, work, hosts, mode, p=p.with_(layer_seconds=0.0, job_seconds=0.0)
+    )
+    got = scale.simulate(bare, model.n_layers, micro_batches=4)
+    assert got == pytest.approx(bare.tokens_per_s, rel=0.005)
+    point = scale.spread(model, machine, work, hosts, mode, p=p)
+    parts = point.parts
+    longest = max(parts["dense"], parts["attention"], parts["layers"] + parts["jobs"])
+    got = scale.simulate(point, model.n_layers, micro_batches=4)
+    assert 0.97 * point.tokens_per_s <= got <= 1.01 * work.batch / longest / parts["waves"]
+
+
+def test_a_simulated_cluster_shows_what_the_closed_form_hides():
+    """Bubbles of a pipeline with too few micro-batches; the wait for the host with the longest span."""
+    args = {"dense": 1.0, "attention": 1.0, "host": 0.0, "network": 0.0}
+    full = events.simulate_cluster("pipeline", 4, 8, 12, **args)
+    few = events.simulate_cluster("pipeline", 4, 8, 2, **args)
+    assert full / 12 == pytest.approx(2.0)  # a host's two layers, GPU and store at once
+    assert few / 2 == pytest.approx(8.0)  # two micro-batches leave most of four hosts idle
+    one = events.simulate_cluster("context", 4, 8, 1, **args)
+    two = events.simulate_cluster("context", 4, 8, 2, **args)
+    assert one == pytest.approx(8 * 2.0)
+    assert two == pytest.approx(2 * 8 * 1.0, rel=0.01)
+    uneven = events.simulate_cluster("context", 4, 8, 2, **args, load=[1.6, 0.8, 0.8, 0.8])
+    assert uneven == pytest.approx(1.6 * two, rel=0.01)
+
+
+def test_network_time_of_a_cluster_is_on_its_ports():
+    args = {"dense": 0.1, "attention": 0.1, "host": 0.0}
+    assert events.simulate_cluster("context", 2, 4, 2, **args, network=1.0) == pytest.approx(8.0)
+    assert events.simulate_cluster("data", 2, 4, 2, **args, network=1.0) == pytest.approx(0.8)
+    hops = events.simulate_cluster("pipeline", 2, 4, 8, **args, network=1.0)
+    assert hops == pytest.approx(8.0)  # eight micro-batches leave each host once
 
 
 def test_a_cluster_cannot_have_more_pipeline_stages_than_layers_or_more_hosts_than_sequences():

@@ -365,7 +365,7 @@ def load_model(name: str) -> Model:
 def model_of(config) -> Model:
     """The shape of a transformers configuration of a decoder."""
 
-    def get(*names, default=None):
+    def get(*names: str, default: Any = None) -> Any:
         return next((v for n in names if (v := getattr(config, n, None)) is not None), default)
 
     heads = get("num_attention_heads", "n_head")

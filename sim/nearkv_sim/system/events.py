@@ -11,6 +11,7 @@ It agrees with the closed form where that is right (tests), and shows the differ
 micro-batches, short rings, ragged contexts, and fewer jobs than cards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 import heapq
 
@@ -212,3 +213,82 @@ def simulate_plan(
         serial_card=estimate.policy.serial_card,
         merge=layer / micro_batches,
     )
+
+
+def simulate_cluster(
+    mode: str,
+    hosts: int,
+    n_layers: int,
+    micro_batches: int,
+    *,
+    dense: float,
+    attention: float,
+    host: float,
+    network: float,
+    load: Sequence[float] = (),
+    steps: int = 3,
+) -> float:
+    """Seconds of a decode step of a cluster: the mean of some steps between a first and a last one.
+
+    A host has a GPU, a store (its flash, cards and CPUs), a thread that drives them and a network
+    port; a layer of a micro-batch takes them in turn, and each serves one micro-batch at a time, the
+    oldest first. (In turns by layer, all would move from host to host in one convoy.)
+
+    Parameters
+    ----------
+    mode : "data", "pipeline" or "context"
+        As in `scale`. "data": each host has `micro_batches` of its own. "context": every host works at
+        every layer of every micro-batch, and the next layer waits for the slowest.
+    n_layers : int
+        Of the model.
+    micro_batches : int
+        In flight.
+    dense, attention, host : float
+        Seconds of GPU, store and thread, per layer and micro-batch of one host.
+    network : float
+        Seconds of a port: per hop to the next host in a pipeline, per layer otherwise.
+    load : sequence of float
+        Of each host, relative to the mean: how uneven their spans or sequences are.
+    """
+    env = simpy.Environment()
+    load = load or [1.0] * hosts
+    parts = [[simpy.PriorityResource(env) for _ in range(4)] for _ in range(hosts)]
+    ends = [0.0] * (steps + 2)
+
+    def hold(resource, age, seconds):
+        with resource.request(priority=age) as turn:
+            yield turn
+            yield env.timeout(seconds)
+
+    def layer_on(at, age, hops):
+        gpu, store, thread, port = parts[at]
+        yield from hold(gpu, age, dense)
+        yield from hold(store, age, attention * load[at])
+        yield from hold(thread, age, host)
+        if hops and network:
+            yield from hold(port, age, network)
+
+    def owner(layer):
+        return layer * hosts // n_layers
+
+    def walk(micro, layer_of):
+        for step in range(steps + 2):
+            for layer in range(n_layers):
+                yield from layer_of(layer, step * micro_batches + micro)
+            ends[step] = max(ends[step], env.now)
+
+    def piped(layer, age):
+        last = owner(layer) != owner((layer + 1) % n_layers)
+        yield from layer_on(owner(layer), age, last)
+
+    def together(layer, age):
+        yield env.all_of([env.process(layer_on(at, age, hosts > 1)) for at in range(hosts)])
+
+    for micro in range(micro_batches):
+        if mode == "data":
+            for at in range(hosts):
+                env.process(walk(micro, lambda layer, age, at=at: layer_on(at, age, False)))
+        else:
+            env.process(walk(micro, piped if mode == "pipeline" else together))
+    env.run()
+    return (ends[-2] - ends[0]) / steps

@@ -60,8 +60,7 @@ def sweep(
     """All systems over contexts x batches x cards, one dict a point, keys as `COLUMNS`."""
     axes = np.meshgrid(cards, batches, contexts, indexing="ij")
     n_cards, batch, context = (axis.ravel() for axis in axes)
-    if machine.has_cards:
-        machine = scale.with_cards(machine, n_cards)
+    machine = scale.with_drives(machine, n_cards)
     work = Work(batch=batch, context=context, output=output)
     table = []
     for system, e in estimates(model, machine, work, p):
@@ -437,15 +436,15 @@ def write(
                     "nearkv int8", "gain", "fp16 plan", "int8 plan"], better),
         ]  # fmt: skip
         grown = [
-            [name, _tokens(context), batch, q.hosts, q.cards, q.mode, q.tokens_per_s,
+            [name, _tokens(context), batch, q.hosts, q.drives, q.mode, q.tokens_per_s,
              f"{q.efficiency:.0%}", q.bottleneck, q.why]
             for name, batch, context in (("qwen2.5-32b", 16, 1 << 20), ("llama-3.1-70b", 4096, 32768))
             for q in scale.scale(load_model(name), machine,
-                                 Work(batch=batch, context=context), cards=(cards_of(machine),))
+                                 Work(batch=batch, context=context), drives=(int(np.ravel(machine.drives.count)[0]),))
         ]  # fmt: skip
         body += ["<h2>Scale-out</h2><p>Efficiency above 100% comes from host memory, which grows "
                  "with the hosts and takes over from flash.</p>",
-                 _table(["model", "context", "batch", "hosts", "cards each", "spread by", "tokens/s",
+                 _table(["model", "context", "batch", "hosts", "drives each", "spread by", "tokens/s",
                          "efficiency", "bottleneck", "why it stops"], grown)]  # fmt: skip
     verdicts = published.reproduce(p)
     body += ["<h2>Published results, predicted</h2>", f"<p>{html.escape(summary(verdicts))}</p>",

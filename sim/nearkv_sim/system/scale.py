@@ -6,13 +6,17 @@ Three ways to spread, all exact, since partials merge in any order:
     data      each host has all weights and its share of the sequences
     pipeline  each host has a run of layers; as many micro-batches as hosts are in flight
     context   each host has a span of every sequence; hosts exchange q and partials each layer
+
+`spread` has the closed form; `simulate` has the same cluster event by event, with the bubbles of its
+pipeline and the waits for its slowest host.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from . import optimise
+from . import events, optimise
 from .describe import Machine, Model, Number, Parameters, Work, parameters
 
 MODES = ("data", "pipeline", "context")
@@ -28,16 +32,23 @@ class Network:
 
 @dataclass(frozen=True)
 class Point:
-    """One size of the cluster. `efficiency`: tokens/s per host over that of one host."""
+    """One size of the cluster.
+
+    drives : of each host, with their cards if it has any
+    efficiency : tokens/s per host over that of one host
+    parts : seconds of one host's step by what takes them, and the batch it takes at a time, for
+        `simulate`
+    """
 
     hosts: int
-    cards: int
+    drives: int
     mode: str
     tokens_per_s: float
     step_seconds: float
     efficiency: float
     bottleneck: str
     why: str
+    parts: dict[str, float]
 
 
 WHY = {
@@ -63,17 +74,17 @@ def _reason(estimate, step: float, layers: float, network: float, link_bytes_per
     return "uplink" if "uplink" in full else "memory"
 
 
-def with_cards(machine: Machine, cards: Number) -> Machine:
-    """The machine with another number of drives and cards; the uplink of a chassis does not grow.
+def with_drives(machine: Machine, drives: Number) -> Machine:
+    """The machine with another number of drives, and their cards; the uplink does not grow.
 
     Up to the machine's own number the uplink is at most what the drives deliver.
     """
-    own = machine.drives.read_bytes_per_s * cards
+    own = machine.drives.read_bytes_per_s * drives
     uplink = np.minimum(machine.drives.uplink_bytes_per_s, own)
     per_drive = machine.cards.count / machine.drives.count
     return machine.with_(
-        drives={"count": cards, "uplink_bytes_per_s": uplink},
-        cards={"count": cards * per_drive},
+        drives={"count": drives, "uplink_bytes_per_s": uplink},
+        cards={"count": drives * per_drive},
     )
 
 
@@ -124,9 +135,47 @@ def spread(
     feeds = machine.gpu.link_bytes_per_s if machine.has_gpu else machine.host.memory_bytes_per_s
     link = float(feeds) / waves
     bottleneck = _reason(estimate, step, layers * passes * waves, traffic, link)
+    dense, attention = optimise.stages(estimate)
+    parts = {"dense": dense, "attention": attention, "layers": layers * passes, "network": traffic,
+             "jobs": float(np.ravel(estimate.loads.serial["jobs"])[0]), "waves": waves}  # fmt: skip
     return Point(
-        hosts, int(machine.cards.count), mode, batch / step, step, 0.0, bottleneck, WHY[bottleneck]
+        hosts, int(machine.drives.count), mode, batch / step, step, 0.0, bottleneck,
+        WHY[bottleneck], parts,
+    )  # fmt: skip
+
+
+def simulate(
+    point: Point, n_layers: int, micro_batches: int = 2, load: Sequence[float] = ()
+) -> float:
+    """Tokens/s of a point, event by event.
+
+    Parameters
+    ----------
+    n_layers : int
+        Of the model.
+    micro_batches : int
+        In flight at each host.
+    load : sequence of float
+        As for `events.simulate_cluster`: how unevenly the hosts are loaded.
+    """
+    parts = point.parts
+    piped = point.mode == "pipeline"
+    flying = micro_batches * point.hosts if piped else micro_batches
+    # A pipeline's host has a part of the layers, and its loads are those of all that pass through.
+    share = -(-n_layers // point.hosts) * flying if piped else n_layers * flying
+    network = parts["network"] / (flying if piped else n_layers * flying)
+    seconds = events.simulate_cluster(
+        point.mode,
+        point.hosts,
+        n_layers,
+        flying,
+        dense=parts["dense"] / share,
+        attention=parts["attention"] / share,
+        host=(parts["layers"] + parts["jobs"]) / share,
+        network=network,
+        load=load,
     )
+    return point.tokens_per_s * point.step_seconds / (seconds * parts["waves"])
 
 
 def scale(
@@ -134,13 +183,13 @@ def scale(
     machine: Machine,
     work: Work,
     hosts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
-    cards: tuple[int, ...] = (1, 4, 16),
+    drives: tuple[int, ...] = (1, 4, 16),
     **options,
 ) -> list[Point]:
-    """Every size with its best mode; efficiency is against the smallest size with as many cards."""
+    """Every size with its best mode; efficiency is against the smallest size with as many drives."""
     found = []
-    for count in cards:
-        sized, first = with_cards(machine, count), None
+    for count in drives:
+        sized, first = with_drives(machine, count), None
         for n in hosts:
             points = [spread(model, sized, work, n, mode, **options) for mode in MODES]
             points = [point for point in points if point]
