@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import html
 import importlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,49 @@ def run(arguments: argparse.Namespace) -> int:
     return module.run(parser.parse_args(arguments.arguments))
 
 
+def to_json(command: str, head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    """The figures of a bench as tests/bench keeps them: a line for each run."""
+    lines = [
+        f"  {json.dumps(key)}: {json.dumps(_rounded(value))}"
+        for key, value in {"command": command, **head}.items()
+    ]
+    rows = ",\n".join(f"    {json.dumps(_rounded(run))}" for run in runs)
+    return "{\n" + ",\n".join([*lines, f'  "runs": [\n{rows}\n  ]']) + "\n}"
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with six digits; more only tell what is noise."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(x) for key, x in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 PLOT_SUFFIXES = (".png", ".svg", ".html")
 _COLOURS = ("#12a150", "#3f7cc4", "#b9b9b9", "#d9822b", "#b8577d", "#7d7d7d")
+
+
+def check_plot(path: str | Path) -> Path:
+    """See that `plot_bars` can write this file: before minutes of measuring, not after.
+
+    Raises
+    ------
+    ValueError
+        If the suffix is none of `PLOT_SUFFIXES`, or the folder does not exist.
+    ImportError
+        If matplotlib is not installed; the message has the command that installs it.
+    """
+    path = Path(path)
+    if path.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"a plot is a file {', '.join(PLOT_SUFFIXES)}, not {path.name!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} for the plot; create it first")
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "plots need matplotlib; install it with: pip install 'nearkv[plan]'"
+        ) from error
+    return path
 
 
 def plot_bars(
@@ -69,22 +111,14 @@ def plot_bars(
     Raises
     ------
     ValueError
-        If the suffix is none of those, or a series has not one value for each group.
-    RuntimeError
-        If matplotlib is not installed; the message has the command that installs it.
+        If a series has not one value for each group; and what `check_plot` raises.
     """
-    path = Path(path)
-    if path.suffix not in PLOT_SUFFIXES:
-        raise ValueError(f"a plot is a file {', '.join(PLOT_SUFFIXES)}, not {path.name!r}")
+    path = check_plot(path)
     for name, values in series.items():
         if len(values) != len(groups):
             raise ValueError(f"{name!r} has {len(values)} values for {len(groups)} groups")
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            "plots need matplotlib; install it with: pip install 'nearkv[plan]'"
-        ) from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -3,6 +3,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 import importlib.util
+import threading
+import time
 
 import google_crc32c
 from hypothesis import given, settings
@@ -432,6 +434,29 @@ def test_a_run_that_takes_too_long_ends_and_the_card_lives_on(open_twin, threads
         memories.execute(card, timeout_s=0.0)
     got = memories.execute(card, timeout_s=60)
     np.testing.assert_array_equal(got, memories.execute(ModelCard(CONFIG)))
+
+
+def test_other_python_threads_run_meanwhile(monkeypatch):
+    """The lock of the interpreter is free for the whole of a slice, not only between slices."""
+    monkeypatch.setattr(twin, "_SLICE_S", 60.0)
+    rng = np.random.default_rng(27)
+    memories = workload.place([small(rng, n_tokens=20_000, group_size=8) for _ in range(8)], rng)
+    with TwinCard(CONFIG, path="portable", threads=1) as card, ThreadPoolExecutor(1) as pool:
+        began = threading.Event()
+
+        def run():
+            began.set()
+            memories.execute(card)
+            return time.monotonic()
+
+        running = pool.submit(run)
+        began.wait()
+        # At the pace of the clock; with the lock held, none would fall into the slice.
+        ticks = []
+        while not running.done():
+            ticks.append(time.monotonic())
+            time.sleep(0.001)
+    assert len(ticks) > 10
 
 
 def test_cards_run_at_the_same_time():
