@@ -218,12 +218,6 @@ def _list(args, describe) -> int:
     return 0
 
 
-def _number(value) -> str:
-    if isinstance(value, list | tuple):
-        return " - ".join(_number(v) for v in value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
 def _reproduce(args) -> int:
     from nearkv_sim.system import describe, published, report
 
@@ -235,6 +229,7 @@ def _reproduce(args) -> int:
             "choices": published.choices(),
             "rows": [v.as_dict() for v in verdicts],
             "summary": report.summary(verdicts),
+            "leave_one_out": published.leave_one_out(),
         }, indent=1))  # fmt: skip
         return 0
     print(f"{'':2}{'row':26}{'published':>14}{'predicted':>16}{'error':>9}{'8K-128K':>14}  claim")
@@ -242,10 +237,12 @@ def _reproduce(args) -> int:
         row = v.row.values
         mark = "*" if row.get("headline") else ""
         mark += "o" if row.get("circular") else ""
-        got = "-" if v.low is None else _number(v.high if v.low == v.high else (v.low, v.high))
+        got = (
+            "-" if v.low is None else report.number(v.high if v.low == v.high else (v.low, v.high))
+        )
         error = "" if v.error is None else f"{v.error:+.1%}"
-        span = _number(v.span) if v.span else ""
-        print(f"{mark:2}{row['id']:26}{_number(row['published']):>14}{got:>16}{error:>9}{span:>14}"
+        span = report.number(v.span) if v.span else ""
+        print(f"{mark:2}{row['id']:26}{report.number(row['published']):>14}{got:>16}{error:>9}{span:>14}"
               f"  {row['claim']}")  # fmt: skip
         if not v.hit and row.get("why"):
             for line in textwrap.wrap(row["why"], 90):
@@ -255,6 +252,10 @@ def _reproduce(args) -> int:
         print(textwrap.fill(text, 100, initial_indent="chosen: ", subsequent_indent="        "))
     for name, value in p.fitted.items():
         print(f"fitted: {name} = {value:g}, for {p.entries[name]['anchor']}")
+    print("\nwith the parameters fitted to the other systems alone (nearkv plan --leave-one-out)")
+    for system, got in published.leave_one_out().items():
+        print(f"  {system:10} median error {got['median_error']:.0%}, {got['within_10_percent']} of "
+              f"{got['rows']} rows within 10%")  # fmt: skip
     return 0
 
 
@@ -330,7 +331,7 @@ def _as_dict(name: str, e) -> dict:
 
 
 def _what_if(args, model, machine, work) -> int:
-    from nearkv_sim.system import closed_form, optimise, policy
+    from nearkv_sim.system import closed_form, optimise, policy, report
 
     limits = optimise.Limits(
         max_error=ACCURACY[args.accuracy],
@@ -343,6 +344,7 @@ def _what_if(args, model, machine, work) -> int:
     for name in policy.SYSTEMS:
         chosen = policy.system(name, model, machine, work)
         found.append(_as_dict(name, closed_form.estimate(model, machine, work, chosen)))
+        found[-1]["lacks"] = policy.lacks(chosen, machine)
     if args.events and machine.has_cards:
         found[0]["simulated"] = _simulate(model, machine, work, best)
     if args.json:
@@ -353,20 +355,21 @@ def _what_if(args, model, machine, work) -> int:
         return 0
     print(f"{model.name} on {machine.name}: batch {args.batch}, context {args.context:,}, output "
           f"{args.output}\n{machine.source}\n")  # fmt: skip
-    print(f"{'system':17}{'tokens/s':>10}{'end to end':>12}{'step':>10}{'J/token':>10}"
-          f"{'USD/M tok':>11}{'drives':>9}  bottleneck")  # fmt: skip
+    print(f"{'system':16}{'batch':>5}{'tokens/s':>10}{'in all':>9}{'step':>9}{'J/token':>9}"
+          f"{'USD/M':>8}{'drives':>8}  bottleneck")  # fmt: skip
     for e in found:
         if not e["feasible"]:
-            print(f"{e['system']:17}{'does not fit':>22}")
+            print(f"{e['system']:16}  {e.get('lacks') or 'does not fit'}")
             continue
-        batch = f" (batch {e['batch']:.0f})" if e["batch"] != args.batch else ""
-        years = f"{e['drive_years']:.3g} y" if e["drive_years"] < 1000 else "> 1000 y"
-        print(f"{e['system']:17}{e['tokens_per_s']:10.3g}{e['end_to_end_tokens_per_s']:12.3g}"
-              f"{e['step_seconds']:8.3g} s{_number(e['joules_per_token']):>10}"
-              f"{_number(e['usd_per_million_tokens']):>11}{years:>9}  {e['bottleneck']}{batch}")  # fmt: skip
+        years = f"{e['drive_years']:.3g} y" if e["drive_years"] < 1000 else "> 1 ky"
+        print(f"{e['system']:16}{e['batch']:5.0f}{e['tokens_per_s']:10.3g}"
+              f"{e['end_to_end_tokens_per_s']:9.3g}{e['step_seconds']:7.3g} s"
+              f"{report.number(e['joules_per_token']):>9}"
+              f"{report.number(e['usd_per_million_tokens']):>8}{years:>8}  {e['bottleneck']}")  # fmt: skip
+    print("in all: with prefill. USD/M: of a million tokens. drives: until they are worn out")
     plan = found[0]
     print(f"\nnearkv stores K and V in {plan['kv_type']}, pages of {plan['page_tokens']} tokens, "
-          f"{plan['micro_batches']} micro-batches")  # fmt: skip
+          f"{plan['micro_batches']} micro-batch(es)")  # fmt: skip
     for tier, share in plan["shares"].items():
         print(f"  {share:7.1%}  {policy.TIERS[tier]}")
     held = {"gpu": "GPU memory", "dram": "host memory", "flash": "flash"}
@@ -382,8 +385,7 @@ def _what_if(args, model, machine, work) -> int:
         print(f"  {name:9}{seconds:10.4f} s  {bar:{BAR}}  {about}")
     print("\nmoved in a step")
     for name, size in plan["step_bytes"].items():
-        about = " (of what is on the GPU link)" if name == "weights" else ""
-        print(f"  {name:13}{size / 1e9:12.3f} GB{about}")
+        print(f"  {name:13}{size / 1e9:12.3f} GB")
     if simulated := plan.get("simulated"):
         print("\nthe cards' part of the step, event by event")
         for parts, row in simulated.items():

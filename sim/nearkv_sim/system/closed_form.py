@@ -15,7 +15,7 @@ import numpy as np
 
 from . import traffic
 from .describe import Drives, Machine, Model, Number, Parameters, Work, parameters
-from .policy import ON_CARDS, ON_GPU, TIERS, Policy, weight_shares
+from .policy import TIERS, Policy, lacks, weight_shares
 
 RESOURCES = {
     "drive": "flash reads and writes",
@@ -258,7 +258,7 @@ class Estimate:
         times = {**self.loads.busy, **self.loads.serial}
         first = {name: float(np.ravel(seconds)[0]) for name, seconds in times.items()}
         longest = max(first.values())
-        return " + ".join(name for name, seconds in first.items() if seconds >= 0.99 * longest)
+        return ", ".join(name for name, seconds in first.items() if seconds >= 0.99 * longest)
 
 
 def power(machine: Machine, busy: dict[str, Number], step: Number, buffered: bool) -> Number:
@@ -334,10 +334,7 @@ def estimate(
         & (stored + weights["flash"] * model.weight_bytes <= capacity * (1 + 1e-6))
         & (batch * length * token * in_dram <= room + 1e-6 * machine.host.memory_bytes)
     )
-    uses_cards = sum(np.asarray(shares.get(t, 0.0)) for t in ON_CARDS) > 0
-    feasible = feasible & (~uses_cards | (np.asarray(machine.cards.count) > 0))
-    uses_gpu = sum(np.asarray(shares.get(t, 0.0)) for t in ON_GPU) > 0
-    feasible = feasible & (~uses_gpu | machine.has_gpu)
+    feasible = feasible & (not lacks(policy, machine))
     safe = Work(
         batch=np.maximum(batch, 1), context=work.context, output=work.output, kv_type=work.kv_type
     )

@@ -251,6 +251,9 @@ def simulate_cluster(
         Of each host, relative to the mean: how uneven their spans or sequences are.
     """
     env = simpy.Environment()
+    meet = mode == "context" and hosts > 1
+    if not load and mode != "pipeline":
+        hosts = 1  # all do the same at the same time
     load = load or [1.0] * hosts
     parts = [[simpy.PriorityResource(env) for _ in range(4)] for _ in range(hosts)]
     ends = [0.0] * (steps + 2)
@@ -282,7 +285,7 @@ def simulate_cluster(
         yield from layer_on(owner(layer), age, last)
 
     def together(layer, age):
-        yield env.all_of([env.process(layer_on(at, age, hosts > 1)) for at in range(hosts)])
+        yield env.all_of([env.process(layer_on(at, age, meet)) for at in range(hosts)])
 
     for micro in range(micro_batches):
         if mode == "data":

@@ -74,6 +74,16 @@ class Policy:
     kv_type: str = "fp16"
 
 
+def lacks(policy: Policy, machine: Machine) -> str:
+    """What the machine would need for the policy's shares; empty if it has it all."""
+    used = {tier for tier, share in (policy.shares or {}).items() if np.any(np.asarray(share) > 0)}
+    if used & set(ON_CARDS) and not machine.has_cards:
+        return "needs cards"
+    if used & set(ON_GPU) and not machine.has_gpu:
+        return "needs a GPU"
+    return ""
+
+
 def weight_shares(model: Model, machine: Machine, big_on_flash: bool, working: float) -> dict:
     """Where the weights lie, as FlexGen's and HILOS' rules have it: GPU first, then host memory.
 

@@ -309,12 +309,13 @@ def fit(p: Parameters | None = None) -> Parameters:
     return _with(p, found.x, ANCHORS)
 
 
-def leave_one_out(p: Parameters | None = None) -> dict[str, dict]:
+@cache
+def leave_one_out() -> dict[str, dict]:
     """For each system: parameters fitted on the other systems' ratios alone, and its errors then.
 
     A fitted parameter that no other system's row depends on takes its neutral value.
     """
-    p = p or parameters()
+    p = parameters()
     result = {}
     for system in dict.fromkeys(row.system for row in rows()):
         others = [row for row in rows() if row.system != system and row.get("predict") in FORWARD]
@@ -333,7 +334,7 @@ def leave_one_out(p: Parameters | None = None) -> dict[str, dict]:
         start = [math.log(p.values[n]) for n in names]
         # Absolute deviations, softly: a row the model cannot explain should not bend the rest.
         found = least_squares(residual, start, args=(names,), loss="soft_l1", f_scale=0.1,
-                              x_scale=0.1, diff_step=1e-3)  # fmt: skip
+                              x_scale=0.1, diff_step=1e-3, ftol=1e-4, xtol=1e-3)  # fmt: skip
         fitted = _with(neutral, found.x, names)
         # An anchor is a prediction here; what only repeats arithmetic is not.
         own = [row for row in rows() if row.system == system]

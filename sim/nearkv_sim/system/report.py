@@ -24,6 +24,12 @@ COLOURS = {
     "flexgen-dram": "#7d7d7d",
     "flexgen-ssd": "#b9b9b9",
 }
+FIGURE = r"(> )?[-+]?[\d.,]*(e[-+]\d+)?[%x]?( - [\d.,]+)?"  # also none at all
+TIER_COLOURS = dict(zip(policy.TIERS, (
+    "#0a5c36", "#d9822b", "#b8577d", "#e0a458", "#3f7cc4", "#5b6b7a", "#12a150", "#7b5ea7", "#2a9d8f",
+), strict=True))  # fmt: skip
+# Model, batch and context of the scale-out tables: few long contexts, and thousands of sequences.
+SCALED = (("qwen2.5-32b", 16, 1 << 20), ("llama-3.1-70b", 4096, 32768))
 CARDS = (1, 2, 4, 8, 12, 16, 24, 32)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 EIGHT_BIT = optimise.Limits(max_error=0.01)
@@ -176,6 +182,14 @@ def _tokens(value: float) -> str:
     return f"{value / 1048576:g}M" if value >= 1048576 else f"{value / 1024:g}K"
 
 
+def _plain(axis):
+    """Numbers of a logarithmic axis as people write them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def plot_context(axis, table, batch: int, cards: int):
     points = [r for r in table if r["batch"] == batch and r["cards"] == cards]
     for system, colour in COLOURS.items():
@@ -189,7 +203,8 @@ def plot_context(axis, table, batch: int, cards: int):
     marks = [c for c in contexts if c & (c - 1) == 0]
     axis.set_xticks(marks, [_tokens(c) for c in marks])
     axis.minorticks_off()
-    axis.set_title(f"Decode throughput over context: batch {batch}, {cards} cards")
+    _plain(axis)
+    axis.set_title(f"Decode throughput over context: batch {batch}, {cards} drives")
     axis.legend(fontsize=8, ncols=2)
 
 
@@ -201,11 +216,12 @@ def plot_cards(axis, table, batch: int, context: int):
             axis.plot(*zip(*line, strict=True), color=colour, marker="o", ms=3.5,
                       lw=2.6 if system.startswith("nearkv") else 1.6, label=system)  # fmt: skip
     cards = sorted({r["cards"] for r in points})
-    axis.set(xscale="log", yscale="log", xlabel="cards (and their drives) behind one uplink",
+    axis.set(xscale="log", yscale="log", xlabel="drives (with their cards, if any) behind one uplink",
              ylabel="tokens/s")  # fmt: skip
     axis.set_xticks(cards, [str(c) for c in cards])
     axis.minorticks_off()
-    axis.set_title(f"Decode throughput over cards: {_tokens(context)} context, batch {batch}")
+    _plain(axis)
+    axis.set_title(f"Decode throughput over drives: {_tokens(context)} context, batch {batch}")
 
 
 def plot_ablation(axis, model, machine, work):
@@ -217,7 +233,7 @@ def plot_ablation(axis, model, machine, work):
         gain = f"{rate / rates[i - 1]:.2f}x" if i else ""
         axis.annotate(f"{rate:.3g}\n{gain}", (bar.get_x() + bar.get_width() / 2, rate),
                       ha="center", va="bottom", fontsize=8, color="#333")  # fmt: skip
-    axis.set_xticks(range(len(steps)), names, fontsize=7)
+    axis.set_xticks(range(len(steps)), names, fontsize=7.5)
     axis.set_ylim(0, max(rates) * 1.2)
     axis.set_ylabel("tokens/s")
     axis.grid(axis="x", visible=False)
@@ -257,7 +273,7 @@ def plot_roofline(axis, machine: Machine, p: Parameters):
     axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
     axis.minorticks_off()
     axis.legend(fontsize=8, loc="lower right")
-    axis.set_title("Roofline of one card: flash is the limit at every group size")
+    axis.set_title(f"Roofline of one card of {machine.name}")
 
 
 def plot_reproduction(axis, verdicts):
@@ -272,7 +288,7 @@ def plot_reproduction(axis, verdicts):
         axis.plot([0, error], [y, y], color=colour, lw=2)
         axis.plot([error], [y], "o", color=colour, ms=6)
     axis.set_yticks(range(len(heads)), [
-        f"{v.row.id}  {_number(v.row.published)} / {_number(v.high)}" for v in reversed(heads)
+        f"{v.row.id}  {number(v.row.published)} / {number(v.high)}" for v in reversed(heads)
     ], fontsize=7.5)  # fmt: skip
     axis.set(xlim=(-62, 62), xlabel="error, % (green band: 10%; grey: circular, does not count)")
     axis.grid(axis="y", visible=False)
@@ -309,26 +325,38 @@ p.lead{{color:#555;margin-top:0}}figure{{margin:1rem 0}}svg{{max-width:100%;heig
 .grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1rem}}
 table{{border-collapse:collapse;font-size:.86rem;width:100%}}th{{text-align:left;background:#f4f6f5}}
 td,th{{padding:.28rem .5rem;border-bottom:1px solid #e8e8e8;vertical-align:top}}
+td.k{{white-space:nowrap;font-weight:600}}
+.tiles{{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}}
+.tile{{flex:1 1 150px;background:#f4f7f5;border-radius:8px;padding:.6rem .9rem}}
+.tile b{{display:block;font-size:1.3rem;white-space:nowrap;color:#0a5c36}}.tile span{{color:#555;font-size:.85rem}}
+.bar{{display:flex;height:26px;border-radius:6px;overflow:hidden;font-size:.78rem;color:#fff}}
+.bar div{{padding:.2rem .5rem;white-space:nowrap;overflow:hidden}}
 td.n,th.n{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
 tr.hit td.e{{color:#0a7d3c;font-weight:600}}tr.miss td.e{{color:#b3261e;font-weight:600}}
 tr.circular{{color:#888}}small{{color:#666}}
 </style></head><body><h1>{title}</h1><p class="lead">{lead}</p>{body}</body></html>"""
 
 
-def _number(value) -> str:
+def number(value) -> str:
+    """Three significant digits; a range for a pair."""
     if isinstance(value, list | tuple):
-        return " - ".join(_number(v) for v in value)
+        return " - ".join(number(v) for v in value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _table(head: list[str], lines: list[list], classes: list[str] | None = None) -> str:
+    right = [
+        all(isinstance(v, int | float) or re.fullmatch(FIGURE, str(v)) for v in column)
+        for column in zip(*lines, strict=True)
+    ]
+
+    brief = max((len(str(line[0])) for line in lines), default=0) < 32
+
     def cell(value, i):
-        number = isinstance(value, int | float)
-        text = _number(value) if number else html.escape(str(value))
-        kind = "n e" if head[i] == "error" else "n" if number else ""
+        text = number(value) if isinstance(value, int | float) else html.escape(str(value))
+        kind = "n e" if head[i] == "error" else "n" if right[i] else "k" if not i and brief else ""
         return f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
 
-    right = [any(isinstance(line[i], int | float) for line in lines) for i in range(len(head))]
     out = ["<table><tr>"]
     for title, numeric in zip(head, right, strict=True):
         out.append(f"<th{' class=n' if numeric else ''}>{html.escape(title)}</th>")
@@ -340,9 +368,69 @@ def _table(head: list[str], lines: list[list], classes: list[str] | None = None)
     return "".join([*out, "</table>"])
 
 
+def _tiles(systems: dict[str, closed_form.Estimate]) -> str:
+    """The answer in five numbers."""
+    e = systems["nearkv"]
+    others = {k: float(v.tokens_per_s) for k, v in systems.items()
+              if v.feasible and not k.startswith("nearkv") and k != "instinfer-sparf"}  # fmt: skip
+    tiles = [(f"{number(float(e.tokens_per_s))} tokens/s", f"decode, batch {int(e.batch)}"),
+             (e.bottleneck.split(", ")[0], "is busy longest"),
+             (f"{number(float(e.joules_per_token))} J", "per token"),
+             (f"{number(float(e.usd_per_million_tokens))} USD", "per million tokens"),
+             ("> 1000 y" if e.drive_years > 1000 else f"{number(float(e.drive_years))} y",
+              "until the drives are worn out")]  # fmt: skip
+    if others:
+        best = max(others, key=lambda name: others[name])
+        gain = float(e.tokens_per_s) / others[best]
+        tiles.insert(1, (f"{gain:.2f}x", f"the best other exact system, {best}"))
+    return '<div class="tiles">' + "".join(
+        f'<div class="tile"><b>{html.escape(a)}</b><span>{html.escape(b)}</span></div>' for a, b in tiles
+    ) + "</div>"  # fmt: skip
+
+
+def _compared(systems: dict[str, closed_form.Estimate], machine: Machine) -> str:
+    lines = []
+    for name, e in systems.items():
+        if not e.feasible:
+            lines.append([name, *[""] * 7, policy.lacks(e.policy, machine) or "does not fit"])
+            continue
+        lines.append([
+            name, int(e.batch), *(float(v) for v in (
+                e.tokens_per_s, e.end_to_end_tokens_per_s, e.step_seconds, e.joules_per_token,
+                e.usd_per_million_tokens)),
+            "> 1000" if e.drive_years > 1000 else float(e.drive_years), e.bottleneck,
+        ])  # fmt: skip
+    return _table(["system", "batch", "tokens/s", "end to end", "step, s", "J/token",
+                   "USD/M tokens", "drive life, years", "bottleneck"], lines)  # fmt: skip
+
+
+def _shares(e: closed_form.Estimate) -> str:
+    """The context as a bar, cut by the places it is served from."""
+    cuts = [(tier, float(share)) for tier, share in e.shares.items() if share > 0.002]
+    bar = "".join(
+        f'<div style="flex:{share:.4f};background:{TIER_COLOURS[tier]}" title="{policy.TIERS[tier]}">'
+        f"{share:.0%}</div>" for tier, share in cuts
+    )  # fmt: skip
+    key = " &nbsp; ".join(
+        f'<span style="color:{TIER_COLOURS[tier]}">&#9632;</span> {share:.1%} {policy.TIERS[tier]}'
+        for tier, share in cuts
+    )
+    return f'<div class="bar">{bar}</div><p><small>{key}</small></p>'
+
+
+def _left_out() -> str:
+    lines = [
+        [name, got["median_error"] and f"{got['median_error']:.0%}", got["within_10_percent"],
+         got["rows"], *(number(v) for v in got["parameters"].values())]
+        for name, got in published.leave_one_out().items()
+    ]  # fmt: skip
+    return _table(["system left out", "median error", "rows within 10%", "of", *published.ANCHORS],
+                  lines)  # fmt: skip
+
+
 def figures(model: Model, machine: Machine, work: Work, table: list[dict], p: Parameters):
     """(name, function that draws on an axis, width, height) of each figure."""
-    cards = int(np.ravel(machine.cards.count)[0])
+    cards = int(np.ravel(machine.drives.count)[0])
     known = sorted({r["cards"] for r in table})
     cards = cards if cards in known else known[-1]
     context = min({r["context"] for r in table}, key=lambda c: abs(c - work.context))
@@ -399,26 +487,20 @@ def write(
     figure.savefig(directory / "report.png", dpi=80)
     pyplot.close(figure)
 
-    compared = []
-    systems = [
-        (name, closed_form.estimate(model, machine, work,
-                                    policy.system(name, model, machine, work), p=p))
-        for name in policy.SYSTEMS
+    systems = {"nearkv int8": optimise.optimise(model, machine, work, EIGHT_BIT, p=p),
+               "nearkv": optimise.optimise(model, machine, work, p=p)}  # fmt: skip
+    for name in reversed(policy.SYSTEMS):
+        chosen = policy.system(name, model, machine, work)
+        systems[name] = closed_form.estimate(model, machine, work, chosen, p=p)
+    body = [
+        _tiles(systems),
+        "<h2>This work on this machine</h2>",
+        _compared(systems, machine),
+        "<p>End to end counts the prefill. instinfer-sparf reads half of the pages and is not exact.</p>",
+        "<h2>Where nearkv serves the context</h2>",
+        *(f"<p>{name}: K and V in {e.policy.kv_type}, pages of {e.policy.page_tokens} tokens</p>"
+          f"{_shares(e)}" for name, e in systems.items() if name.startswith("nearkv")),
     ]  # fmt: skip
-    systems.append(("nearkv", optimise.optimise(model, machine, work, p=p)))
-    systems.append(("nearkv int8", optimise.optimise(model, machine, work, EIGHT_BIT, p=p)))
-    for name, e in reversed(systems):
-        if not e.feasible:
-            compared.append([name, "does not fit", *[""] * 7])
-            continue
-        compared.append([
-            name, *(float(v) for v in (e.tokens_per_s, e.end_to_end_tokens_per_s, e.step_seconds)),
-            e.bottleneck, *(float(v) for v in (e.joules_per_token, e.usd_per_million_tokens)),
-            "> 1000" if e.drive_years > 1000 else float(e.drive_years), int(e.batch),
-        ])  # fmt: skip
-    body = ["<h2>This work on this machine</h2>", _table(
-        ["system", "tokens/s", "end to end, tokens/s", "step, s", "bottleneck", "J/token",
-         "USD/M tokens", "drive life, years", "batch"], compared)]  # fmt: skip
     body.append('<h2>Figures</h2><div class="grid">' + "".join(svgs) + "</div>")
     if machine.has_cards:
         better = [
@@ -435,34 +517,45 @@ def write(
             _table(["model", "context", "best other", "tokens/s", "nearkv fp16", "gain",
                     "nearkv int8", "gain", "fp16 plan", "int8 plan"], better),
         ]  # fmt: skip
-        grown = [
-            [name, _tokens(context), batch, q.hosts, q.drives, q.mode, q.tokens_per_s,
-             f"{q.efficiency:.0%}", q.bottleneck, q.why]
-            for name, batch, context in (("qwen2.5-32b", 16, 1 << 20), ("llama-3.1-70b", 4096, 32768))
-            for q in scale.scale(load_model(name), machine,
-                                 Work(batch=batch, context=context), drives=(int(np.ravel(machine.drives.count)[0]),))
+        points = [
+            (name, batch, context, q)
+            for name, batch, context in SCALED
+            for q in scale.scale(load_model(name), machine, Work(batch=batch, context=context),
+                                 drives=(int(np.ravel(machine.drives.count)[0]),))
         ]  # fmt: skip
-        body += ["<h2>Scale-out</h2><p>Efficiency above 100% comes from host memory, which grows "
-                 "with the hosts and takes over from flash.</p>",
-                 _table(["model", "context", "batch", "hosts", "drives each", "spread by", "tokens/s",
-                         "efficiency", "bottleneck", "why it stops"], grown)]  # fmt: skip
+        grown = [
+            [f"{name}, {_tokens(context)}, batch {batch:,}", q.hosts, q.mode, q.tokens_per_s,
+             scale.simulate(q, load_model(name).n_layers), f"{q.efficiency:.0%}", q.bottleneck]
+            for name, batch, context, q in points
+        ]  # fmt: skip
+        reasons = dict.fromkeys(q.bottleneck for *_, q in points)
+        body += ["<h2>Scale-out</h2><p>Hosts of this machine with all its drives; the way of spreading "
+                 "that is fastest. Simulated: event by event, two micro-batches in flight at a host. "
+                 "Efficiency above 100% comes from host memory, which grows with the hosts and takes over "
+                 "from flash.</p>",
+                 _table(["work", "hosts", "spread by", "tokens/s", "simulated", "efficiency",
+                         "what ends it"], grown),
+                 "<p>", "<br>".join(f"<b>{name}</b>: {scale.WHY[name]}" for name in reasons),
+                 "</p>"]  # fmt: skip
     verdicts = published.reproduce(p)
     body += ["<h2>Published results, predicted</h2>", f"<p>{html.escape(summary(verdicts))}</p>",
-             reproduction_table(verdicts), "<p>Chosen, where no source settles it:</p><ul>",
+             reproduction_table(verdicts),
+             "<h3>With the parameters fitted to the other systems alone</h3>", _left_out(),
+             "<p>Chosen, where no source settles it:</p><ul>",
              *(f"<li>{html.escape(text)}</li>" for text in published.choices()), "</ul>"]  # fmt: skip
-    constants = [[k, _number(p.values[k]), e["kind"], e["source"]]
+    constants = [[k, number(p.values[k]), e["kind"], e["source"]]
                  for k, e in p.entries.items()]  # fmt: skip
     body += ["<h2>Parameters</h2>", _table(["name", "value", "kind", "source"], constants)]
     lead = (f"{model.name} on {machine.name} ({machine.source}). Batch {work.batch}, context "
             f"{_tokens(work.context)}, output {work.output} tokens. All figures are predictions of "
             "the system model, none is a measurement.")  # fmt: skip
-    page = PAGE.format(title="nearkv plan", lead=html.escape(lead), body="".join(body))
+    page = PAGE.format(
+        title=f"nearkv plan: {model.name} on {machine.name}",
+        lead=html.escape(lead),
+        body="".join(body),
+    )
     (directory / "report.html").write_text(page)
     return [directory / name for name in ("sweep.csv", "report.html", "report.png")]
-
-
-def cards_of(machine: Machine) -> int:
-    return int(np.ravel(machine.cards.count)[0])
 
 
 def reproduction_table(verdicts) -> str:
@@ -471,13 +564,15 @@ def reproduction_table(verdicts) -> str:
         row = v.row
         note = "; ".join(t for t in (v.at, "" if v.hit else row.get("why", "")) if t)
         error = "" if v.error is None else f"{v.error:+.1%}"
-        got = "" if v.low is None else _number(v.high if v.low == v.high else (v.low, v.high))
-        span = _number(v.span) if v.span else ""
-        lines.append([row.id, row.claim, row.grade, _number(row.published), got, error, span, note])
+        got = "" if v.low is None else number(v.high if v.low == v.high else (v.low, v.high))
+        span = number(v.span) if v.span else ""
+        lines.append(
+            [f"{row.id}: {row.claim}", row.grade, number(row.published), got, error, span, note]
+        )
         circular = row.get("circular", False)
         classes.append("circular" if circular else "" if v.error is None else
                        "hit" if v.hit else "miss")  # fmt: skip
-    return _table(["id", "claim", "grade", "published", "predicted", "error", "8K-128K", "note"],
+    return _table(["claim", "grade", "published", "predicted", "error", "8K-128K", "note"],
                   lines, classes)  # fmt: skip
 
 

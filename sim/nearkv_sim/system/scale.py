@@ -182,7 +182,7 @@ def scale(
     model: Model,
     machine: Machine,
     work: Work,
-    hosts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    hosts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
     drives: tuple[int, ...] = (1, 4, 16),
     **options,
 ) -> list[Point]:
