@@ -6,7 +6,13 @@ from amaranth import Mux
 from nearkv_hw import fetch
 from nearkv_hw.fetch import Block, KvFetch, Pass
 from nearkv_hw.fifo import Queue
-from nearkv_hw.jobs import Tile
+from nearkv_hw.jobs import Tile, small_product
+
+
+def within(tile):
+    """Limits that `JobReader` keeps."""
+    parts = tile.params.parts
+    return (tile.tokens <= 128) & (parts != 0) & (parts <= 8)
 
 
 def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
@@ -14,9 +20,7 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     `o_block` are queues' outputs (their stream rules: see `Queue`). For any tiles within the
     limits, any well-behaved memory and any consumer.
 
-    That a beat comes only for an announced pass is assumed. To prove it takes the sum of
-    rows * blocks over a queue, which the solver does not settle in minutes; for the same reason it
-    is left to the simulations that all beats of an announced block are there.
+    That a beat comes only for an announced pass is the next proof.
     """
     b, depth = bench, 512
     # As many passes and blocks as the largest pass allows, for a short proof; built with 16 and 32.
@@ -26,10 +30,6 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     beats, blocks, passes, waiting = (
         dut.inside(name) for name in ("beats", "blocks", "passes", "waiting")
     )
-
-    def within(tile):
-        parts = tile.params.parts
-        return (tile.tokens <= 128) & (parts != 0) & (parts <= 8)
 
     b.assume_stream(dut.i_tile)
     b.assume(within(dut.i_tile.p), when=dut.i_tile.valid)
@@ -74,4 +74,66 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     b.claim(dut.inside("reserved") == announced - block + coming + blocks.level)
     b.claim(dut.inside("reserved") <= blocks.depth)
     b.claim_queue(dut, "blocks")
+    b.prove(depth=1, reach=12)
+
+
+def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
+    """As many as rows * blocks of each, in order, and no other."""
+    b, m = bench, bench.m
+    depths = {Pass: 2, Block: 8}  # the number of passes has no part in the argument
+    monkeypatch.setattr(fetch, "Queue", lambda shape, n: Queue(shape, depths.get(shape, n)))
+    dut = b.add(KvFetch(256, 64, 3))
+    passes, waiting = dut.inside("passes"), dut.inside("waiting")
+    b.assume(within(dut.i_tile.p), when=dut.i_tile.valid)
+    issued, burst_beats = dut.ar.valid & dut.ar.ready, dut.ar.p.beats_less_1 + 1
+    on_the_way = b.counter(Mux(issued, burst_beats, 0), dut.r.valid, name="on_the_way")
+    b.assume(on_the_way != 0, when=dut.r.valid)
+    b.claim(passes.o.valid, when=dut.r.valid)
+    b.cover(dut.r.valid & (on_the_way == 7))
+
+    # What is still to come of the passes in the queue; products kept, so that sums of products are
+    # never compared.
+    announce = passes.i.valid & passes.i.ready
+    announced = small_product(passes.i.p.rows, passes.i.p.blocks)
+    due = 0
+    for place, (pass_, there) in enumerate(b.entries(dut, "passes", Pass)):
+        b.claim((pass_.rows != 0) & (pass_.rows <= 256) & (pass_.blocks != 0) & (pass_.blocks <= 8),
+                when=there)  # fmt: skip
+        beats = b.ghost(12, "pass_beats")
+        with m.If(announce & (dut.inside("passes.fifo.produce") == place)):
+            m.d.sync += beats.eq(announced)
+        b.claim(beats == small_product(pass_.rows, pass_.blocks), when=there)
+        due += Mux(there, beats, 0)
+    now, row, block = passes.o, dut.inside("row"), dut.inside("block")
+    b.claim((row < now.p.rows) & (block < now.p.blocks), when=now.valid)
+    b.claim((row == 0) & (block == 0), when=~now.valid)
+    arrived = b.ghost(12, "arrived")  # of the oldest
+    with m.If(dut.r.valid):
+        m.d.sync += arrived.eq(Mux(passes.o.ready, 0, arrived + 1))
+    b.claim(arrived == row + small_product(now.p.rows, block), when=now.valid)
+    b.claim(arrived == 0, when=~now.valid)
+
+    # The same as spans to ask for, beats to issue, beats on the way.
+    b.claim(dut.states(fsm="order") & dut.states("master"))
+    b.claim(within(dut.inside("tile")), when=dut.state("Keep", "Announce", "Ask", fsm="order"))
+    for kept, there in b.entries(dut, "waiting", Tile):
+        b.claim(within(kept), when=there)
+    b.claim(waiting.level <= 3, when=dut.state("Keep", fsm="order"))
+    spans, spans_left = dut.inside("master").spans, dut.inside("spans_left")
+    asking, is_v = dut.state("Ask", fsm="order"), dut.inside("is_v")
+    spans_due = b.ghost(12, "spans_due")
+    with m.If(announce):
+        m.d.sync += spans_due.eq(announced)
+    with m.Elif(spans.valid & spans.ready):
+        m.d.sync += spans_due.eq(spans_due - spans.p.beats)
+    b.claim((spans_left != 0) & (spans_left <= Mux(is_v, 8, 1)), when=asking)
+    b.claim(spans_due == small_product(spans.p.beats[:8], spans_left), when=asking & is_v)
+    b.claim(spans_due == spans.p.beats, when=asking & ~is_v)
+    b.claim(spans_due == 0, when=~asking)
+    left, size = dut.inside("master.left"), dut.inside("master.beats")
+    idle = dut.state("master.Take Span")
+    b.claim((left != 0) | idle)
+    b.claim((size != 0) & (size <= left) & (size <= 64),
+            when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
+    b.claim(due == spans_due + Mux(idle, 0, left) + on_the_way + arrived)
     b.prove(depth=1, reach=12)
