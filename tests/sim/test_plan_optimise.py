@@ -34,7 +34,9 @@ def machines(draw):
     return Machine(
         name="random",
         source="drawn",
-        gpu=Gpu(
+        gpu=Gpu()
+        if draw(st.integers(0, 4)) == 0
+        else Gpu(
             count=1,
             flops=draw(log(50e12, 2e15)),
             memory_bytes=draw(log(16e9, 200e9)),
@@ -45,6 +47,8 @@ def machines(draw):
             memory_bytes=draw(log(128e9, 4e12)),
             memory_bytes_per_s=draw(log(50e9, 500e9)),
             attention_bytes_per_s=draw(log(10e9, 200e9)),
+            twin_bytes_per_s=draw(log(1e9, 200e9)),
+            flops=draw(log(0.1e12, 20e12)),
         ),
         drives=Drives(
             count=n_drives,
@@ -55,7 +59,9 @@ def machines(draw):
             uplink_bytes_per_s=uplink,
             raid=draw(st.booleans()),
         ),
-        cards=Cards(
+        cards=Cards()
+        if draw(st.integers(0, 4)) == 0
+        else Cards(
             count=n_drives,
             ingest_bytes_per_s=read * draw(st.floats(0.5, 1.5)),
             engine_bytes_per_s=draw(log(2e9, 120e9)),
@@ -108,6 +114,19 @@ def test_never_worse_than_a_published_policy(machine, model, batch, context_log2
             mine = exact
         assert mine.feasible
         assert mine.tokens_per_s >= other.tokens_per_s * (1 - 1e-6), name
+
+
+@pytest.mark.parametrize(("name", "system"), [("opt-66b", "hilos"), ("qwen2.5-32b", "instinfer")])
+def test_without_the_tiers_of_a_system_the_plan_would_be_worse(name, system):
+    """So the property has something to say: it does not hold for any plan."""
+    model, machine = load_model(name), load_machine("smartssd-x16")
+    work = Work(batch=16, context=131072)
+    other = closed_form.estimate(
+        model, machine, work, policy.system(system, model, machine, work)
+    ).tokens_per_s
+    tiers = {"flash_kv", "flash_cpu", "dram_kv", "dram_cpu"}
+    assert optimise.optimise(model, machine, work, tiers=tiers).tokens_per_s < other
+    assert optimise.optimise(model, machine, work).tokens_per_s >= other
 
 
 @pytest.mark.parametrize("name", names("machines"))
