@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+import logging
 import math
 import tempfile
 import threading
@@ -32,6 +33,8 @@ from .card import Card, CardError, open_cards
 from .flash import FlashError, Load, PageId, Read
 from .partial import Partial
 from .store import KvStore
+
+log = logging.getLogger("nearkv")
 
 SEGMENTS = 4  # of the ring: one is computed while the others fill
 # Of kv memory at most. More hides no more of the drive's latency, and less stays in the caches of a
@@ -209,7 +212,8 @@ class PageAttention:
         FlashError
             If a page cannot be read, or an earlier write of one of these sequences has failed.
         CardError
-            If the card reports anything but success, naming job, page and cause.
+            If the card reports anything but success, naming job, page and cause. A card that is late
+            or fails is reset first, and the work done again.
         """
         begin = time.perf_counter()
         layout = self.store.layout
@@ -246,10 +250,14 @@ class PageAttention:
         self.figures.attend_s += time.perf_counter() - begin
         return total.reshape(n_sequences, n_heads, n_slices * width)[:, :, :n_rows]
 
-    def close(self) -> None:
+    def discard(self) -> None:
         """Give up what was fetched ahead, and wait until no read is on its way."""
         for ring in self._rings:
             ring.close()
+
+    def close(self) -> None:
+        """`discard`, and end the threads."""
+        self.discard()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
@@ -389,7 +397,19 @@ class _Ring:
             before, self._tenancy.ring = self._tenancy.ring, self
             if before is not None and before is not self:
                 before._discard()
-            return self._attend(plan, following, records)
+            try:
+                return self._attend(plan, following, records)
+            except CardError as error:
+                if not error.recoverable:
+                    raise
+                log.warning("%s; the card is reset and the work done again", error)
+                self._reset()
+            try:
+                return self._attend(plan, None, records)
+            except CardError as error:
+                if error.recoverable:
+                    self._reset()  # others may have better luck
+                raise
 
     def close(self) -> None:
         """Wait for what is on its way, and leave the card to others."""
@@ -421,10 +441,19 @@ class _Ring:
                 finally:
                     self._free.append(loading.segment)
             self._start(wanted, coming)
-        except BaseException:
-            self._discard()
+        except BaseException as error:
+            if not getattr(error, "recoverable", False):
+                self._discard()
             raise
         return sums.total()
+
+    def _reset(self) -> None:
+        """Reset the card; nothing is on its way then."""
+        while self._loading:
+            loading = self._loading.popleft()
+            self.figures.wasted_bytes += loading.load.nbytes
+            self._free.append(loading.segment)
+        self.card.reset()
 
     def _start(self, wanted, coming):
         """Ask for batches while segments are free; the one that found none."""
@@ -528,6 +557,7 @@ class _Ring:
         work = batch.works[int(np.searchsorted(ends, job, "right"))]
         status, bad_page = Status(int(header["status"][job])), int(header["bad_page"][job])
         page = PageId(plan.layer, plan.sequences[work.sequence], work.kv_head, 0)
+        path = None
         where = f"layer {page.layer}, sequence {page.sequence}, kv head {page.kv_head}"
         if status & Status.DONE and bad_page < len(work.pages):
             page = page._replace(page=int(work.pages[bad_page]))
@@ -542,6 +572,8 @@ class _Ring:
             f"{int((~good).sum())} of {len(header)} jobs failed",
             status=status,
             counters=counters,
+            page=page,
+            filename=None if path is None else str(path),
         )
 
 

@@ -14,6 +14,7 @@ in host memory, both rounded to the KV type. New tokens are attended first and s
 
 from collections.abc import Sequence
 import errno
+import logging
 import math
 import tempfile
 import weakref
@@ -21,6 +22,8 @@ import weakref
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -28,10 +31,12 @@ from nearkv_hw.abi import KvType, PageLayout
 
 from . import pages
 from .attention import Figures, PageAttention, check_card
-from .card import Card, open_cards
+from .card import Card, CardError, open_cards
 from .flash import FlashError, PageId
-from .partial import merge
+from .partial import Partial, merge
 from .store import DELAYED_BYTES, KvStore
+
+log = logging.getLogger("nearkv")
 
 _TORCH_TYPES = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}
 _ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
@@ -70,11 +75,19 @@ class NearStorageCache(Cache):
         Limit on what is written to flash.
     beyond_budget : "raise" or "keep"
         What to do with pages beyond it: FlashError, or keep them in host memory.
+    on_fault : "raise" or "drop"
+        What a fault does that belongs to one sequence: a page that is damaged, missing, or cannot be
+        read or written; K or V that are Inf or NaN. "raise" ends the call. "drop" takes the sequence
+        out and goes on with the others, whose results are the same bits as without the fault: its
+        pages are deleted, its attention is zero from then on, and `faults` tells why. Give
+        `logits_processor` and `stopping_criteria` to `generate`, so that its row ends there.
 
     Attributes
     ----------
     figures : nearkv.attention.Figures
         What the card and the host have done so far.
+    faults : dict of int to Exception
+        By row of the batch: why it was dropped. FlashError and CardError have `page` and `filename`.
 
     Raises
     ------
@@ -98,11 +111,14 @@ class NearStorageCache(Cache):
         weights: Sequence[float] | None = None,
         budget_bytes: int | None = None,
         beyond_budget: str = "raise",
+        on_fault: str = "raise",
     ):
         if spill_pages < 1:
             raise ValueError(f"spill_pages must be at least 1, not {spill_pages}")
         if beyond_budget not in ("raise", "keep"):
             raise ValueError(f'beyond_budget must be "raise" or "keep", not {beyond_budget!r}')
+        if on_fault not in ("raise", "drop"):
+            raise ValueError(f'on_fault must be "raise" or "drop", not {on_fault!r}')
         config = config.get_text_config(decoder=True)
         if kv_dtype is None:
             kv_dtype = "bf16" if config.dtype == torch.bfloat16 else "fp16"
@@ -126,9 +142,20 @@ class NearStorageCache(Cache):
                 one.close()
             raise
         self._finalizer = weakref.finalize(self, _close, self._pages, self.store, owned)
+        self.faults: dict[int, Exception] = {}
+        tokens = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+        # What a dropped row goes on with. Any token does: nobody is to read it.
+        self._filler = next((token for token in tokens if isinstance(token, int)), 0)
         super().__init__(
             layers=[
-                _Layer(self._pages, index, spill_pages, beyond_budget == "keep")
+                _Layer(
+                    self._pages,
+                    index,
+                    spill_pages,
+                    beyond_budget == "keep",
+                    on_fault == "drop",
+                    self.faults,
+                )  # fmt: skip
                 for index in range(config.num_hidden_layers)
             ]
         )
@@ -148,9 +175,42 @@ class NearStorageCache(Cache):
         """The first card."""
         return self.cards[0]
 
+    @property
+    def logits_processor(self) -> LogitsProcessorList:
+        """For `generate`: rows that were dropped go on with padding, whatever the model computes."""
+        return LogitsProcessorList([_FillDropped(self.faults, self._filler)])
+
+    @property
+    def stopping_criteria(self) -> StoppingCriteriaList:
+        """For `generate`: rows that were dropped are finished."""
+        return StoppingCriteriaList([_StopDropped(self.faults)])
+
     def close(self) -> None:
         """Delete the pages. May be called twice."""
         self._finalizer()
+
+
+class _FillDropped(LogitsProcessor):
+    def __init__(self, faults: dict[int, Exception], filler: int):
+        self._faults, self._filler = faults, filler
+
+    def __call__(self, input_ids, scores):
+        rows = list(self._faults)
+        if rows:
+            scores = scores.clone()
+            scores[rows] = -torch.inf
+            scores[rows, self._filler] = 0
+        return scores
+
+
+class _StopDropped(StoppingCriteria):
+    def __init__(self, faults: dict[int, Exception]):
+        self._faults = faults
+
+    def __call__(self, input_ids, scores, **kwargs):
+        stop = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        stop[list(self._faults)] = True
+        return stop
 
 
 class _Handle(torch.Tensor):
@@ -183,8 +243,17 @@ class _Layer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, attention: PageAttention, index: int, spill_pages: int, keep: bool):
+    def __init__(
+        self,
+        attention: PageAttention,
+        index: int,
+        spill_pages: int,
+        keep: bool,
+        drop: bool,
+        faults: dict[int, Exception],
+    ):
         super().__init__()
+        self._drop, self._faults = drop, faults  # of the whole cache
         self._spill_tokens = spill_pages * attention.store.layout.page_tokens
         self._keep = keep  # in host memory, what is beyond the write budget
         self._may_write = True
@@ -240,6 +309,7 @@ class _Layer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
+        self._faults.clear()
         if self.is_initialized:
             for sequence in range(self.batch_size):
                 self._store.truncate(sequence, self._index, 0)
@@ -311,6 +381,8 @@ class _Layer(CacheLayerMixin):
             out = out.to(query.device, query.dtype)
         self._commit(k, v, valid)
         self._pending = 0
+        if self._faults:
+            out[list(self._faults)] = 0
         return out
 
     def _attend_past(self, query, k, v, valid, stored, scale) -> torch.Tensor:
@@ -319,15 +391,40 @@ class _Layer(CacheLayerMixin):
         # Query heads of a group, then their tokens: all share a kv head's pages.
         rows = query.reshape(batch, n_kv_heads, -1, head_dim)
         out, lse_ln = self._attend_host(rows, k, v, valid, n_new, scale)
-        if any(stored):
-            partial = self._attention.attend(self._index, range(batch), rows.numpy(), scale, stored)
+        alive, partial = self._attend_pages(rows.numpy(), scale, stored)
+        if partial is not None:
             card_out, lse_log2 = partial.normalise()
-            out, lse_ln = merge(
-                np.stack([out.numpy(), card_out]),
-                np.stack([lse_ln.numpy(), lse_log2 * math.log(2)]),
+            merged, _ = merge(
+                np.stack([out[alive].numpy(), card_out]),
+                np.stack([lse_ln[alive].numpy(), lse_log2 * math.log(2)]),
             )
-            out = torch.from_numpy(out)
+            out = out.double()
+            out[alive] = torch.from_numpy(merged).double()
         return out.reshape(batch, n_q_heads, n_new, head_dim).transpose(1, 2).contiguous()
+
+    def _attend_pages(self, rows, scale, stored) -> tuple[list[int], Partial | None]:
+        """The rows of the batch that were not dropped, and their partial if they have pages."""
+        while True:
+            alive = [row for row in range(len(rows)) if row not in self._faults]
+            if not any(stored[row] for row in alive):
+                return alive, None
+            try:
+                return alive, self._attention.attend(
+                    self._index, alive, rows[alive], scale, [stored[row] for row in alive]
+                )
+            except (FlashError, CardError) as error:
+                if error.page is None:  # it is nobody's in particular
+                    raise
+                self._take_out(error.page.sequence, error)
+
+    def _take_out(self, sequence: int, error: Exception) -> None:
+        """Go on without a sequence; or raise the error, if that is what is wanted."""
+        if not self._drop:
+            raise error
+        log.warning("row %d of the batch is dropped: %s", sequence, error)
+        self._faults[sequence] = error
+        self._attention.discard()  # reads of its files may be on their way
+        self._store.drop(sequence)
 
     def _attend_host(self, rows, k, v, valid, n_new, scale):
         """Tail and new tokens: out (batch, kv heads, rows, head_dim), lse_ln (without the last)."""
@@ -361,20 +458,27 @@ class _Layer(CacheLayerMixin):
     def _commit(self, k, v, valid) -> None:
         """Tokens move to the tail, and from there to flash whenever they fill pages."""
         self._check_finite(k, v)
-        page_tokens = self._store.layout.page_tokens
         for sequence in range(self.batch_size):
-            new = torch.stack([k[sequence], v[sequence]])  # (K or V, kv head, token, channel)
-            if valid is not None:
-                new = new[:, :, valid[sequence]]
-            have, n_new = self._tail_tokens[sequence], new.shape[2]
-            if have + n_new >= self._spill_tokens and self._may_write:
-                tokens = torch.cat([self._tail[:, sequence, :, :have], new], dim=2)
-                full = (have + n_new) // page_tokens * page_tokens
-                if self._spill(sequence, tokens[:, :, :full]):
-                    have, new = 0, tokens[:, :, full:]
-            self._grow_tail(have + new.shape[2])
-            self._tail[:, sequence, :, have : have + new.shape[2]] = new
-            self._tail_tokens[sequence] = have + new.shape[2]
+            if sequence not in self._faults:
+                try:
+                    self._commit_one(sequence, k, v, valid)
+                except FlashError as error:
+                    self._take_out(sequence, error)
+
+    def _commit_one(self, sequence: int, k, v, valid) -> None:
+        page_tokens = self._store.layout.page_tokens
+        new = torch.stack([k[sequence], v[sequence]])  # (K or V, kv head, token, channel)
+        if valid is not None:
+            new = new[:, :, valid[sequence]]
+        have, n_new = self._tail_tokens[sequence], new.shape[2]
+        if have + n_new >= self._spill_tokens and self._may_write:
+            tokens = torch.cat([self._tail[:, sequence, :, :have], new], dim=2)
+            full = (have + n_new) // page_tokens * page_tokens
+            if self._spill(sequence, tokens[:, :, :full]):
+                have, new = 0, tokens[:, :, full:]
+        self._grow_tail(have + new.shape[2])
+        self._tail[:, sequence, :, have : have + new.shape[2]] = new
+        self._tail_tokens[sequence] = have + new.shape[2]
 
     def _spill(self, sequence: int, tokens) -> bool:
         """Give full pages to the store, unless it may not write them and they are to be kept."""
@@ -394,14 +498,20 @@ class _Layer(CacheLayerMixin):
 
     def _check_finite(self, k, v) -> None:
         for name, x in (("K", k), ("V", v)):
-            if not torch.isfinite(x).all():
-                sequence, head, token, _ = torch.nonzero(~torch.isfinite(x))[0].tolist()
+            finite = torch.isfinite(x)
+            if finite.all():
+                continue
+            for sequence in torch.nonzero(~finite.flatten(1).all(1)).flatten().tolist():
+                if sequence in self._faults:
+                    continue
+                head, token, _ = torch.nonzero(~finite[sequence])[0].tolist()
                 token += self._positions - x.shape[2]
-                raise ValueError(
+                error = ValueError(
                     f"Inf or NaN in {name} of layer {self._index}, sequence {sequence}, kv head "
                     f"{head}, token {token}: either the model computed it, or it is too large for "
                     f"{self._store.layout.kv_type.name.lower()} (kv_dtype='bf16' reaches further)"
                 )
+                self._take_out(sequence, error)
 
     def _take_back(self, sequence: int, page: int) -> None:
         """Read a page from flash into the tail."""

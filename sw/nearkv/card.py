@@ -8,10 +8,11 @@ one card from another.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import importlib
 import logging
 import os
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from nearkv_hw import abi
 from nearkv_hw.abi import Status
 
 from .buffers import JobMemory, KvMemory
-from .flash import READS_IN_FLIGHT, Load, Read, open_reader
+from .flash import READS_IN_FLIGHT, LateError, Load, PageId, Read, open_reader
 
 log = logging.getLogger("nearkv")
 
@@ -37,11 +38,27 @@ class CardError(RuntimeError):
         Of the partial that is not good.
     counters : dict or None
         Fields of the summary (`abi.SUMMARY`), if the run came to its end.
+    page : PageId or None
+        What the error is about, if it is about one sequence.
+    filename : str or None
+        Of that page.
+    recoverable : bool
+        Whether `Card.reset` is likely to help.
     """
 
-    def __init__(self, message: str, *, status: Status | None = None, counters: dict | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: Status | None = None,
+        counters: dict | None = None,
+        page: PageId | None = None,
+        filename: str | None = None,
+        recoverable: bool = False,
+    ):
         super().__init__(message)
         self.status, self.counters = status, counters
+        self.page, self.filename, self.recoverable = page, filename, recoverable
 
 
 @runtime_checkable
@@ -85,6 +102,13 @@ class Card(Protocol):
         """
         ...
 
+    def reset(self) -> None:
+        """Give up what is on its way and make the card usable again, after a time-out.
+
+        What its memories held is lost. Raises CardError if that does not help.
+        """
+        ...
+
     def close(self) -> None:
         """Release the card and its memories."""
 
@@ -112,6 +136,8 @@ class MemoryCard:
         How they are made: `nearkv.flash.open_reader`.
     timeout_s : float
         For a load or a run that does not bring its own.
+    reopen : callable, optional
+        Makes another backend, for `reset` after a run that did not end well.
     """
 
     def __init__(
@@ -124,16 +150,23 @@ class MemoryCard:
         reads_in_flight: int = READS_IN_FLIGHT,
         reader: str = "auto",
         timeout_s: float = 60.0,
+        reopen: Callable[[], Any] | None = None,
     ):
         self.name, self._backend, self.timeout_s = name, backend, timeout_s
+        self._reopen = reopen
         self.rows, self.max_head_dim = backend.config.rows, backend.config.max_head_dim
         self.kv_bytes, self.job_bytes = kv_bytes, job_bytes
         self._config_hash = backend.config.hash32
-        self._kv, self._job = KvMemory(kv_bytes), JobMemory(job_bytes)
-        self._kv_seen = self._kv.simulated()
-        self._reader = open_reader(self._kv, reads_in_flight, reader)
-        self._late: list[Load] = []
+        self._job = JobMemory(job_bytes)
+        self._depth, self._reader_kind = reads_in_flight, reader
+        self._new_kv_memory()
         self._broken = ""
+
+    def _new_kv_memory(self) -> None:
+        self._kv = KvMemory(self.kv_bytes)
+        self._kv_seen = self._kv.simulated()
+        self._reader = open_reader(self._kv, self._depth, self._reader_kind)
+        self._late: list[Load] = []
 
     def __enter__(self):
         return self
@@ -147,6 +180,22 @@ class MemoryCard:
             self._reader.close()
             self._backend.close()
 
+    def reset(self) -> None:
+        if self._broken == "closed":
+            raise CardError(f"card {self.name!r} is closed; open it again")
+        # Late reads may still write to the old memory, at any time; nobody looks at it any more.
+        self._reader.close()
+        self._new_kv_memory()
+        if self._broken:
+            if self._reopen is None:
+                raise CardError(f"card {self.name!r} is {self._broken}")
+            self._backend.close()
+            try:
+                self._backend = self._reopen()
+            except RuntimeError as error:
+                raise CardError(f"card {self.name!r} cannot be opened again: {error}") from error
+            self._broken = ""
+
     def start_load(self, reads: list[Read]) -> Load:
         self._check_open()
         for read in reads:
@@ -157,10 +206,13 @@ class MemoryCard:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         try:
             load.wait(timeout_s)
-        except TimeoutError as error:
+        except LateError as error:
             # The late reads may still write to kv memory, at any time.
             self._late.append(load)
-            raise CardError(f"card {self.name!r}: {error}") from error
+            raise CardError(
+                f"card {self.name!r}: {error}", page=error.page, filename=str(error.path),
+                recoverable=True,
+            ) from error  # fmt: skip
 
     def load(self, reads: list[Read], timeout_s: float | None = None) -> None:
         """`start_load` and `finish_load` in one."""
@@ -189,13 +241,14 @@ class MemoryCard:
         try:
             self._backend.execute(self._kv_seen, job, queue, n_jobs, summary, timeout_s)
         except TimeoutError as error:
-            self._broken = "unusable after a run that timed out; open it again"
+            self._broken = "unusable after a run that timed out; reset it, or open it again"
             raise CardError(
-                f"card {self.name!r}: {n_jobs} jobs did not end within {timeout_s:g} s: {error}"
+                f"card {self.name!r}: {n_jobs} jobs did not end within {timeout_s:g} s: {error}",
+                recoverable=True,
             ) from error
         except RuntimeError as error:
-            self._broken = "unusable after a run that failed; open it again"
-            raise CardError(f"card {self.name!r}: {error}") from error
+            self._broken = "unusable after a run that failed; reset it, or open it again"
+            raise CardError(f"card {self.name!r}: {error}", recoverable=True) from error
         counters = abi.SUMMARY.unpack(job[summary : summary + abi.SUMMARY.bytes])
         check_summary(self.name, counters, n_jobs, self._config_hash)
         return counters
@@ -207,7 +260,7 @@ class MemoryCard:
         if self._late:
             raise CardError(
                 f"card {self.name!r} is unusable after a load that timed out, until its reads have "
-                "arrived; or open it again"
+                "arrived; reset it, or open it again"
             )
 
 
@@ -245,13 +298,15 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
                 f"card {name!r} needs the package {package}; install it with: pip install {package}"
             ) from error
         config = config if isinstance(config, Config) else preset(config)
+        reopen = functools.partial(backend, config, **options)
         try:
-            backend = backend(config, **options)
+            backend = reopen()
         except RuntimeError as error:
             raise CardError(f"card {name!r} cannot be opened: {error}") from error
         return MemoryCard(
             name, backend, kv_bytes=kv_bytes, job_bytes=job_bytes,
             reads_in_flight=reads_in_flight, reader=reader, timeout_s=timeout_s,
+            reopen=reopen,
         )  # fmt: skip
 
     return opener

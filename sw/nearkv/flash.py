@@ -76,6 +76,22 @@ class FlashError(OSError):
         return self.message
 
 
+class LateError(TimeoutError):
+    """Pages have not arrived in time. They may do so at any later time.
+
+    Attributes
+    ----------
+    page : PageId
+        The first of them.
+    path : Path
+        Of its file.
+    """
+
+    def __init__(self, message: str, page: PageId, path: Path):
+        super().__init__(message)
+        self.page, self.path = page, path
+
+
 class Window:
     """Keeps reads and writes of one drive apart: many readers, or one writer, who goes first.
 
@@ -308,17 +324,19 @@ class Load:
         ------
         FlashError
             The first that a read raised.
-        TimeoutError
-            Naming what has not arrived. It may do so at any later time.
+        LateError
+            Naming what has not arrived.
         """
         self._reader._until(lambda: not self._left, timeout_s)
         late = sorted(self._left)
         if late:
             first = self._requests[late[0]]
-            raise TimeoutError(
+            raise LateError(
                 f"after {timeout_s:g} s, {len(late)} of {len(self._requests)} reads have not "
                 f"arrived, among them {first.page} ({first.path} at byte {first.offset}); "
-                "is the drive alive?"
+                "is the drive alive?",
+                first.page,
+                first.path,
             )
         if self._error is not None:
             raise self._error

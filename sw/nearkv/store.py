@@ -679,16 +679,19 @@ class KvStore:
             return [spill for spill in self._spills if spill.file.error is None]
 
         with self._change:
-            self._change.wait_for(lambda: ready() or self._closed)
-            self._change.wait_for(
-                lambda: self._hurry or self._closed or self._waiting_bytes >= STAGING_BYTES,
-                GATHER_S,
-            )
-            self._hurry = False
-            spills = ready()
-            for spill in spills:
-                self._spills.remove(spill)
-            return spills
+            while True:
+                self._change.wait_for(lambda: ready() or self._closed)
+                self._change.wait_for(
+                    lambda: self._hurry or self._closed or self._waiting_bytes >= STAGING_BYTES,
+                    GATHER_S,
+                )
+                self._hurry = False
+                spills = ready()
+                for spill in spills:
+                    self._spills.remove(spill)
+                if spills or self._closed:
+                    return spills
+                # Their sequence was dropped meanwhile; others will come.
 
     def _attempt(self, spills: list[_Spill]) -> list[tuple[_Spill, FlashError | None]]:
         """Write spills together; if that fails one by one, so that only the broken ones suffer."""
