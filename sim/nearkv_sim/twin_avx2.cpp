@@ -29,6 +29,7 @@ struct Avx2 : Generic {
             return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
         return _mm256_cvtph_ps(bits);
     }
+    template <bool>
     static F32 round(F32 element, F32 scale) { return _mm256_fmadd_ps(element, scale, all<F32>(BIAS)); }
     static void widen(const float* x, F64 to[2]) {
         to[0] = _mm256_cvtps_pd(_mm_load_ps(x));

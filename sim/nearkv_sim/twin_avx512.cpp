@@ -28,6 +28,7 @@ struct Avx512 : Generic {
             return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
         return _mm512_cvtph_ps(bits);
     }
+    template <bool>
     static F32 round(F32 element, F32 scale) { return _mm512_fmadd_ps(element, scale, all<F32>(BIAS)); }
     static void widen(const float* x, F64 to[2]) {
         to[0] = _mm512_cvtps_pd(_mm256_load_ps(x));
@@ -110,11 +111,22 @@ class Folded {
 // float x + BIAS, read as an integer, are x + BIAS_BITS.
 struct Ifma : Avx512 {
     using Sum = I64;
-    static constexpr int ROWS_SCALED = 8;
-    static constexpr int64_t BIAS_BITS = 0x4B400000;
+    static constexpr int ROWS_SCALED = 8, FEW_ROWS = 2;
+    // Where the multipliers are busy, two additions align: one of exponents, nudge included, and one of
+    // the bias; the bias is larger, so that no exponent falls below 0 before.
+    static constexpr int MARGIN = 64;
+    static constexpr int32_t BIAS_BITS = Generic::BIAS_BITS + (MARGIN << 23);
+    static constexpr int LARGEST_POWER = 126 - MARGIN, LARGEST_BINADE = MARGIN - 4;
+    template <bool FEW, class>
+    static I32 scale(I32 k) { return (larger(k + MARGIN, I32{}) + (FEW ? 127 : 0)) << 23 | SCALE_NUDGE; }
+    template <bool FEW>
+    static F32 round(F32 element, F32 scale) {
+        const F32 bias = (F32)all<I32>(BIAS_BITS);
+        return FEW ? (F32)_mm512_fmadd_ps(element, scale, bias) : (F32)((I32)element + (I32)scale) + bias;
+    }
     static const double* query_weights(const Query& query) { return (const double*)query.weight_52[0]; }
     static F64 p_weight(I64 p) { return (F64)p; }
-    static I64 start(double weight_sum) { return all<I64>(-BIAS_BITS * static_cast<int64_t>(weight_sum)); }
+    static I64 start(double weight_sum) { return all<I64>(-int64_t(BIAS_BITS) * static_cast<int64_t>(weight_sum)); }
     static I64 weight(const double* p) { return all<I64>(*(const int64_t*)p); }
     // Even lanes, under the low 20 bits of their odd neighbours; odd lanes. What the neighbours add is
     // 2^32 times their own sum, modulo 2^52; so `narrow` can take it off again.

@@ -54,8 +54,20 @@ constexpr int U_BITS = SCORE_FRAC_BITS - EXP2_SEGMENT_BITS;
 
 // Defaults of the operations that an instruction set may do better.
 struct Generic {
-    // As many rows at most are worth aligning while they are multiplied.
-    static constexpr int ROWS_SCALED = 0;
+    // With so many rows at most it is worth to align a block while multiplying. With few rows the
+    // multipliers have time to spare for that.
+    static constexpr int ROWS_SCALED = 0, FEW_ROWS = 0;
+    // An aligned element x travels as the float with these bits plus x.
+    static constexpr int32_t BIAS_BITS = 0x4B400000;
+    static_assert(BIAS_BITS == __builtin_bit_cast(int32_t, BIAS));
+    // What floating point can align: factors up to 2^LARGEST_POWER, elements below 2^(LARGEST_BINADE + 1).
+    static constexpr int LARGEST_POWER = 127, LARGEST_BINADE = 127;
+    // What `round` takes for 2^k; 2^k too small for a float makes every element 0.
+    template <bool FEW, class Simd>
+    static I32 scale(I32 k) {
+        const I32 power = k + 127;
+        return power > 0 ? (power << 23) | Simd::SCALE_NUDGE : I32{};
+    }
     // Sums of products of a weight and an aligned element, from minus what BIAS adds to them.
     using Sum = F64;
     static const double* query_weights(const Query& query) { return query.weight[0]; }
@@ -116,8 +128,8 @@ TWIN_INLINE void fetch(const uint16_t* ahead, size_t row) { __builtin_prefetch(a
 
 // What there is to know of a block before it is aligned.
 struct Extent {
-    int exponent;  // the largest
-    bool finite;
+    int exponent;  // the largest, of the rows as well
+    int field;     // the largest in an element
 };
 
 // The first look at a block: its CRC, and its largest exponent, of `n` rows whose own exponents are added,
@@ -166,32 +178,32 @@ TWIN_INLINE Extent survey(const uint16_t* block, int n, const uint32_t* below_la
     }
     // Exponent field 0 counts as 1, so no row is below its own exponent plus 1.
     const int field = total >> FORMAT.mantissa_bits;
-    return {largest_row_exponent + (field > 1 ? field : 1),
-            most >> FORMAT.mantissa_bits < (1 << FORMAT.exponent_bits) - 1};
+    return {largest_row_exponent + (field > 1 ? field : 1), most >> FORMAT.mantissa_bits};
 }
 
-// x + BIAS of a block by the letter of align.model: any exponents, Inf and NaN.
-template <KvFormat FORMAT>
+// Aligns a block by the letter of align.model: any exponents, Inf and NaN.
+template <KvFormat FORMAT, class Simd>
 static void align_exactly(const uint16_t* block, int n, const int32_t* row_exponent, int exponent,
-                          float* x) {
+                          int32_t* x) {
     for (int i = 0; i < n * LANES; i++) {
         int element = block[i], field = element >> FORMAT.mantissa_bits & ((1 << FORMAT.exponent_bits) - 1);
         int significand = (element & ((1 << FORMAT.mantissa_bits) - 1)) | (field > 0) << FORMAT.mantissa_bits;
         int shift = exponent - (field > 1 ? field : 1) - (row_exponent ? row_exponent[i / LANES] : 0);
         shift = shift < 0 ? 0 : shift > KV_BITS ? KV_BITS : shift;
         int rounded = ((significand << FORMAT.align_bits << 1 >> shift) + 1) >> 1;
-        x[i] = BIAS + static_cast<float>(element >> 15 ? -rounded : rounded);
+        x[i] = Simd::BIAS_BITS + (element >> 15 ? -rounded : rounded);
     }
 }
 
 // A block as the dot products read it: aligned while it is read, with floating point operations, which scale
 // by 2^k and round like `align_exactly` as long as 2^k and the elements are finite floats ...
-template <KvFormat FORMAT, class Simd>
+template <KvFormat FORMAT, bool FEW, class Simd>
 struct Scaled {
     const uint16_t* block;
     const float* scale;  // of each row
     TWIN_INLINE_MEMBER F32 aligned(ptrdiff_t r, int lane) const {
-        return Simd::round(Simd::template load<FORMAT.mantissa_bits>(block + r * LANES + lane), all<F32>(scale[r]));
+        return Simd::template round<FEW>(Simd::template load<FORMAT.mantissa_bits>(block + r * LANES + lane),
+                                         all<F32>(scale[r]));
     }
     TWIN_INLINE_MEMBER void widen(F32 x, ptrdiff_t, int, typename Simd::Sum to[2]) const { Simd::widen(x, to); }
 };
@@ -251,8 +263,9 @@ static void dot_rows(Block block, int n, const double* weight, const double* wei
                 int64_t* to = out + i * out_stride + lane + v * F64_LANES;
                 Simd::template narrow<Simd>(sum[i] + v, (I64*)to, (I64*)(to + F64_LANES));
             }
-            // The bits of x + BIAS are those of BIAS plus x.
-            if (TOTAL) *(I32*)(total + lane + v * F64_LANES) = plain[v / 2] - (I32)((U32)all<F32>(BIAS) * uint32_t(n));
+            if (TOTAL)
+                *(I32*)(total + lane + v * F64_LANES) =
+                    plain[v / 2] - int32_t(uint32_t(Simd::BIAS_BITS) * uint32_t(n));
         }
     }
 }
@@ -276,31 +289,35 @@ static void dot(Block block, int n, int rows, const double* weight, const double
 }
 
 // Aligns a block to the exponent that `survey` found, and multiplies it with `rows` rows of weights.
-template <KvFormat FORMAT, class Simd>
-TWIN_INLINE void multiply(const uint16_t* block, int n, const int32_t* row_exponent, int largest_row_exponent,
-                          Extent extent, Scratch& scratch, int rows, const double* weight,
-                          const double* weight_sum, int64_t* out, int out_stride, int32_t* total,
-                          const uint16_t* ahead) {
+template <KvFormat FORMAT, bool FEW, class Simd>
+static void multiply(const uint16_t* block, int n, const int32_t* row_exponent, int largest_row_exponent,
+                     Extent extent, Scratch& scratch, int rows, const double* weight,
+                     const double* weight_sum, int64_t* out, int out_stride, int32_t* total,
+                     const uint16_t* ahead) {
+    constexpr int ONE_FIELD = (1 << (FORMAT.exponent_bits - 1)) - 1;  // of 2^0; the largest finite is twice that
+    constexpr int BINADE = Simd::LARGEST_BINADE < ONE_FIELD ? Simd::LARGEST_BINADE : ONE_FIELD;
+    constexpr int MOST = FEW ? Simd::FEW_ROWS : Simd::ROWS_SCALED;
     const int base = FORMAT.unit - extent.exponent;
-    if (!extent.finite || base + largest_row_exponent > 127) {
-        align_exactly<FORMAT>(block, n, row_exponent, extent.exponent, scratch.x);
+    if (extent.field - ONE_FIELD > BINADE || base + largest_row_exponent > Simd::LARGEST_POWER) {
+        align_exactly<FORMAT, Simd>(block, n, row_exponent, extent.exponent, (int32_t*)scratch.x);
     } else {
         for (int r = 0; r < n; r += F32_LANES) {  // up to a vector past n, which is never used
-            I32 power = all<I32>(base + 127);
-            if (row_exponent) power += *(const I32*)(row_exponent + r);
-            *(I32*)(scratch.scale + r) = power > 0 ? (power << 23) | Simd::SCALE_NUDGE : I32{};
+            I32 k = all<I32>(base);
+            if (row_exponent) k += *(const I32*)(row_exponent + r);
+            *(I32*)(scratch.scale + r) = Simd::template scale<FEW, Simd>(k);
         }
-        const Scaled<FORMAT, Simd> scaled{block, scratch.scale};
-        if constexpr (Simd::ROWS_SCALED > 0)
-            if (rows <= Simd::ROWS_SCALED) {
-                dot<Simd, Simd::ROWS_SCALED>(scaled, n, rows, weight, weight_sum, out, out_stride, total, ahead);
+        const Scaled<FORMAT, FEW, Simd> scaled{block, scratch.scale};
+        if constexpr (MOST > 0)
+            if (rows <= MOST) {
+                dot<Simd, MOST>(scaled, n, rows, weight, weight_sum, out, out_stride, total, ahead);
                 return;
             }
         for (ptrdiff_t r = 0; r < n; r++)
 #pragma GCC unroll 16
             for (int t = 0; t < LANES; t += F32_LANES) *(F32*)(scratch.x + r * LANES + t) = scaled.aligned(r, t);
     }
-    dot<Simd, Simd::ROWS_AT_ONCE>(Aligned<Simd>{scratch.x}, n, rows, weight, weight_sum, out, out_stride, total, ahead);
+    dot<Simd, Simd::ROWS_AT_ONCE>(Aligned<Simd>{scratch.x}, n, rows, weight, weight_sum, out, out_stride, total,
+                                  ahead);
 }
 
 constexpr int64_t SCORE_UNIT = int64_t(1) << SCORE_FRAC_BITS;
@@ -396,6 +413,9 @@ TWIN_INLINE void add(BlockSum& sum, const int64_t* mantissa, int lanes, int expo
     }
 }
 
+template <KvFormat FORMAT>
+constexpr int NON_FINITE = (1 << FORMAT.exponent_bits) - 1;
+
 template <KvFormat FORMAT, class Simd>
 static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
     const int blocks = (tile.tokens + LANES - 1) / LANES;
@@ -409,10 +429,10 @@ static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
                                 b * query.head_dim % TILE_TOKENS * LANES;
         Extent found = survey<FORMAT, Simd>(k, query.head_dim, query.below_largest, query.largest_exponent,
                                             lanes, ahead, checksum);
-        tile.non_finite |= !found.finite;
-        multiply<FORMAT, Simd>(k, query.head_dim, query.exponent, query.largest_exponent, found, scratch,
-                               query.weighted_rows, Simd::query_weights(query), query.weight_sum,
-                               &scratch.raw[0][b * LANES], TILE_TOKENS, nullptr, ahead);
+        tile.non_finite |= found.field == NON_FINITE<FORMAT>;
+        (query.weighted_rows > Simd::FEW_ROWS ? multiply<FORMAT, false, Simd> : multiply<FORMAT, true, Simd>)(
+            k, query.head_dim, query.exponent, query.largest_exponent, found, scratch, query.weighted_rows,
+            Simd::query_weights(query), query.weight_sum, &scratch.raw[0][b * LANES], TILE_TOKENS, nullptr, ahead);
         for (int i = 0; i < query.weighted_rows; i++) {
             int64_t* raw = &scratch.raw[i][b * LANES];
             for (int t = lanes; t < LANES; t++) raw[t] = 0;
@@ -445,14 +465,15 @@ static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
     for (int part = 0; part < query.head_dim / LANES; part++) {
         const uint16_t* v = tile.v + size_t(part) * query.page_tokens * LANES;
         const uint16_t* ahead = (tile.next_k ? tile.next_k : v) + part * TILE_TOKENS * LANES;
-        Extent found = {EXPONENT_FLOOR, true};
+        Extent found = {EXPONENT_FLOOR, 0};
         alignas(64) int32_t total[LANES]{};
         checksum.part(v, tile.tokens);
         if (tile.tokens)
             found = survey<FORMAT, Simd>(v, tile.tokens, nullptr, 0, LANES, ahead, checksum);
-        tile.non_finite |= !found.finite;
-        multiply<FORMAT, Simd>(v, tile.tokens, nullptr, 0, found, scratch, query.weighted_rows, scratch.p[0],
-                               scratch.p_sum, scratch.o[0], LANES, unweighted ? total : nullptr, ahead);
+        tile.non_finite |= found.field == NON_FINITE<FORMAT>;
+        (query.weighted_rows > Simd::FEW_ROWS ? multiply<FORMAT, false, Simd> : multiply<FORMAT, true, Simd>)(
+            v, tile.tokens, nullptr, 0, found, scratch, query.weighted_rows, scratch.p[0], scratch.p_sum,
+            scratch.o[0], LANES, unweighted ? total : nullptr, ahead);
         // Rows without weight have the same p for every token.
         for (int i = query.weighted_rows; i < query.rows; i++)
             for (int t = 0; t < LANES; t++) scratch.o[i][t] = ONE * total[t];

@@ -21,6 +21,7 @@ struct Portable : Generic {
         return (F32)((I32)magnitude | (bits & 0x8000) << 16);
     }
     // Half away from zero: half an odd number of the last place is exact in a float up to 2^22.
+    template <bool>
     static F32 round(F32 element, F32 scale) {
         F32 x = element * scale;
         F32 half = (F32)(((I32)x & INT32_MIN) | (I32)all<F32>(0.5f));
