@@ -10,7 +10,10 @@ sequences spread over the cards, whatever their lengths.
 
 Beside the first shard's page files lie the indexes: one 64-byte record per page, with its own
 checksum, written after the page's bytes. `KvStore(directory, ...)` on an existing directory reads it
-back and stops at the first record that is torn.
+back and stops at the first record that is torn. That is enough when a process is killed. Against the
+loss of power, `flush` and `close` make the drive keep the pages, then the indexes, then the names of
+new files. What is written after that may be lost, or an index may outlive the bytes of its page: then
+the checksum tells, as for any damaged page. Temporary stores are not worth it.
 
 With `delayed_bytes`, pages are packed, checksummed and written by a thread of their own, in windows in
 which the drive does not read. Whoever asks for pages that are not written yet waits for them; what went
@@ -99,6 +102,7 @@ class _File:
         self.spans: dict[int, _Span] = {}
         self.end_bytes = [0] * len(fds)  # of the extents
         self.index_bytes = 0
+        self.unsafe = True  # there may be something that a loss of power would take
         self.error: FlashError | None = None  # of a spill, to be raised
 
     def close(self):
@@ -245,6 +249,10 @@ class KvStore:
         if self._writer is not None:
             self._writer.join()  # it writes what it has
         failed = [file.error for file in self._files.values() if file.error is not None]
+        try:
+            self._keep()
+        except FlashError as error:
+            failed.append(error)
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -332,7 +340,7 @@ class KvStore:
             path.unlink(missing_ok=True)
 
     def flush(self) -> None:
-        """Write everything that waits to be written.
+        """Write everything that waits to be written, and make the drive keep it.
 
         Raises
         ------
@@ -342,6 +350,7 @@ class KvStore:
         for sequence, file in list(self._files.items()):
             for layer in list(file.spans):
                 self.settle(sequence, layer)
+        self._keep()
 
     def settle(self, sequence: int, layer: int) -> None:
         """Wait until every page of (layer, sequence) is written.
@@ -648,6 +657,32 @@ class KvStore:
             spill.span.n_waiting -= 1
             self._waiting_bytes -= spill.k.nbytes + spill.v.nbytes
 
+    def _keep(self) -> None:
+        """Make the drives keep what is written: pages before the indexes that name them."""
+        unsafe = [file for file in self._files.values() if file.unsafe]
+        if self.temporary or not unsafe:
+            return
+        for file in unsafe:
+            file.unsafe = False  # what is written from now on needs another time
+        kept = [
+            (fd, path) for file in unsafe for fd, path in zip(file.fds, file.paths, strict=True)
+        ]
+        kept += [(file.index_fd, file.index_path) for file in unsafe]
+        kept += zip(self._lock_fds, self.directories, strict=True)
+        try:
+            for fd, path in kept:
+                _keep_file(fd, path)
+            for path in self.directories:
+                fd = os.open(path, os.O_RDONLY)
+                try:
+                    _keep_file(fd, path)
+                finally:
+                    os.close(fd)
+        except FlashError:
+            for file in unsafe:
+                file.unsafe = True
+            raise
+
     def _raise_failed(self, sequence: int) -> None:
         """Raise what went wrong with this sequence, once; the writer tries again then."""
         file = self._files.get(sequence)
@@ -793,6 +828,7 @@ class KvStore:
         page = PageId(layer, sequence, 0, first)
         write_from(file.index_fd, file.index_path, file.index_bytes, raw, page)
         file.index_bytes += raw.nbytes
+        file.unsafe = True
         self.index_bytes_written += raw.nbytes
 
     def _reopen(self, sequence: int) -> None:
@@ -831,6 +867,16 @@ class KvStore:
                 theirs = span.pages["offset"][span.pages["shard"] == shard]
                 end = max(end, int(theirs.max(initial=-page_bytes)) + page_bytes)
             file.end_bytes[shard] = -(-end // PAGE_ALIGN_BYTES) * PAGE_ALIGN_BYTES
+
+
+def _keep_file(fd: int, path: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise FlashError(
+            "the drive may not keep what was written since the last flush", errno=error.errno,
+            filename=path, remedy="keep the sequences' tokens, to compute them again if need be",
+        ) from error  # fmt: skip
 
 
 def _sweep(directory: Path) -> None:

@@ -172,3 +172,74 @@ def test_a_write_budget_is_kept(tmp_path, delayed_bytes):
         assert store.n_pages(0, 1) == 0
         np.testing.assert_array_equal(_keys(store, 0, 0, 1), _kv(64)[0][1])
         assert store.bytes_written <= budget
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(call, file name) of writes and of what makes the drive keep them, in order."""
+    calls, failing = [], []
+
+    def watch(name):
+        real = getattr(os, name)
+
+        def watched(fd, *arguments):
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            calls.append((name, os.path.basename(path)))
+            if name == "fsync" and failing and path.endswith(failing[0]):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(fd, *arguments)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("pwrite")
+    watch("fsync")
+    calls.clear()
+    return calls, failing
+
+
+@pytest.mark.parametrize("delayed_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("ending", ["flush", "close"])
+def test_the_drive_keeps_pages_before_the_index_that_names_them(
+    tmp_path, calls, delayed_bytes, ending
+):
+    calls, _ = calls
+    path = tmp_path / "store"
+    store = KvStore(path, LAYOUT, 2, n_shards=2, delayed_bytes=delayed_bytes)
+    for sequence in range(2):
+        store.append(sequence, 0, *_kv(32 * 40, sequence))
+    getattr(store, ending)()
+    kept = [name for call, name in calls if call == "fsync"]
+    pages = {f"sequence-00000{sequence}{part}.kv" for sequence in (0, 1) for part in ("", ".1")}
+    assert set(kept[:4]) == pages
+    assert kept[4:] == ["sequence-000000.index", "sequence-000001.index", "store.json", "store"]
+    written = [at for at, (call, _) in enumerate(calls) if call == "pwrite"]
+    assert max(written) < calls.index(("fsync", kept[0]))
+    # Not before: nobody waits for the drive while tokens are decoded.
+    assert all(call == "pwrite" for call, _ in calls[: max(written) + 1])
+    calls.clear()
+    store.close()
+    assert calls == []  # nothing new
+
+
+def test_what_the_drive_does_not_keep_is_said_and_tried_again(tmp_path, calls):
+    calls, failing = calls
+    store = _delayed(tmp_path)
+    store.append(0, 0, *_kv(32))
+    failing.append("000000.kv")
+    with pytest.raises(FlashError, match="may not keep .*000000.kv.*Input/output.*compute them"):
+        store.flush()
+    failing.clear()
+    store.flush()
+    assert ("fsync", "sequence-000000.index") in calls
+    store.append(0, 0, *_kv(32))
+    failing.append(".index")
+    with pytest.raises(FlashError, match="may not keep .*000000.index"):
+        store.close()
+
+
+def test_temporary_stores_do_not_wait_for_the_drive(tmp_path, calls):
+    calls, _ = calls
+    with _delayed(tmp_path, temporary=True) as store:
+        store.append(0, 0, *_kv(64))
+        store.flush()
+    assert not [call for call, _ in calls if call == "fsync"]
