@@ -205,6 +205,33 @@ def for_runtime(
     )
 
 
+def energy_joules(figures, machine, seconds: float, gpu_seconds: float = 0.0) -> float:
+    """Energy of a run, from what the engine counted and the watts of the machine's description.
+
+    Parameters
+    ----------
+    figures : nearkv.attention.Figures
+        Of the run.
+    machine : str, path or nearkv_sim.system.describe.Machine
+    seconds : float
+        That the run took.
+    gpu_seconds : float
+        That the GPU worked.
+    """
+    from nearkv_sim.system import closed_form, describe
+
+    if not isinstance(machine, describe.Machine):
+        machine = describe.load_machine(str(machine))
+    own = figures.attend_s - figures.load_s - figures.run_s  # of the host, beside drives and cards
+    busy = {
+        "drive": figures.kv_bytes / float(machine.flash_read_bytes_per_s),
+        "gpu": gpu_seconds,
+        "cpu": own if machine.has_cards else own + figures.run_s,
+        "card": figures.run_s if machine.has_cards else 0.0,
+    }
+    return float(closed_form.power(machine, busy, seconds, buffered=False)) * seconds
+
+
 def _list(args, describe) -> int:
     found = {kind: describe.names(kind) for kind in ("models", "machines")}
     if args.json:

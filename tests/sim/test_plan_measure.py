@@ -104,6 +104,26 @@ def test_a_cache_takes_the_runtimes_plan(machine, config, tmp_path):
         assert cache.store.layout.page_tokens == got.page_tokens
 
 
+def test_energy_of_a_run_is_what_its_parts_draw_for_the_time_they_work():
+    from nearkv.attention import Figures
+
+    machine = describe.load_machine("smartssd-x4")
+    idle = plan.energy_joules(Figures(), machine, 10.0)
+    parts = machine.host.other_watts + machine.chassis_watts + machine.host.cpu_idle_watts
+    parts += machine.gpu.idle_watts
+    parts += 4 * (machine.drives.idle_watts + machine.cards.idle_watts)
+    assert idle == pytest.approx(10 * parts)
+    work = Figures(attend_s=9.0, run_s=5.0, load_s=3.0, kv_bytes=int(60e9))  # 5 s of four drives
+    got = plan.energy_joules(work, machine, 10.0) - idle
+    expect = 1.0 * (machine.host.cpu_watts - machine.host.cpu_idle_watts)
+    expect += 5.0 * 4 * (machine.drives.watts - machine.drives.idle_watts)
+    expect += 5.0 * 4 * (machine.cards.watts - machine.cards.idle_watts)
+    assert got == pytest.approx(expect)
+    twin = plan.energy_joules(work, "nvme-twin-cpu", 10.0)
+    host = describe.load_machine("nvme-twin-cpu").host
+    assert twin > 10 * (host.other_watts + host.cpu_idle_watts)
+
+
 def test_types_that_the_caller_cannot_store_are_not_planned(machine, config):
     got = plan.for_runtime(config, machine, batch=8, context=65536, kv_dtypes=("bf16",))
     assert got.kv_dtype == "bf16"

@@ -335,9 +335,7 @@ def estimate(
         & (batch * length * token * in_dram <= room + 1e-6 * machine.host.memory_bytes)
     )
     feasible = feasible & (not lacks(policy, machine))
-    safe = Work(
-        batch=np.maximum(batch, 1), context=work.context, output=work.output, kv_type=work.kv_type
-    )
+    safe = Work(batch=np.maximum(batch, 1), context=work.context, output=work.output)
     result = loads(model, machine, safe, policy, shares, weights, p)
     step = result.step_seconds
     rate = np.where(feasible, safe.batch / step, np.nan)

@@ -284,7 +284,6 @@ class Work:
     batch: Number = 16
     context: Number = 32768
     output: Number = 64
-    kv_type: str = "fp16"
 
     @property
     def mean_context(self) -> Number:

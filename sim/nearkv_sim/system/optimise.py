@@ -269,7 +269,6 @@ def optimise(
     work: Work,
     limits: Limits | None = None,
     p: Parameters | None = None,
-    page_filter: float = 0.53,
     tiers: Collection[str] = tuple(TIERS),
 ) -> closed_form.Estimate:
     """The best plan of nearkv for one piece of work on one machine, over `tiers`.
@@ -286,7 +285,7 @@ def optimise(
     """
     limits, p = limits or Limits(), p or parameters()
     best = None
-    read_share = page_filter if limits.sparse else 1.0
+    read_share = p.page_filter if limits.sparse else 1.0
     for kv_type in limits.kv_types:
         for batch in _batches(model, machine, work, kv_type, limits, p):
             part = replace(work, batch=batch)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .describe import Machine, Model, Number, Work
+from .describe import Machine, Model, Number, Work, parameters
 
 # Places a share of the context can be served from. X: the layer inputs in place of K and V.
 TIERS = {
@@ -109,23 +109,20 @@ def flexgen_dram() -> Policy:
     return Policy(name="flexgen-dram", shares={"dram_cpu": 1.0}, shrink_batch=True, in_turn=True)
 
 
-def instinfer(*, sparse: bool = False, page_filter: float = 0.53) -> Policy:
+def instinfer(*, sparse: bool = False) -> Policy:
     """InstInfer (InstAttention): dense, or SparF at 1/8, in which half the pages are read."""
     return Policy(
         name="instinfer-sparf" if sparse else "instinfer",
         shares={"card": 1.0},
-        read_share=page_filter if sparse else 1.0,
+        read_share=parameters().page_filter if sparse else 1.0,
         write_copies=1.5 if sparse else 1.0,
-        writeback_steps=16,
+        writeback_steps=16,  # tokens of a flash page
     )
 
 
-def inf2(
-    model: Model, machine: Machine, work: Work, *, x: bool = True, wb: bool = True,
-    working: float = 0.3,
-) -> Policy:  # fmt: skip
+def inf2(model: Model, machine: Machine, work: Work, *, x: bool = True, wb: bool = True) -> Policy:
     """INF2: attention in the drives; X in as much of host memory as the budget leaves."""
-    weights = weight_shares(model, machine, True, working)
+    weights = weight_shares(model, machine, True, parameters().working_share)
     room = machine.host.memory_bytes - weights["dram"] * model.weight_bytes
     whole = np.asarray(work.batch) * (np.asarray(work.context) + work.output) * model.x_bytes()
     share = np.clip(room / whole, 0.0, 1.0) if x else 0.0
@@ -152,7 +149,7 @@ def hilos_alpha(machine: Machine) -> Number:
 
 def hilos(
     model: Model, machine: Machine, *, x: bool = True, wb: bool = True, alpha: Number | None = None,
-    writeback_steps: Number = 16, overlap: bool = False,
+    writeback_steps: Number | None = None, overlap: bool = False,
 ) -> Policy:  # fmt: skip
     """HILOS: attention in the drives, X-cache on flash, delayed writeback; each on or off.
 
@@ -161,6 +158,8 @@ def hilos(
     """
     if alpha is None:
         alpha = hilos_alpha(machine) if x and model.rho < 1 else 0.0
+    if writeback_steps is None:
+        writeback_steps = parameters().writeback_steps
     return Policy(
         name="hilos",
         shares={"card": 1.0 - np.asarray(alpha, float), "flash_x": np.asarray(alpha, float)},

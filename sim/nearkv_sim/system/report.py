@@ -204,7 +204,7 @@ def plot_context(axis, table, batch: int, cards: int):
     axis.set_xticks(marks, [_tokens(c) for c in marks])
     axis.minorticks_off()
     _plain(axis)
-    axis.set_title(f"Decode throughput over context: batch {batch}, {cards} drives")
+    axis.set_title(f"Decode throughput over context: batch {batch}, {cards} drive(s)")
     axis.legend(fontsize=8, ncols=2)
 
 
