@@ -179,6 +179,44 @@ def test_the_simulation_agrees_with_the_closed_form_where_that_is_right():
         assert trace.seconds <= written * 1.05
 
 
+@pytest.mark.parametrize(
+    ("name", "machine_name", "context"),
+    [("opt-30b", "smartssd-x8", 65536), ("llama-3.1-70b", "alveo-u55c-x4", 65536)],
+)
+def test_a_plan_over_every_tier_takes_in_the_simulation_what_the_closed_form_says(
+    name, machine_name, context
+):
+    """With four micro-batches: all that can overlap does, and of the host's time some more."""
+    model, machine = load_model(name), load_machine(machine_name)
+    work = Work(batch=16, context=context)
+    plan = optimise.optimise(model, machine, work)
+    contexts = np.full(int(plan.batch), float(work.mean_context))
+    longest = float(closed_form.maximum(plan.loads.busy.values()))
+
+    def seconds(parts):
+        return events.simulate_plan(
+            model, machine, contexts, plan, micro_batches=parts, most_extents=8
+        ).seconds
+
+    assert longest * 0.999 <= seconds(4) <= plan.step_seconds
+    assert seconds(1) > 1.5 * seconds(4)  # one alone: GPU, then cards and CPUs
+
+
+def test_spills_and_the_cpus_take_their_time_in_the_simulation():
+    args = {"load_bytes_per_s": 1.0, "engine_bytes_per_s": 4.0, "extent_bytes": 0.25,
+            "ring_bytes": 100}  # fmt: skip
+    jobs = [[1.0, 1.0]] * 2
+    alone = events.simulate(20, 2, 0.1, jobs, **args).seconds
+    assert events.simulate(20, 2, 0.1, jobs, cpu=0.5, **args).seconds == pytest.approx(
+        alone, rel=0.05
+    )
+    assert events.simulate(20, 2, 0.1, jobs, cpu=1.5, **args).seconds == pytest.approx(
+        20 * 2 * 1.5, rel=0.05
+    )
+    spilling = events.simulate(20, 2, 0.1, jobs, spill=0.2, **args).seconds
+    assert spilling == pytest.approx(1.2 * alone, rel=0.05)
+
+
 def test_what_a_closed_form_hides_the_simulation_shows():
     """One micro-batch exposes the dense stage unless reads run ahead; ragged jobs leave cards idle."""
     args = {"load_bytes_per_s": 1.0, "engine_bytes_per_s": 4.0, "extent_bytes": 0.25}

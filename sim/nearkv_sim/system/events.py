@@ -4,8 +4,10 @@
 The closed form lets every resource run for the whole step. In truth a layer waits for the one before
 it, a card for its page slots, and the merge for the slowest card. This simulation has those waits:
 
-    dense stage of (layer, micro-batch) -> q to the cards -> every card attends to its jobs -> merge
-    each card: flash reads run ahead of q as far as its ring of page slots reaches
+    dense stage of (layer, micro-batch) -> q to the cards -> every card attends to its jobs \
+      (QKV, shares on the GPU,          -> q to the CPUs  -> tail and their share             -> merge
+       weights over its link)                                                                 -> spill
+    each card: flash reads run ahead of q as far as its ring of page slots reaches, and yield to spills
 
 It agrees with the closed form where that is right (tests), and shows the difference for few
 micro-batches, short rings, ragged contexts, and fewer jobs than cards.
@@ -83,6 +85,8 @@ def simulate(
     extent_bytes: float,
     serial_card: bool = False,
     merge: float = 0.0,
+    cpu: float = 0.0,
+    spill: float = 0.0,
 ) -> Trace:
     """One decode step.
 
@@ -101,14 +105,19 @@ def simulate(
         A card waits for q, loads all its extents, and computes each when loaded (HILOS, INF2).
     merge : float
         Seconds on the host from the last partial to the next dense stage.
+    cpu : float
+        Seconds of the CPUs per layer and micro-batch: tail and share, while the cards attend.
+    spill : float
+        Seconds that every card's drive writes per layer and micro-batch, behind the merge.
     """
     env = simpy.Environment()
-    gpu = simpy.Resource(env)
+    gpu, cpus = simpy.Resource(env), simpy.Resource(env)
     n_cards = len(bytes_per_card[0])
     queries = [[env.event() for _ in range(micro_batches)] for _ in range(n_layers)]
     left = [[n_cards] * micro_batches for _ in range(n_layers)]
     merged = [[env.event() for _ in range(micro_batches)] for _ in range(n_layers)]
     slots = 1 if serial_card else max(1, int(ring_bytes // extent_bytes))
+    drives = [simpy.Resource(env) for _ in range(n_cards)]
     busy = {"dense": 0.0, "flash": [0.0] * n_cards, "card": [0.0] * n_cards}
 
     def extents(micro, card):
@@ -116,16 +125,24 @@ def simulate(
         count = max(1, round(size / extent_bytes)) if size else 0
         return count, size / count if count else 0.0
 
+    def hold(resource, seconds):
+        with resource.request() as turn:
+            yield turn
+            yield env.timeout(seconds)
+
     def layers(micro):
         for layer in range(n_layers):
-            with gpu.request() as turn:
-                yield turn
-                yield env.timeout(dense)
-                busy["dense"] += dense
+            yield from hold(gpu, dense)
+            busy["dense"] += dense
             queries[layer][micro].succeed()
+            if cpu:
+                yield from hold(cpus, cpu)
             yield merged[layer][micro]
             if merge:
                 yield env.timeout(merge)
+            if spill:
+                for drive in drives:
+                    env.process(hold(drive, spill))
 
     def read(card, ring, ready):
         for layer in range(n_layers):
@@ -135,7 +152,7 @@ def simulate(
                     yield queries[layer][micro]
                 for _ in range(count):
                     yield ring.get(1)
-                    yield env.timeout(size / load_bytes_per_s)
+                    yield from hold(drives[card], size / load_bytes_per_s)
                     busy["flash"][card] += size / load_bytes_per_s
                     yield ready.put(None)
 
@@ -187,7 +204,7 @@ def simulate_plan(
 ) -> Trace:
     """A step of a planned policy for sequences of given (ragged) contexts.
 
-    Sequences are put into micro-batches in turn; their heads are dealt to cards as `deal` does. To
+    The GPU's and the CPUs' shares are those of the estimate. Sequences are put into micro-batches in turn; their heads are dealt to cards as `deal` does. To
     bound the number of events, a card reads at most `most_extents` extents a layer and micro-batch.
     """
     share = float(np.ravel(estimate.shares["card"])[0]) * estimate.policy.read_share
@@ -201,6 +218,8 @@ def simulate_plan(
     dense = max((busy[k] for k in closed_form.DENSE if k in busy), default=0.0)
     flash = float(machine.flash_read_bytes_per_s) / n_cards
     layer = float(np.ravel(estimate.loads.serial["layers"])[0]) / model.n_layers
+    written = float(np.ravel(estimate.loads.bytes["flash write"])[0])
+    written /= float(machine.flash_write_bytes_per_s)
     return simulate(
         model.n_layers,
         micro_batches,
@@ -212,6 +231,8 @@ def simulate_plan(
         extent_bytes=max(extent_bytes, largest / most_extents),
         serial_card=estimate.policy.serial_card,
         merge=layer / micro_batches,
+        cpu=busy["cpu"] / model.n_layers / micro_batches,
+        spill=written / model.n_layers / micro_batches,
     )
 
 
