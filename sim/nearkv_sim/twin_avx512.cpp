@@ -42,6 +42,8 @@ struct Avx512 : Generic {
     static I64 multiply_32(I64 a, I64 b) { return (I64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
     static I16 larger_16(I16 a, I16 b) { return (I16)_mm512_max_epi16((__m512i)a, (__m512i)b); }
     static I16 add_saturating(I16 a, I16 b) { return (I16)_mm512_adds_epi16((__m512i)a, (__m512i)b); }
+    static int64_t total(I64 a) { return _mm512_reduce_add_epi64((__m512i)a); }
+    static int64_t largest(I64 a) { return _mm512_reduce_max_epi64((__m512i)a); }
     static I64 look_up(const int64_t* table, I64 index) {
         static_assert(1 << EXP2_SEGMENT_BITS == 16);
         // All sixteen fit two registers.

@@ -87,6 +87,16 @@ struct Generic {
         return (I64)((U64)(a + (int64_t(1) << 62)) >> n) - (int64_t(1) << (62 - n));
     }
     static I64 shift_right(I64 a, I64 n) { return (I64)((U64)a >> (U64)n); }  // a not negative
+    static int64_t total(I64 a) {
+        int64_t sum = 0;
+        for (int i = 0; i < F64_LANES; i++) sum += a[i];
+        return sum;
+    }
+    static int64_t largest(I64 a) {
+        int64_t most = a[0];
+        for (int i = 1; i < F64_LANES; i++) most = a[i] > most ? a[i] : most;
+        return most;
+    }
     static I64 multiply(I64 a, int64_t b) { return a * b; }
     static I64 multiply_32(I64 a, I64 b) { return a * b; }  // both in 0 .. 2^32 - 1
     // a + floor(b * u / 2^U_BITS), all not negative, for the low U_BITS bits of u
@@ -109,7 +119,7 @@ struct Generic {
             sum_ = crc_(sum_, (const uint8_t*)rows, size_t(n) * LANES * KV_ELEMENT_BYTES);
         }
         void rows(const I16*) {}              // the next STRIDE rows
-        void rest(const uint16_t*, int) {}    // the rows that remain, fewer than STRIDE
+        void rest(const uint16_t*, int) {}    // rows that remain, fewer than STRIDE
         uint32_t end() const { return sum_; }
 
       private:
@@ -124,7 +134,7 @@ constexpr int STRIDE = 4;
 // Ask for one row of 32 elements of the block that is needed half a tile later. The processor can wait
 // for few rows at once, so the requests are spread over all that is done with a block, about in
 // proportion to time: a quarter of the rows in `survey`, the rest in `dot`.
-TWIN_INLINE void fetch(const uint16_t* ahead, size_t row) { __builtin_prefetch(ahead + row * LANES, 0, 2); }
+TWIN_INLINE void fetch(const uint16_t* ahead) { __builtin_prefetch(ahead, 0, 2); }
 
 // What there is to know of a block before it is aligned.
 struct Extent {
@@ -135,35 +145,35 @@ struct Extent {
 // The first look at a block: its CRC, and its largest exponent, of `n` rows whose own exponents are added,
 // in its first `lanes` lanes.
 template <KvFormat FORMAT, class Simd>
-TWIN_INLINE Extent survey(const uint16_t* block, int n, const uint32_t* below_largest,
+static __attribute__((noinline)) Extent survey(const uint16_t* block, int n, const uint32_t* below_largest,
                           int largest_row_exponent, int lanes, const uint16_t* ahead,
                           typename Simd::Checksum& checksum) {
     constexpr int VECTORS = LANES / I16_LANES;
     // Of each lane: magnitudes, and the same less what the row's exponent lies below the largest.
     I16 magnitude[VECTORS]{}, scaled[VECTORS];
     for (int v = 0; v < VECTORS; v++) scaled[v] = all<I16>(int16_t(INT16_MIN));
-    auto look = [&](ptrdiff_t r, I16* row) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) {
-            row[v] = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES));
-            I16 it = row[v] & int16_t(0x7FFF);
-            magnitude[v] = Simd::larger_16(magnitude[v], it);
-            if (below_largest)
-                scaled[v] = Simd::larger_16(scaled[v], Simd::add_saturating(it, (I16)all<U32>(below_largest[r])));
-        }
-    };
-    auto crc = checksum;  // of which no pointer is around
+    auto crc = checksum;  // in registers
     ptrdiff_t r = 0;
-    for (; r + STRIDE <= n; r += STRIDE) {
-        fetch(ahead, r / 4);
+    for (; r + STRIDE <= n; r += STRIDE, block += STRIDE * LANES, ahead += LANES) {
+        fetch(ahead);
         I16 row[STRIDE * VECTORS];
-#pragma GCC unroll 4
-        for (int i = 0; i < STRIDE; i++) look(r + i, row + i * VECTORS);
+#pragma GCC unroll 16
+        for (int v = 0; v < STRIDE * VECTORS; v++) {
+            row[v] = (I16)(*(const U16Loose*)(block + v * I16_LANES));
+            I16 it = row[v] & int16_t(0x7FFF);
+            magnitude[v % VECTORS] = Simd::larger_16(magnitude[v % VECTORS], it);
+            if (below_largest)
+                scaled[v % VECTORS] = Simd::larger_16(
+                    scaled[v % VECTORS], Simd::add_saturating(it, (I16)all<U32>(below_largest[r + v / VECTORS])));
+        }
         crc.rows(row);
     }
     checksum = crc;
-    checksum.rest(block + r * LANES, n - r);
-    for (I16 row[VECTORS]; r < n; r++) look(r, row);
+    // Only V can have such rows. Their CRC is the caller's: a call from here would keep the sums of the
+    // loop above out of registers.
+    for (; r < n; r++, block += LANES)
+        for (int v = 0; v < VECTORS; v++)
+            magnitude[v] = Simd::larger_16(magnitude[v], (I16)(*(const U16Loose*)(block + v * I16_LANES)) & int16_t(0x7FFF));
 
     alignas(64) int16_t totals[LANES], magnitudes[LANES];
     for (int v = 0; v < VECTORS; v++) {
@@ -240,7 +250,7 @@ static void dot_rows(Block block, int n, const double* weight, const double* wei
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++) sum[i][v] = Simd::start(weight_sum[i]);
         for (ptrdiff_t r = 0; r < n; r++) {
-            __builtin_prefetch(next, 0, 2);
+            fetch(next);
             next += 3 * LANES / 4 / PASSES;
             typename Simd::Sum element[VECTORS];
 #pragma GCC unroll 16
@@ -338,9 +348,7 @@ TWIN_INLINE bool to_scores(int64_t* raw, int64_t mantissa, int shift) {
         least = smaller(least, score);
         *(I64*)(raw + t) = smaller(larger(score, all<I64>(-SCORE_LIMIT)), all<I64>(SCORE_LIMIT));
     }
-    bool beyond = false;
-    for (int i = 0; i < F64_LANES; i++) beyond |= most[i] > SCORE_LIMIT || least[i] < -SCORE_LIMIT;
-    return beyond;
+    return Simd::largest(larger(most, -least)) > SCORE_LIMIT;
 }
 
 constexpr int DROP = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS;
@@ -356,10 +364,7 @@ TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& ti
                             int64_t& tile_wide) {
     I64 most = all<I64>(NO_SCORE);
     for (int t = 0; t < blocks * LANES; t += F64_LANES) most = larger(most, *(const I64*)(score + t));
-    int64_t highest = NO_SCORE;
-    for (int i = 0; i < F64_LANES; i++)
-        if (most[i] > highest) highest = most[i];
-    tile_max = static_cast<int>((highest + SCORE_UNIT - 1) >> SCORE_FRAC_BITS);
+    tile_max = static_cast<int>((Simd::largest(most) + SCORE_UNIT - 1) >> SCORE_FRAC_BITS);
 
     const int64_t ceiling = tile_max * SCORE_UNIT;
     I64 sum{}, wide_sum{};
@@ -376,8 +381,7 @@ TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& ti
         wide_sum += wide;
         *(F64*)(p + t) = Simd::p_weight(weight);
     }
-    tile_sum = tile_wide = 0;
-    for (int i = 0; i < F64_LANES; i++) tile_sum += sum[i], tile_wide += wide_sum[i];
+    tile_sum = Simd::total(sum), tile_wide = Simd::total(wide_sum);
 }
 
 // Drop limbs that fall out below when the top rises.
@@ -470,6 +474,8 @@ static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
         checksum.part(v, tile.tokens);
         if (tile.tokens)
             found = survey<FORMAT, Simd>(v, tile.tokens, nullptr, 0, LANES, ahead, checksum);
+        const int rest = tile.tokens % STRIDE;
+        checksum.rest(v + (tile.tokens - rest) * LANES, rest);
         tile.non_finite |= found.field == NON_FINITE<FORMAT>;
         (query.weighted_rows > Simd::FEW_ROWS ? multiply<FORMAT, false, Simd> : multiply<FORMAT, true, Simd>)(
             v, tile.tokens, nullptr, 0, found, scratch, query.weighted_rows, scratch.p[0], scratch.p_sum,
