@@ -78,6 +78,34 @@ def path_seconds_per_byte(machine: Machine, p: Parameters) -> Number:
     return 1 / raw + p.nvme_latency_seconds / window + 1 / p.flexgen_copy_bytes_per_s
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the host hands to a card for a KV head of a sequence and layer, and takes back.
+
+    `tail_bytes` : K of tokens that wait in host memory, whose scores the CPUs compute for the card
+    `records` : transfers, each of which costs the host time
+    `passes` : times the card goes through its K and V
+    """
+
+    bytes: Number
+    tail_bytes: Number
+    records: Number
+    passes: int
+
+
+def _job(model: Model, policy: Policy, context: Number) -> _Job:
+    group, row = model.group_size, 2 * model.head_dim
+    if policy.abi_jobs:
+        down, up, _ = traffic.job_bytes(
+            model.head_dim, group, policy.page_tokens, context, policy.rows
+        )
+        return _Job(down + up, 0.0, 1, -(-group // policy.rows))
+    # q, k, v down and out up, in fp16; with each waiting token its V and the scores of its K.
+    waiting = np.asarray(policy.writeback_steps) / 2 * policy.resend_tail
+    moved = row * (2 * group + 2) + waiting * (row + 2 * group)
+    return _Job(moved, waiting * row, 1 + waiting, 1)
+
+
 def loads(
     model: Model,
     machine: Machine,
@@ -121,40 +149,22 @@ def loads(
     flash_write = token * on_flash * policy.write_copies
     on_card = share["card"] + share["card_dram"]
 
-    tail = 0.0  # seconds of CPU for what waits in host memory and is not a share of its own
-    handed = 1.0  # records that the host hands to a card, per sequence, layer and KV head
-    # Records between host and cards, per step. HILOS and INF2: q, k, v down and out up, in fp16.
-    if policy.abi_jobs:
-        down, up, _ = traffic.job_bytes(
-            model.head_dim, model.group_size, policy.page_tokens, context, policy.rows
-        )
-        passes = -(-model.group_size // policy.rows)
-        records = heads * (down + up)
-    else:
-        width = 2 * model.head_dim
-        records = heads * width * (2 * model.group_size + 2)
-        if policy.resend_tail:
-            waiting = np.asarray(policy.writeback_steps) / 2
-            tail = heads * on_card * waiting * width / host.attention_bytes_per_s  # K only
-            records = records + heads * waiting * (width + 2 * model.group_size)
-            handed = handed + waiting
-        passes = 1
-    records = records * on_card
+    job = _job(model, policy, context)
+    on_cards = heads * on_card
+    records = on_cards * job.bytes
+    tail = on_cards * job.tail_bytes / host.attention_bytes_per_s
 
     flash_rate, n_cards = machine.flash_read_bytes_per_s, np.maximum(cards.count, 1e-9)
     beside = drives.count / n_cards  # drives that a card reads
     ingest = beside * drive_bytes_per_s(drives, policy.p2p_request_bytes, p.p2p_reads_in_flight)
     ingest = np.minimum(ingest, cards.ingest_bytes_per_s)
     p2p = card_read / np.maximum(np.minimum(flash_rate, n_cards * ingest), 1.0)
-    attended = (card_read + kv * share["card_dram"]) * passes
+    attended = (card_read + kv * share["card_dram"]) * job.passes
     engine = attended / np.maximum(n_cards * cards.engine_bytes_per_s, 1.0)
 
     drive = flash_read / flash_rate + flash_write / machine.flash_write_bytes_per_s
-    if policy.sync_writes:
-        n_writes = 2 * heads * share["card"] / policy.writeback_steps
-        blocked = n_writes * p.small_write_seconds / drives.count
-    else:
-        blocked = 0.0
+    n_writes = 2 * heads * share["card"] / policy.writeback_steps * policy.sync_writes
+    blocked = n_writes * p.small_write_seconds / drives.count
     uplink = x_read + kv_read + host_read + w_flash + flash_write + records
     if cards.behind_uplink:
         uplink = uplink + card_read
@@ -181,7 +191,7 @@ def loads(
         busy["gpu"] = dense
         busy["hbm"] = hbm / gpu.memory_bytes_per_s
     else:
-        on_cpu, dram = on_cpu + dense, dram + active * weights["dram"]
+        on_cpu = on_cpu + dense
     busy["cpu"] = on_cpu
     if policy.buffered:
         staged = kv_read + host_read + x_read + w_flash
@@ -190,24 +200,19 @@ def loads(
     busy["dram"] = dram / host.memory_bytes_per_s
     if policy.serial_card:
         busy["card"] = p2p + engine + blocked
-        if policy.x_after_cards:
-            x_bytes, x_work = (
-                kv * rho * share["dram_x"],
-                batch * context * share["dram_x"] * x_flops,
-            )
-            busy["card"] = busy["card"] + x_bytes / np.maximum(gpu.link_bytes_per_s, 1.0)
-            busy["card"] = busy["card"] + x_work / np.maximum(gpu.flops * p.gemm_efficiency, 1.0)
+        if policy.x_after_cards and machine.has_gpu:
+            x_work = batch * context * share["dram_x"] * x_flops
+            busy["card"] = busy["card"] + kv * rho * share["dram_x"] / gpu.link_bytes_per_s
+            busy["card"] = busy["card"] + x_work / (gpu.flops * p.gemm_efficiency)
     else:
         busy["p2p"], busy["engine"] = p2p, engine
-    if policy.in_turn and machine.has_gpu:
-        waited = {"link first": busy.pop("gpu link")}
-        busy["compute"] = busy["cpu"] + busy["gpu"]
-    else:
-        waited = {}
-    serial = waited | {
+    serial = {
         "layers": model.n_layers * p.layer_seconds + 0 * batch,
-        "jobs": heads * handed * p.job_seconds * on_card,
+        "jobs": on_cards * job.records * p.job_seconds,
     }
+    if policy.in_turn and machine.has_gpu:
+        serial["link first"] = busy.pop("gpu link")
+        busy["compute"] = busy["cpu"] + busy["gpu"]
     moved = {
         "flash read": flash_read,
         "flash write": flash_write,
