@@ -40,6 +40,7 @@ SEGMENTS = 4  # of the ring: one is computed while the others fill
 # Of kv memory at most. More hides no more of the drive's latency, and less stays in the caches of a
 # processor that plays the card.
 RING_BYTES = 16 << 20
+MEASURE_BYTES = 8 << 20  # for each card, to find out how fast it is
 _JOB = pages.record_dtype(abi.JOB)
 _ENTRY = pages.record_dtype(abi.PAGE_ENTRY)
 _HEADER = pages.record_dtype(abi.PARTIAL_HEADER)
@@ -250,6 +251,10 @@ class PageAttention:
         self.figures.attend_s += time.perf_counter() - begin
         return total.reshape(n_sequences, n_heads, n_slices * width)[:, :, :n_rows]
 
+    def rates(self) -> np.ndarray:
+        """KV bytes/s of each card in the last `attend`, waiting for its drive included; 0 if idle."""
+        return np.array([ring.rate for ring in self._rings])
+
     def discard(self) -> None:
         """Give up what was fetched ahead, and wait until no read is on its way."""
         for ring in self._rings:
@@ -334,6 +339,7 @@ class _Ring:
         self.card, self.store = card, store
         self._tenancy = _Tenancy.of(card)
         self.figures = Figures()  # since they were last taken
+        self.rate = 0.0  # bytes/s, of the last call
         self.plans: dict[int, _Plan] = {}  # by layer, of the last call
         layout = store.layout
         used_bytes = max(min(card.kv_bytes, ring_bytes), layout.page_bytes)
@@ -397,19 +403,11 @@ class _Ring:
             before, self._tenancy.ring = self._tenancy.ring, self
             if before is not None and before is not self:
                 before._discard()
-            try:
-                return self._attend(plan, following, records)
-            except CardError as error:
-                if not error.recoverable:
-                    raise
-                log.warning("%s; the card is reset and the work done again", error)
-                self._reset()
-            try:
-                return self._attend(plan, None, records)
-            except CardError as error:
-                if error.recoverable:
-                    self._reset()  # others may have better luck
-                raise
+            begin, loaded = time.perf_counter(), self.figures.kv_bytes
+            partial = self._attend_twice(plan, following, records)
+            loaded = self.figures.kv_bytes - loaded
+            self.rate = loaded / (time.perf_counter() - begin)
+            return partial
 
     def close(self) -> None:
         """Wait for what is on its way, and leave the card to others."""
@@ -417,6 +415,22 @@ class _Ring:
             self._discard()
             if self._tenancy.ring is self:
                 self._tenancy.ring = None
+
+    def _attend_twice(self, plan, following, records) -> Partial:
+        """Attend; once more if the card did not answer."""
+        try:
+            return self._attend(plan, following, records)
+        except CardError as error:
+            if not error.recoverable:
+                raise
+            log.warning("%s; the card is reset and the work done again", error)
+            self._reset()
+        try:
+            return self._attend(plan, None, records)
+        except CardError as error:
+            if error.recoverable:
+                self._reset()  # others may have better luck
+            raise
 
     def _attend(self, plan, following, records) -> Partial:
         if any(loading.plan is not plan for loading in self._loading):
@@ -667,6 +681,47 @@ def check_card(card: Card, layout: PageLayout) -> None:
             f"a page has {layout.page_bytes} bytes and the card {card.kv_bytes} bytes of kv "
             "memory; lower page_tokens or raise kv_bytes"
         )
+
+
+def measure_cards(
+    cards: Sequence[Card], directory, layout: PageLayout, n_kv_heads: int
+) -> list[float]:
+    """How fast each card attends to pages from its drive while the others do the same.
+
+    Writes some MiB for each into temporary files, and attends to them for about 0.2 s.
+
+    Parameters
+    ----------
+    cards, directory, layout, n_kv_heads
+        As for `PageAttention` and `KvStore`.
+
+    Returns
+    -------
+    bytes/s of each, for `weights` of a store
+
+    Raises
+    ------
+    FlashError, CardError
+        If a drive or a card fails.
+    """
+    n_pages = -(-len(cards) * MEASURE_BYTES // (n_kv_heads * layout.page_bytes))
+    rng = np.random.default_rng(0)
+    some = rng.standard_normal((n_kv_heads, layout.page_tokens, layout.head_dim), np.float32)
+    patterns = np.tile(pages.to_patterns(some, layout.kv_type), (1, n_pages, 1))
+    q = np.zeros((1, n_kv_heads, 1, layout.head_dim))
+    rates = []
+    with KvStore(directory, layout, n_kv_heads, temporary=True, n_shards=len(cards)) as store:
+        store.append(0, 0, patterns, patterns)
+        attention = PageAttention(cards, store, ahead=False)
+        try:
+            attention.attend(0, [0], q, 1.0, [1])  # what takes long the first time
+            end = time.perf_counter() + 0.2
+            while not rates or time.perf_counter() < end:
+                attention.attend(0, [0], q, 1.0)
+                rates.append(attention.rates())
+        finally:
+            attention.close()
+    return np.median(rates, axis=0).tolist()
 
 
 def attend(

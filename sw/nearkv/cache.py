@@ -30,7 +30,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from nearkv_hw.abi import KvType, PageLayout
 
 from . import pages
-from .attention import Figures, PageAttention, check_card
+from .attention import Figures, PageAttention, check_card, measure_cards
 from .card import Card, CardError, open_cards
 from .flash import FlashError, PageId
 from .partial import Partial, merge
@@ -69,8 +69,9 @@ class NearStorageCache(Cache):
         4 layers, 4 kv heads of 64 channels, groups of 3), with page_tokens x spill_pages: 32 x 1
         13.0 ms, 32 x 4 12.0, 128 x 1 10.3, 128 x 4 9.8, 512 x 1 11.3. Pages of 128 matter, gathering
         them hardly does.
-    weights : sequence of float, optional
-        How fast the cards are, in any unit: a slow one gets less. Default: all alike.
+    weights : sequence of float, or "measure", optional
+        How fast the cards are, in any unit: a slow one gets less. "measure" finds out, with the pages'
+        own drives, which takes a fraction of a second. Default: all alike. No result depends on it.
     budget_bytes : int, optional
         Limit on what is written to flash.
     beyond_budget : "raise" or "keep"
@@ -108,7 +109,7 @@ class NearStorageCache(Cache):
         kv_dtype=None,
         *,
         spill_pages: int = 1,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | str | None = None,
         budget_bytes: int | None = None,
         beyond_budget: str = "raise",
         on_fault: str = "raise",
@@ -132,6 +133,10 @@ class NearStorageCache(Cache):
             for one in self.cards:
                 check_card(one, layout)
             directory = tempfile.gettempdir() if directory is None else directory
+            if isinstance(weights, str):
+                if weights != "measure":
+                    raise ValueError(f'weights must be numbers or "measure", not {weights!r}')
+                weights = measure_cards(self.cards, directory, layout, n_kv_heads)
             self.store = KvStore(
                 directory, layout, n_kv_heads, temporary=True, n_shards=len(self.cards),
                 weights=weights, delayed_bytes=DELAYED_BYTES, budget_bytes=budget_bytes,

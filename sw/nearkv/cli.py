@@ -111,8 +111,9 @@ def _generate(options) -> int:
         model, tokenizer = models.load(options.model, on_convert=_say_conversion)
         inputs = _tokens(tokenizer, prompt, options.raw)
         with NearStorageCache(
-            model.config, directories, cards, options.page_tokens, options.kv_dtype
-        ) as cache:
+            model.config, directories, cards, options.page_tokens, options.kv_dtype,
+            weights="measure" if len(cards) > 1 else None,
+        ) as cache:  # fmt: skip
             streamer = _stream(model, tokenizer)
             start = time.perf_counter()
             # max_length would only bring a warning beside max_new_tokens.

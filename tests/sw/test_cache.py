@@ -222,6 +222,7 @@ def expected(model):
         (2, {"page_tokens": 32}),
         (4, {"page_tokens": 32}),
         (2, {"page_tokens": 128, "weights": [2, 1]}),
+        (2, {"page_tokens": 32, "weights": "measure"}),
         (1, {"page_tokens": 32, "spill_pages": 4}),
         (2, {"page_tokens": 32, "spill_pages": 16}),
         (1, {"page_tokens": 32, "budget_bytes": 1 << 20, "beyond_budget": "keep"}),
@@ -276,7 +277,7 @@ def test_a_write_budget_ends_storing_with_an_error_or_keeps_pages_in_memory(mode
     with NearStorageCache(model.config, tmp_path, "model", 32, budget_bytes=1 << 15) as cache:
         with pytest.raises(FlashError, match="layer 1, sequence 0.*write budget"):
             _generate(model, cache, _ids(1, 100), "nearkv", 3)
-    for wrong in ({"beyond_budget": "drop"}, {"spill_pages": 0}):
+    for wrong in ({"beyond_budget": "drop"}, {"spill_pages": 0}, {"weights": "guess"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             NearStorageCache(model.config, tmp_path, "model", 32, **wrong)
 

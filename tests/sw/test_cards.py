@@ -11,7 +11,7 @@ import pytest
 import nearkv
 from nearkv import card as card_module
 from nearkv import store as store_module
-from nearkv.attention import PageAttention
+from nearkv.attention import PageAttention, measure_cards
 from nearkv.card import CardError, open_card, open_cards
 from nearkv.flash import FlashError, PageId
 from nearkv.store import KvStore
@@ -132,6 +132,28 @@ def test_a_slow_card_gets_less(tmp_path, small_extents):
     for weights in ([1], [1, 0], [1, -1]):
         with pytest.raises(ValueError, match="weights must be 2 positive numbers"):
             KvStore(tmp_path, LAYOUT, 2, n_shards=2, weights=weights)
+
+
+def test_cards_are_measured_and_the_slow_one_gets_less(tmp_path, small_extents, expected):
+    q, whole = expected
+    cards, _ = open_cards(["model", "model"])
+    backend = cards[1]._backend
+    execute = backend.execute
+
+    def slow(*arguments):
+        begin = time.perf_counter()
+        execute(*arguments)
+        time.sleep(3 * (time.perf_counter() - begin))
+
+    backend.execute = slow
+    weights = measure_cards(cards, tmp_path, LAYOUT, 2)
+    assert 2 < weights[0] / weights[1] < 8
+    assert list(tmp_path.glob("nearkv-*")) == []
+    with KvStore(tmp_path / "kv", LAYOUT, 2, n_shards=2, weights=weights) as store:
+        _fill(store)
+        fast, slow = _placed(store)
+        assert fast / slow == pytest.approx(weights[0] / weights[1], rel=0.4)
+        _same(PageAttention(cards, store).attend(1, range(4), q, 0.2), whole[1])
 
 
 def test_each_shard_can_have_a_drive_of_its_own(tmp_path, small_extents, expected):

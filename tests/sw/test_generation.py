@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from nearkv import NearStorageCache, cli, models
+from nearkv import CardError, NearStorageCache, cli, models
+from nearkv.card import open_cards
 
 pytestmark = pytest.mark.model
 REL_L2_BOUND = 6e-5
@@ -141,3 +142,52 @@ def test_teacher_forced_logits_over_256_positions(loaded, card, tmp_path, record
     record_property("logits", f"largest difference {difference:.2e}, bound {bound:.2e}")
     assert difference <= bound
     assert bound < 0.1 * reference.std().item()  # or it would bound nothing
+
+
+@torch.no_grad()
+def _continue(model, cache, past, ids, n):
+    """n greedy tokens behind a past whose K and V are given; ids : (1, 1), the token after it."""
+    model.set_attn_implementation("nearkv")
+    for layer, theirs in zip(cache.layers, past.layers, strict=True):
+        k, v = (handle.plain for handle in layer.update(theirs.keys, theirs.values))
+        layer._commit(k, v, None)
+        layer._pending = 0
+    tokens = []
+    for _ in range(n):
+        ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(ids.item())
+    return tokens
+
+
+@torch.no_grad()
+def test_cards_splits_spills_and_threads_change_no_token(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("nearkv.store.EXTENT_BYTES", 64 << 10)  # or one card would have it all
+    model, tokenizer = loaded
+    ids = tokenizer(_LICENSE.read_text(), return_tensors="pt")["input_ids"][:, :701]
+    model.set_attn_implementation("sdpa")
+    past = Fp16Cache(config=model.config)
+    model.model(ids[:, :-1], past_key_values=past)
+    expected = None
+    for n_cards, threads, page_tokens, spill_pages, weights in (
+        (1, 1, 128, 1, None),
+        (1, 2, 32, 1, None),  # spilt every 32 tokens
+        (1, 1, 512, 1, None),  # every 512
+        (2, 1, 32, 4, None),  # every 128
+        (2, 2, 128, 4, [3, 1]),
+        (4, 1, 32, 16, None),
+        (4, 2, 128, 1, "measure"),
+    ):
+        try:
+            cards, _ = open_cards(["twin"] * n_cards, threads=threads)
+        except CardError as error:
+            pytest.skip(str(error))
+        with NearStorageCache(
+            model.config, tmp_path, cards, page_tokens, spill_pages=spill_pages, weights=weights
+        ) as cache:
+            got = _continue(model, cache, past, ids[:, -1:], 6)
+            shards = {*cache.store.stored(0, 0)["shard"].ravel().tolist()}
+            assert shards == set(range(n_cards))
+        for card in cards:
+            card.close()
+        expected = expected or got
+        assert got == expected
