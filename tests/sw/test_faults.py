@@ -197,12 +197,12 @@ def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, drive, 
     drive.fate = lambda name, *_: bad.get(name)
 
     def hang():
-        cache.card.timeout_s = 0.2
-        bad["sequence-000003.kv"] = {"delay": 1}
+        cache.card.timeout_s = 1.5
+        bad["sequence-000003.kv"] = {"delay": 5}
 
     got = _generate(model, cache, hang)
     _check(got, expected, cache, [3])
-    assert "0.2 s" in str(cache.faults[3])
+    assert "1.5 s" in str(cache.faults[3])
     assert cache.faults[3].page.sequence == 3
 
 
