@@ -85,7 +85,7 @@ def q_layout(rows: int) -> data.StructLayout:
 
 
 def small_product(value, factor):
-    """value * factor by shifts and adds: too rare to spend a DSP on."""
+    """value * factor by shifts and adds: too small, or too rare, to spend a DSP on."""
     terms = [Mux(factor[i], value << i, 0) for i in range(len(factor))]
     while len(terms) > 1:
         terms = [sum(terms[i + 1 : i + 2], terms[i]) for i in range(0, len(terms), 2)]

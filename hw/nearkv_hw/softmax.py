@@ -9,7 +9,7 @@ import numpy as np
 
 from . import abi, number
 from .fifo import Queue, delay, is_last
-from .jobs import Params
+from .jobs import Params, small_product
 from .number import (
     EXP2_FRAC_BITS,
     P_BITS,
@@ -235,22 +235,23 @@ class Exp2(wiring.Component):
             m.d.comb += out.eq(Array(C(int(a), bits) for a in table[:, i])[segment])
             return out
 
-        a0, a1 = register(coefficient(0), "a0"), register(coefficient(1), "a1")
-        # 3..7: Horner.
+        a0, a1, a2 = (register(coefficient(i), f"a{i}") for i in range(3))
+        u = register(u, "u")
+        # 3..7: Horner. The first product is small: without DSP, by halves.
+        low = register(small_product(a2, u[:8]), "curve_low")
+        high = register(small_product(a2, u[8:]), "curve_high")
+        curve = low + (high << 8)
+        slope = (delay(m, a1, 1, "a1") + (curve >> 16))[: len(a1)]  # the table has room for it
+        slope = register(slope, "slope")
         power = Signal(P_WIDE_FRAC_BITS + 1)
         if isinstance(platform, UltraScalePlus):
-            curve = Dsp48e2(m, "curve", a=coefficient(2), b=u, add=ADD_C, c=Cat(C(0, 16), a1))
             line = Dsp48e2(
-                m, "line", a=curve.p[16 : 16 + len(a1)], b=delay(m, u, 3, "u"),
+                m, "line", a=slope, b=delay(m, u, 2, "u"),
                 add=ADD_C, c=Cat(C(0, 16), delay(m, a0, 3, "a0")),
             )  # fmt: skip
             m.d.comb += power.eq(line.p[16 + drop :])
         else:
-            a2 = register(coefficient(2), "a2")
-            curve = register(a2 * delay(m, u, 1, "u"), "curve")
-            slope = (delay(m, a1, 1, "a1") + (curve >> 16))[: len(a1)]  # the table has room for it
-            slope = register(slope, "slope")
-            line = register(register(slope, "slope_5") * delay(m, u, 4, "u_later"), "line")
+            line = register(register(slope, "slope_5") * delay(m, u, 3, "u"), "line")
             total = delay(m, a0, 4, "a0") + (line >> 16)
             m.d.comb += power.eq(register(total >> drop, "power"))
         # 8: halve; 9: round to 17 bits.
