@@ -185,6 +185,8 @@ def _take_turns(peers: dict[str, Callable], rounds: int, threads: int = 1) -> di
     busy_clock = time.thread_time if threads == 1 else time.process_time
 
     def turn(peer: Callable) -> tuple[float, float]:
+        if threads > 1:
+            time.sleep(0.02)  # torch's threads spin for some time after their turn
         start, busy = clock(), busy_clock()
         peer()
         return clock() - start, busy_clock() - busy

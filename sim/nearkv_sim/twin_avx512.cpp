@@ -3,7 +3,7 @@
 // and CRC-32C with carry-less multiplications of 512 bits.
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,sse4.2,vpclmulqdq,avx512ifma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,sse4.2,vpclmulqdq,avx512ifma,avx512vbmi,prefer-vector-width=512")
 #include <immintrin.h>
 #endif
 
@@ -114,6 +114,14 @@ class Folded {
 struct Ifma : Avx512 {
     using Sum = I64;
     static constexpr int ROWS_SCALED = 8, FEW_ROWS = 2;
+    template <int MANTISSA_BITS>
+    static F32 load(const uint16_t* p) {
+        if constexpr (MANTISSA_BITS != BF16.mantissa_bits) return Avx512::load<MANTISSA_BITS>(p);
+        // Each element over two bytes of zeros.
+        const I32 order = I32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x02020202 + 0x01000000;
+        const __m512i row = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+        return (F32)_mm512_maskz_permutexvar_epi8(0xCCCCCCCCCCCCCCCC, (__m512i)order, row);
+    }
     // Where the multipliers are busy, two additions align: one of exponents, nudge included, and one of
     // the bias; the bias is larger, so that no exponent falls below 0 before.
     static constexpr int MARGIN = 64;
@@ -175,7 +183,9 @@ const Path AVX512 = {
     },
     scores<Avx512>, values<Avx512>};
 
-const Path IFMA = {"ifma", [] { return crc_avx512_supported() && __builtin_cpu_supports("avx512ifma"); },
+const Path IFMA = {"ifma", [] { 
+        return crc_avx512_supported() && __builtin_cpu_supports("avx512ifma") && __builtin_cpu_supports("avx512vbmi");
+    },
                    scores<Ifma>, values<Ifma>};
 
 bool crc_avx512_supported() {
