@@ -286,6 +286,21 @@ def test_a_bus_error_anywhere_in_a_page_is_reported(open_rtl, offset):
     assert memories.summary_of(memories.execute(card))["n_failed"] == 0
 
 
+@pytest.mark.parametrize("name", ["page_table", "q"])
+def test_a_record_in_a_hole_is_a_bus_error_of_its_job_alone(open_rtl, name):
+    memories = surrounded(np.random.default_rng(20))
+    right = memories.record(1)[name]
+    memories.set_record(1, **{name: 0xFFFF_0000})
+    card = open_rtl()
+    got = memories.execute(card)
+    for i in (0, 2):
+        assert memories.partial(got, i)["status"] == Status.DONE
+    assert Status(memories.partial(got, 1)["status"]) & Status.BUS_ERROR
+    assert memories.summary_of(got)["n_failed"] == 1
+    memories.set_record(1, **{name: right})
+    assert memories.summary_of(memories.execute(card))["n_failed"] == 0
+
+
 def test_a_queue_beyond_job_memory_is_reported(open_rtl):
     memories = surrounded(np.random.default_rng(18))
     card = open_rtl()
