@@ -139,12 +139,13 @@ def inf2(model: Model, machine: Machine, work: Work, *, x: bool = True, wb: bool
 
 
 def hilos_alpha(machine: Machine) -> Number:
-    """HILOS' rule, 2 B_PCI / (B_SSD + B_PCI), rounded to a power of two: down, at most one half.
+    """HILOS' rule, 2 B_PCI / (B_SSD + B_PCI), rounded to a power of two: down, at most 1.
 
-    The notes say "rounded". Rounding up would give 1 below 16 drives: no work for the cards at all.
+    The notes say "rounded". Up would leave the cards nothing to do with 8 drives, for which HILOS
+    studied what they do; with 4 and fewer the link carries all that flash gives, and X is all.
     """
     pci, ssd = machine.drives.uplink_bytes_per_s, machine.flash_read_bytes_per_s
-    return np.minimum(0.5, 2.0 ** np.floor(np.log2(2.0 * pci / (ssd + pci)) + 1e-9))
+    return np.minimum(1.0, 2.0 ** np.floor(np.log2(2.0 * pci / (ssd + pci)) + 1e-9))
 
 
 def hilos(

@@ -163,12 +163,15 @@ def _kv_share(estimate) -> float:
 def _ratio(row: Row, p: Parameters):
     def value(a, b):
         (a, machine_a), (b, machine_b) = a, b
-        speedup = a.tokens_per_s / b.tokens_per_s * row.get("scale", 1.0)
+        speedup = a.tokens_per_s / b.tokens_per_s
         match row.get("quantity", "speedup"):
             case "speedup":
                 return speedup
             case "per_usd":
                 return speedup * machine_b.usd / machine_a.usd
+            case "upgrade":  # per USD of what was added: drives to `a`, GPUs to `b`
+                drives_usd = machine_a.drives.count * machine_a.drives.usd
+                return speedup * machine_b.gpu.count * machine_b.gpu.usd / drives_usd
             case "energy_saved":
                 return 1 - a.joules_per_token / b.joules_per_token
             case "loss":
