@@ -62,10 +62,10 @@ test-model: setup ## all tests that run the demo model
 	$(PYTEST) -m model
 
 sim: setup ## all simulations of the whole kernel: Verilator and cocotb
-	$(PYTEST) -m sim
+	$(PYTEST) -n 2 -m sim
 
 formal: $(PROOFS) ## prove properties of the gateware: streams, queues, buses, jobs, stages (minutes)
-	$(PYTEST) -m formal
+	$(PYTEST) -n 2 -m formal
 
 $(PROOFS): $(READY)
 	@echo 'setup: Yosys and the solver of the proofs'

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the test runs."""
+"""Options and reports of the test runs."""
 
 from pathlib import Path
+import pickle
 
 import pytest
+
+from nearkv_sim.coverage import Coverage
 
 _ALLOWED_SKIPS = Path(__file__).parent / "data" / "allowed_skips.txt"
 
@@ -49,7 +52,27 @@ class _StrictSkips:
 
 
 def pytest_configure(config):
+    config.coverage = Coverage()  # of the simulated kernel, see tests/sim
     if config.getoption("--strict-skips"):
         lines = _ALLOWED_SKIPS.read_text().splitlines()
         allowed = [line for line in lines if line and not line.startswith("#")]
         config.pluginmanager.register(_StrictSkips(allowed))
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands over what it has counted."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["coverage"] = pickle.dumps(session.config.coverage)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if error is None:
+        node.config.coverage += pickle.loads(node.workeroutput["coverage"])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.coverage.n_jobs:
+        terminalreporter.section("functional coverage of the simulated kernel")
+        for line in config.coverage.report():
+            terminalreporter.line(line)

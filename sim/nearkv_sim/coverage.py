@@ -41,6 +41,13 @@ class Coverage:
         self.bins, self.pairs, self.jumps = Counter(), Counter(), Counter()
         self.n_jobs = 0
 
+    def __iadd__(self, other: "Coverage") -> "Coverage":
+        self.bins += other.bins
+        self.pairs += other.pairs
+        self.jumps += other.jumps
+        self.n_jobs += other.n_jobs
+        return self
+
     def add(self, memories: Memories, job: np.ndarray, tile_maxima: list, stalls: float) -> None:
         """Note a run.
 

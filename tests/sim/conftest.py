@@ -6,24 +6,8 @@ import pytest
 
 from nearkv_hw.config import preset
 from nearkv_sim import rtl
-from nearkv_sim.coverage import Coverage
 from nearkv_sim.model import ModelCard
 from nearkv_sim.workload import Memories
-
-_COVERAGE = pytest.StashKey[Coverage]()
-
-
-def pytest_configure(config):
-    config.stash[_COVERAGE] = Coverage()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    coverage = config.stash[_COVERAGE]
-    if coverage.n_jobs:
-        terminalreporter.section("functional coverage of the simulated kernel")
-        for line in coverage.report():
-            terminalreporter.line(line)
-
 
 @pytest.fixture(scope="session")
 def tools():
@@ -62,7 +46,7 @@ def assert_equals_model(request):
         assert summary == memories.summary_of(want)
         np.testing.assert_array_equal(memories.untimed(got), want)
         if isinstance(card, rtl.RtlCard):
-            request.config.stash[_COVERAGE].add(memories, got, model.tile_maxima, card.stalls)
+            request.config.coverage.add(memories, got, model.tile_maxima, card.stalls)
         return got
 
     return check
