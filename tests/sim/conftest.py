@@ -9,6 +9,7 @@ from nearkv_sim import rtl
 from nearkv_sim.model import ModelCard
 from nearkv_sim.workload import Memories
 
+
 @pytest.fixture(scope="session")
 def tools():
     """Skips where the simulator, or what it needs, is not installed."""
