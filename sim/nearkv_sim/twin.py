@@ -44,8 +44,8 @@ class TwinCard:
     threads : int, optional
         At most this many at once; default all processors that this process may use.
     path : str
-        "ifma" (AVX-512 with IFMA), "avx512", "avx2", "portable", or "auto": the first of them that
-        this processor has.
+        "ifma" (AVX-512 with IFMA, VBMI and VPCLMULQDQ: Ice Lake, Zen 4 and later), "avx512", "avx2",
+        "portable", or "auto": the first of them that this processor has.
 
     Raises
     ------

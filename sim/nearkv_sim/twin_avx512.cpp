@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The paths of the card `twin` for x86-64 processors with AVX-512 (F, BW, DQ, VL), without and with IFMA,
-// and CRC-32C with carry-less multiplications of 512 bits.
+// The paths of the card `twin` for x86-64 processors with AVX-512 (F, BW, DQ, VL), without and with IFMA
+// and its contemporaries, and CRC-32C with carry-less multiplications of 512 bits.
 
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,sse4.2,vpclmulqdq,avx512ifma,avx512vbmi,prefer-vector-width=512")
@@ -44,6 +44,10 @@ struct Avx512 : Generic {
     static I16 add_saturating(I16 a, I16 b) { return (I16)_mm512_adds_epi16((__m512i)a, (__m512i)b); }
     static int64_t total(I64 a) { return _mm512_reduce_add_epi64((__m512i)a); }
     static int64_t largest(I64 a) { return _mm512_reduce_max_epi64((__m512i)a); }
+    template <class>
+    static bool exceeds(I64 a, int64_t limit) {
+        return _mm512_cmpgt_epi64_mask((__m512i)a, _mm512_set1_epi64(limit));
+    }
     static I64 look_up(const int64_t* table, I64 index) {
         static_assert(1 << EXP2_SEGMENT_BITS == 16);
         // All sixteen fit two registers.
@@ -109,8 +113,8 @@ class Folded {
     __m512i sum_[4], past_;
 };
 
-// With sums as integers modulo 2^52: widening an element then is a mask or a shift. The bits of the
-// float x + BIAS, read as an integer, are x + BIAS_BITS.
+// With sums as integers modulo 2^52: widening an element then is a shift at most. The bits of the float
+// x + BIAS, read as an integer, are x + BIAS_BITS.
 struct Ifma : Avx512 {
     using Sum = I64;
     static constexpr int ROWS_SCALED = 8, FEW_ROWS = 2;
@@ -140,6 +144,7 @@ struct Ifma : Avx512 {
     static I64 weight(const double* p) { return all<I64>(*(const int64_t*)p); }
     // Even lanes, under the low 20 bits of their odd neighbours; odd lanes. What the neighbours add is
     // 2^32 times their own sum, modulo 2^52; so `narrow` can take it off again.
+    static_assert(BIAS_BITS % (1 << 20) == 0, "the odd sums start at another multiple of 2^20");
     static void widen(F32 x, I64 to[2]) { to[0] = (I64)x, to[1] = (I64)((U64)x >> 32); }
     static void widen(const float* x, I64 to[2]) { widen(*(const F32*)x, to); }
     static I64 multiply_add(I64 a, I64 b, I64 c) {
@@ -148,8 +153,9 @@ struct Ifma : Avx512 {
     template <class>
     static void narrow(const I64 sum[2], I64* low, I64* high) {
         const I64 even = (sum[0] - (sum[1] << 32)) << 12 >> 12, odd = sum[1] << 12 >> 12;
-        *low = (I64)_mm512_permutex2var_epi64((__m512i)even, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), (__m512i)odd);
-        *high = (I64)_mm512_permutex2var_epi64((__m512i)even, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), (__m512i)odd);
+        const I64 first = {0, 8, 1, 9, 2, 10, 3, 11}, last = {4, 12, 5, 13, 6, 14, 7, 15};
+        *low = (I64)_mm512_permutex2var_epi64((__m512i)even, (__m512i)first, (__m512i)odd);
+        *high = (I64)_mm512_permutex2var_epi64((__m512i)even, (__m512i)last, (__m512i)odd);
     }
     // The high half of a product of 104 bits.
     template <class>
@@ -184,7 +190,8 @@ const Path AVX512 = {
     scores<Avx512>, values<Avx512>};
 
 const Path IFMA = {"ifma", [] { 
-        return crc_avx512_supported() && __builtin_cpu_supports("avx512ifma") && __builtin_cpu_supports("avx512vbmi");
+        return crc_avx512_supported() && __builtin_cpu_supports("avx512ifma") &&
+               __builtin_cpu_supports("avx512vbmi");
     },
                    scores<Ifma>, values<Ifma>};
 

@@ -6,7 +6,8 @@
 //
 // Every sum is an integer below 2^53, usually held in doubles; so the order of additions does not matter, and
 // neither does fusing them. An aligned element x travels as the float x + BIAS, because adding BIAS is
-// also what rounds it; the dot products start at -BIAS * sum of weights.
+// also what rounds it; the dot products start at -BIAS * sum of weights. A block is read twice: `survey`
+// finds what `multiply` must know.
 
 #include "twin.h"
 
@@ -97,6 +98,8 @@ struct Generic {
         for (int i = 1; i < F64_LANES; i++) most = a[i] > most ? a[i] : most;
         return most;
     }
+    template <class Simd>
+    static bool exceeds(I64 a, int64_t limit) { return Simd::largest(a) > limit; }
     static I64 multiply(I64 a, int64_t b) { return a * b; }
     static I64 multiply_32(I64 a, I64 b) { return a * b; }  // both in 0 .. 2^32 - 1
     // a + floor(b * u / 2^U_BITS), all not negative, for the low U_BITS bits of u
@@ -118,8 +121,8 @@ struct Generic {
         void part(const uint16_t* rows, int n) {  // all that is contiguous
             sum_ = crc_(sum_, (const uint8_t*)rows, size_t(n) * LANES * KV_ELEMENT_BYTES);
         }
-        void rows(const I16*) {}              // the next STRIDE rows
-        void rest(const uint16_t*, int) {}    // rows that remain, fewer than STRIDE
+        void rows(const I16*) {}            // the next STRIDE rows
+        void rest(const uint16_t*, int) {}  // rows that remain, fewer than STRIDE
         uint32_t end() const { return sum_; }
 
       private:
@@ -145,35 +148,38 @@ struct Extent {
 // The first look at a block: its CRC, and its largest exponent, of `n` rows whose own exponents are added,
 // in its first `lanes` lanes.
 template <KvFormat FORMAT, class Simd>
-static __attribute__((noinline)) Extent survey(const uint16_t* block, int n, const uint32_t* below_largest,
-                          int largest_row_exponent, int lanes, const uint16_t* ahead,
-                          typename Simd::Checksum& checksum) {
+static __attribute__((noinline)) Extent
+survey(const uint16_t* block, int n, const uint32_t* below_largest, int largest_row_exponent, int lanes,
+       const uint16_t* ahead, typename Simd::Checksum& checksum) {
     constexpr int VECTORS = LANES / I16_LANES;
     // Of each lane: magnitudes, and the same less what the row's exponent lies below the largest.
     I16 magnitude[VECTORS]{}, scaled[VECTORS];
     for (int v = 0; v < VECTORS; v++) scaled[v] = all<I16>(int16_t(INT16_MIN));
     auto crc = checksum;  // in registers
     ptrdiff_t r = 0;
-    for (; r + STRIDE <= n; r += STRIDE, block += STRIDE * LANES, ahead += LANES) {
+    for (; r + STRIDE <= n; r += STRIDE, ahead += LANES) {
         fetch(ahead);
-        I16 row[STRIDE * VECTORS];
+        I16 rows[STRIDE * VECTORS];
 #pragma GCC unroll 16
-        for (int v = 0; v < STRIDE * VECTORS; v++) {
-            row[v] = (I16)(*(const U16Loose*)(block + v * I16_LANES));
-            I16 it = row[v] & int16_t(0x7FFF);
-            magnitude[v % VECTORS] = Simd::larger_16(magnitude[v % VECTORS], it);
-            if (below_largest)
-                scaled[v % VECTORS] = Simd::larger_16(
-                    scaled[v % VECTORS], Simd::add_saturating(it, (I16)all<U32>(below_largest[r + v / VECTORS])));
+        for (int i = 0; i < STRIDE * VECTORS; i++) {
+            const int v = i % VECTORS;
+            rows[i] = (I16)(*(const U16Loose*)(block + r * LANES + i * I16_LANES));
+            const I16 it = rows[i] & int16_t(0x7FFF);
+            magnitude[v] = Simd::larger_16(magnitude[v], it);
+            if (!below_largest) continue;
+            const I16 below = (I16)all<U32>(below_largest[r + i / VECTORS]);
+            scaled[v] = Simd::larger_16(scaled[v], Simd::add_saturating(it, below));
         }
-        crc.rows(row);
+        crc.rows(rows);
     }
     checksum = crc;
-    // Only V can have such rows. Their CRC is the caller's: a call from here would keep the sums of the
+    // Only V can have more rows. Their CRC is the caller's: a call from here would keep the sums of the
     // loop above out of registers.
-    for (; r < n; r++, block += LANES)
-        for (int v = 0; v < VECTORS; v++)
-            magnitude[v] = Simd::larger_16(magnitude[v], (I16)(*(const U16Loose*)(block + v * I16_LANES)) & int16_t(0x7FFF));
+    for (; r < n; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            const I16 row = (I16)(*(const U16Loose*)(block + r * LANES + v * I16_LANES));
+            magnitude[v] = Simd::larger_16(magnitude[v], row & int16_t(0x7FFF));
+        }
 
     alignas(64) int16_t totals[LANES], magnitudes[LANES];
     for (int v = 0; v < VECTORS; v++) {
@@ -215,7 +221,9 @@ struct Scaled {
         return Simd::template round<FEW>(Simd::template load<FORMAT.mantissa_bits>(block + r * LANES + lane),
                                          all<F32>(scale[r]));
     }
-    TWIN_INLINE_MEMBER void widen(F32 x, ptrdiff_t, int, typename Simd::Sum to[2]) const { Simd::widen(x, to); }
+    TWIN_INLINE_MEMBER void widen(F32 x, ptrdiff_t, int, typename Simd::Sum to[2]) const {
+        Simd::widen(x, to);
+    }
 };
 
 // ... or already aligned.
@@ -280,7 +288,7 @@ static void dot_rows(Block block, int n, const double* weight, const double* wei
     }
 }
 
-// The same for any number of rows; without a total if that is null.
+// The same for any number of rows, up to ROWS of them last; without a total if that is null.
 template <class Simd, int ROWS, class Block>
 static void dot(Block block, int n, int rows, const double* weight, const double* weight_sum, int64_t* out,
                 int out_stride, int32_t* total, const uint16_t* ahead) {
@@ -304,7 +312,7 @@ static void multiply(const uint16_t* block, int n, const int32_t* row_exponent, 
                      Extent extent, Scratch& scratch, int rows, const double* weight,
                      const double* weight_sum, int64_t* out, int out_stride, int32_t* total,
                      const uint16_t* ahead) {
-    constexpr int ONE_FIELD = (1 << (FORMAT.exponent_bits - 1)) - 1;  // of 2^0; the largest finite is twice that
+    constexpr int ONE_FIELD = (1 << (FORMAT.exponent_bits - 1)) - 1;  // of 1.0; of Inf it is more than twice that
     constexpr int BINADE = Simd::LARGEST_BINADE < ONE_FIELD ? Simd::LARGEST_BINADE : ONE_FIELD;
     constexpr int MOST = FEW ? Simd::FEW_ROWS : Simd::ROWS_SCALED;
     const int base = FORMAT.unit - extent.exponent;
@@ -324,10 +332,16 @@ static void multiply(const uint16_t* block, int n, const int32_t* row_exponent, 
             }
         for (ptrdiff_t r = 0; r < n; r++)
 #pragma GCC unroll 16
-            for (int t = 0; t < LANES; t += F32_LANES) *(F32*)(scratch.x + r * LANES + t) = scaled.aligned(r, t);
+            for (int t = 0; t < LANES; t += F32_LANES)
+                *(F32*)(scratch.x + r * LANES + t) = scaled.aligned(r, t);
     }
-    dot<Simd, Simd::ROWS_AT_ONCE>(Aligned<Simd>{scratch.x}, n, rows, weight, weight_sum, out, out_stride, total,
-                                  ahead);
+    const Aligned<Simd> aligned{scratch.x};
+    dot<Simd, Simd::ROWS_AT_ONCE>(aligned, n, rows, weight, weight_sum, out, out_stride, total, ahead);
+}
+
+template <KvFormat FORMAT, class Simd>
+TWIN_INLINE auto multiply_rows(int rows) {
+    return rows > Simd::FEW_ROWS ? multiply<FORMAT, false, Simd> : multiply<FORMAT, true, Simd>;
 }
 
 constexpr int64_t SCORE_UNIT = int64_t(1) << SCORE_FRAC_BITS;
@@ -348,7 +362,7 @@ TWIN_INLINE bool to_scores(int64_t* raw, int64_t mantissa, int shift) {
         least = smaller(least, score);
         *(I64*)(raw + t) = smaller(larger(score, all<I64>(-SCORE_LIMIT)), all<I64>(SCORE_LIMIT));
     }
-    return Simd::largest(larger(most, -least)) > SCORE_LIMIT;
+    return Simd::template exceeds<Simd>(larger(most, -least), SCORE_LIMIT);
 }
 
 constexpr int DROP = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS;
@@ -371,11 +385,13 @@ TWIN_INLINE void to_weights(const int64_t* score, int blocks, double* p, int& ti
     for (int t = 0; t < blocks * LANES; t += F64_LANES) {
         I64 below = *(const I64*)(score + t) - ceiling;
         I64 segment = (I64)((U64)below >> U_BITS);
-        I64 slope = Simd::template interpolate<Simd>(Simd::look_up(EXP2_A1, segment), Simd::look_up(EXP2_A2, segment), below);
-        I64 value = Simd::template interpolate<Simd>(Simd::look_up(EXP2_A0, segment), slope, below);
+        I64 a0 = Simd::look_up(EXP2_A0, segment), a1 = Simd::look_up(EXP2_A1, segment);
+        I64 slope = Simd::template interpolate<Simd>(a1, Simd::look_up(EXP2_A2, segment), below);
+        I64 value = Simd::template interpolate<Simd>(a0, slope, below);
         // DROP, and by how many binades the score's floor lies below the maximum.
         I64 down = (I64)((U64)(DROP * SCORE_UNIT + SCORE_UNIT - 1 - below) >> SCORE_FRAC_BITS);
-        I64 wide = Simd::shift_right(value + (1 << (DROP - 1)), smaller(down, all<I64>(DROP + P_WIDE_FRAC_BITS + 1)));
+        I64 wide = Simd::shift_right(value + (1 << (DROP - 1)),
+                                     smaller(down, all<I64>(DROP + P_WIDE_FRAC_BITS + 1)));
         I64 weight = smaller((I64)((U64)(wide + (1 << (NARROW - 1))) >> NARROW), all<I64>(P_MAX));
         sum += weight;
         wide_sum += wide;
@@ -423,6 +439,7 @@ constexpr int NON_FINITE = (1 << FORMAT.exponent_bits) - 1;
 template <KvFormat FORMAT, class Simd>
 static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
     const int blocks = (tile.tokens + LANES - 1) / LANES;
+    const auto align_and_multiply = multiply_rows<FORMAT, Simd>(query.weighted_rows);
     typename Simd::Checksum checksum(tile.crc);
     checksum.part(tile.k, blocks * query.head_dim);
     for (int b = 0; b < blocks; b++) {
@@ -434,9 +451,10 @@ static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
         Extent found = survey<FORMAT, Simd>(k, query.head_dim, query.below_largest, query.largest_exponent,
                                             lanes, ahead, checksum);
         tile.non_finite |= found.field == NON_FINITE<FORMAT>;
-        (query.weighted_rows > Simd::FEW_ROWS ? multiply<FORMAT, false, Simd> : multiply<FORMAT, true, Simd>)(
+        align_and_multiply(
             k, query.head_dim, query.exponent, query.largest_exponent, found, scratch, query.weighted_rows,
-            Simd::query_weights(query), query.weight_sum, &scratch.raw[0][b * LANES], TILE_TOKENS, nullptr, ahead);
+            Simd::query_weights(query), query.weight_sum, &scratch.raw[0][b * LANES], TILE_TOKENS, nullptr,
+            ahead);
         for (int i = 0; i < query.weighted_rows; i++) {
             int64_t* raw = &scratch.raw[i][b * LANES];
             for (int t = lanes; t < LANES; t++) raw[t] = 0;
@@ -466,6 +484,7 @@ template <KvFormat FORMAT, class Simd>
 static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& sums) {
     typename Simd::Checksum checksum(tile.crc);
     const bool unweighted = query.weighted_rows < query.rows;
+    const auto align_and_multiply = multiply_rows<FORMAT, Simd>(query.weighted_rows);
     for (int part = 0; part < query.head_dim / LANES; part++) {
         const uint16_t* v = tile.v + size_t(part) * query.page_tokens * LANES;
         const uint16_t* ahead = (tile.next_k ? tile.next_k : v) + part * TILE_TOKENS * LANES;
@@ -477,7 +496,7 @@ static void values_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
         const int rest = tile.tokens % STRIDE;
         checksum.rest(v + (tile.tokens - rest) * LANES, rest);
         tile.non_finite |= found.field == NON_FINITE<FORMAT>;
-        (query.weighted_rows > Simd::FEW_ROWS ? multiply<FORMAT, false, Simd> : multiply<FORMAT, true, Simd>)(
+        align_and_multiply(
             v, tile.tokens, nullptr, 0, found, scratch, query.weighted_rows, scratch.p[0], scratch.p_sum,
             scratch.o[0], LANES, unweighted ? total : nullptr, ahead);
         // Rows without weight have the same p for every token.

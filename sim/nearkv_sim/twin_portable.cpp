@@ -30,7 +30,9 @@ struct Portable : Generic {
     static void widen(const float* x, F64 to[2]) {
         for (int i = 0; i < 2; i++) to[i] = __builtin_convertvector(((const Pair*)x)[i], F64);
     }
-    static I64 look_up(const int64_t* table, I64 index) { return I64{table[index[0] & 15], table[index[1] & 15]}; }
+    static I64 look_up(const int64_t* table, I64 index) {
+        return I64{table[index[0] & 15], table[index[1] & 15]};
+    }
 };
 
 // Eight tables: one for each byte of a word.
