@@ -130,7 +130,7 @@ def _side(side: dict, model: str, context: int, batch: int, output: int, p: Para
     if card_watts := options.pop("card_watts", None):
         machine = machine.with_(cards={"watts": card_watts})
     weights = options.pop("weights", None)
-    work = Work(batch=batch, context=context, output=output)
+    work = Work(batch=options.pop("batch", batch), context=context, output=output)
     shape = _model(model)
     chosen = policy.system(options.pop("system"), shape, machine, work, **options)
     return closed_form.estimate(shape, machine, work, chosen, weights=weights, p=p), machine
