@@ -372,7 +372,9 @@ def _what_if(args, model, machine, work) -> int:
         chosen = policy.system(name, model, machine, work)
         found.append(_as_dict(name, closed_form.estimate(model, machine, work, chosen)))
         found[-1]["lacks"] = policy.lacks(chosen, machine)
-    if args.events and machine.has_cards:
+    if args.events and not machine.has_cards:
+        raise ValueError(f"--events simulates cards, and {machine.name} has none; try --scale")
+    if args.events:
         found[0]["simulated"] = _simulate(model, machine, work, best)
     if args.json:
         clean = json.loads(json.dumps(found), parse_constant=lambda _: None)

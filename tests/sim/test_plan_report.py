@@ -105,6 +105,7 @@ def test_reproduce_prints_every_row_and_its_reason(capsys):
         (("--model", "gpt-9"), "no model 'gpt-9'"),
         (("--machine", "abacus"), "no machine 'abacus'"),
         (("--batch", "0"), "must be at least 1"),
+        (("--machine", "nvme-twin-cpu", "--model", "qwen2.5-7b", "--events"), "simulates cards"),
         (("--model", "opt-175b", "--machine", "nvme-twin", "--context", "16M"), "no plan fits"),
     ],
 )

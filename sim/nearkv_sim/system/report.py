@@ -11,6 +11,9 @@ import re
 
 import numpy as np
 
+from nearkv_hw import abi
+from nearkv_hw.config import preset
+
 from . import closed_form, optimise, policy, published, scale
 from .describe import Machine, Model, Parameters, Work, load_model, parameters
 
@@ -244,9 +247,10 @@ def plot_ablation(axis, model, machine, work):
 
 def plot_roofline(axis, machine: Machine, p: Parameters):
     """Attention of one card: FLOP per byte of K and V is the group size (over two bytes)."""
-    rows, mhz, lanes = 8, 296e6, 32
+    rows, lanes = preset("smartssd").rows, abi.BLOCK_TOKENS
+    hertz = p.engine_bytes_per_s / abi.BEAT_BYTES
     intensity = np.logspace(-0.5, 5.5, 200, base=2)
-    peak = 2 * rows * lanes * mhz
+    peak = 2 * rows * lanes * hertz
     flash = float(np.ravel(machine.flash_read_bytes_per_s / machine.cards.count)[0])
     memory = float(np.ravel(machine.cards.engine_bytes_per_s)[0])
     for rate, label, colour in (
@@ -258,7 +262,7 @@ def plot_roofline(axis, machine: Machine, p: Parameters):
             intensity, np.minimum(intensity * rate, peak) / 1e9, color=colour, lw=2, label=label
         )
     axis.axhline(peak / 1e9, color="#888", lw=1, ls=":")
-    axis.annotate("8 rows x 32 lanes at 296 MHz", (intensity[0], peak / 1e9), fontsize=8,
+    axis.annotate(f"{rows} rows x {lanes} lanes at {hertz / 1e6:.0f} MHz", (intensity[0], peak / 1e9), fontsize=8,
                   va="bottom", color="#666")  # fmt: skip
     seen: dict[int, list[str]] = {}
     for name in (*COMPARED, "llama-3.1-70b"):
