@@ -7,18 +7,29 @@ V over seconds. What each is held against, in the same run and in turns:
 
     drive       threads that read the same page files in order, O_DIRECT, same depth and size
     twin        the card alone, pages in its memory already
-    no ahead, no ring   nearkv without fetching the next layer's pages early; loading, then computing
+    no ahead    nearkv without fetching the next layer's pages early
+    no ring     the same with one segment: loading, then computing
+    threads     nearkv with threads instead of io_uring
+    two cards   the same cores and drive, shared by two cards
+    spilling, spilling in step
+                a page is appended to every head of every layer in each step, 128 times as often as
+                decoding does it: written behind the step's back, or before it goes on
     FlexGen     its disk path: K and V of a layer as token-major memory-mapped files; threads copy a
                 layer into host buffers, through the page cache, while torch attends to the one before.
                 Its copy threads, the type torch computes in and torch's threads are tuned first. The
                 page cache is emptied of the files before each step, as a context larger than memory does
-    memory      torch's attention with K and V in host memory, as transformers' own cache has it
+    memory      torch's attention with K and V in host memory, tuned likewise
+
+Then the demo model as a whole, where it is installed: tokens/s behind a context, with nearkv's cache and
+with transformers' own, which is in memory.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import itertools
 import json
+import math
 import mmap
 import os
 from pathlib import Path
@@ -26,16 +37,19 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS, PageAttention
+from .bench import plot_bars
 from .bench_flash import fill, machine, read_raw
 from .card import KV_BYTES, open_cards
 from .flash import READS_IN_FLIGHT
-from .store import KvStore
+from .store import DELAYED_BYTES, KvStore
+from .uring import refusal
 
 
 class FlexGen:
@@ -104,11 +118,14 @@ class FlexGen:
 
 
 def attend_in_memory(q, k: np.ndarray, v: np.ndarray, kind):
-    """torch's attention over token-major K and V: (tokens, sequences * kv heads, head_dim)."""
+    """torch's attention over token-major K and V: (tokens, sequences * kv heads, head_dim).
+
+    With a leading dimension of 1: torch's fast path wants four.
+    """
     import torch
 
-    keys, values = (torch.from_numpy(x).to(kind).transpose(0, 1) for x in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+    keys, values = (torch.from_numpy(x).to(kind).transpose(0, 1)[None] for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q[None], keys, values)
 
 
 def add_arguments(parser) -> None:
@@ -129,62 +146,91 @@ def add_arguments(parser) -> None:
     add("--depth", type=int, default=READS_IN_FLIGHT, help="reads at once (default: %(default)s)")
     add("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
     add("--no-peers", action="store_true", help="leave FlexGen and memory out")
+    add(
+        "--model-context", type=int, default=4096,
+        help="of the demo model, tokens; 0 leaves it out (default: %(default)s)",
+    )  # fmt: skip
     add("--json", action="store_true", help="figures as JSON")
+    add("--plot", metavar="FILE", help="draw them: .png, .svg or .html")
 
 
 def run(args) -> int:
-    layout = PageLayout(args.head_dim, args.page_tokens)
     directory = Path(args.directory or tempfile.gettempdir())
-    cards, _ = open_cards(
-        [args.card] * args.cards, kv_bytes=args.kv_mib << 20, reads_in_flight=args.depth
-    )
-    rng = np.random.default_rng(1)
-    q = rng.standard_normal((args.batch, args.kv_heads, args.group, args.head_dim))
-    with (
-        tempfile.TemporaryDirectory(prefix="nearkv-bench-", dir=directory) as temporary,
-        KvStore(temporary, layout, args.kv_heads, temporary=True, n_shards=args.cards) as store,
-    ):
-        fill(store, args.batch, args.layers, args.context)
-        figures = _measure(args, cards, store, q, Path(temporary))
-        figures["machine"] = machine(directory)
-    for card in cards:
-        card.close()
+    figures: dict[str, Any] = {
+        "arguments": {key: value for key, value in vars(args).items() if value is not None},
+        "machine": machine(directory),
+    }
+    with contextlib.ExitStack() as opened:
+        temporary = Path(
+            opened.enter_context(tempfile.TemporaryDirectory(prefix="nearkv-bench-", dir=directory))
+        )
+        figures |= _measure(args, temporary, opened)
+    if args.model_context:
+        figures["model"] = _measure_model(args, directory)
     if args.json:
-        json.dump(figures, sys.stdout, indent=2)
+        json.dump(figures, sys.stdout, indent=1)
         print()
     else:
         _print(figures)
+    if args.plot:
+        _plot(args, figures)
     return 0
 
 
-def _measure(args, cards, store: KvStore, q, temporary: Path) -> dict:
+def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> dict:
+    layout = PageLayout(args.head_dim, args.page_tokens)
     scale = args.head_dim**-0.5
     shape = (args.batch, args.kv_heads, args.head_dim)
     kv_bytes = 4 * args.layers * args.context * args.batch * args.kv_heads * args.head_dim
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((args.batch, args.kv_heads, args.group, args.head_dim))
+
+    def cards(n, reader="auto"):
+        made, _ = open_cards(
+            [args.card] * n, kv_bytes=args.kv_mib << 20, reads_in_flight=args.depth, reader=reader
+        )
+        for card in made:
+            opened.enter_context(card)
+        return made
+
+    def stored(delayed_bytes, n_layers):
+        store = opened.enter_context(
+            KvStore(
+                temporary,
+                layout,
+                args.kv_heads,
+                temporary=True,
+                n_shards=max(2, args.cards),
+                delayed_bytes=delayed_bytes,
+            )  # fmt: skip
+        )
+        fill(store, args.batch, n_layers, args.context)
+        return store
+
+    store = stored(DELAYED_BYTES, args.layers)
+    ring = {"segments": args.segments, "ring_bytes": args.ring_mib << 20}
+    main = cards(args.cards)
     ways = {
-        "nearkv": PageAttention(
-            cards, store, segments=args.segments, ring_bytes=args.ring_mib << 20
-        ),
-        "no ahead": PageAttention(
-            cards, store, ahead=False, segments=args.segments, ring_bytes=args.ring_mib << 20
-        ),
+        "nearkv": PageAttention(main, store, **ring),
+        "no ahead": PageAttention(main, store, ahead=False, **ring),
         "no ring": PageAttention(
-            cards, store, ahead=False, segments=1,
-            ring_bytes=(args.ring_mib << 20) // args.segments,
+            main, store, ahead=False, segments=1, ring_bytes=ring["ring_bytes"] // args.segments
         ),
-    }  # fmt: skip
-
-    def step(attention):
-        for layer in range(args.layers):
-            attention.attend(layer, range(args.batch), q, scale)
-
+    }
+    if not refusal():
+        ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
+    if args.cards == 1:
+        ways["two cards"] = PageAttention(cards(2), store, **ring)
+    counters = {name: [] for name in ways}
     paths = sorted(store.directory.glob("*.kv"))
     file_bytes = sum(os.path.getsize(path) for path in paths)
-    turns: dict[str, Callable[[], float]] = {
-        "drive": lambda: file_bytes / read_raw(paths, args.depth * args.cards),
-        "twin": lambda: _card_alone(cards[0], store, q[:1, :1], scale) * args.cards,
-    }
-    counters = {name: [] for name in ways}
+    new = rng.standard_normal((args.kv_heads, args.page_tokens, args.head_dim))
+    new = new.astype(np.float16).view(np.uint16)
+
+    def step(attention, append=lambda layer: None):
+        for layer in range(args.layers):
+            attention.attend(layer, range(args.batch), q, scale)
+            append(layer)
 
     def timed(name, attention):
         before = dict(vars(attention.figures))
@@ -197,33 +243,48 @@ def _measure(args, cards, store: KvStore, q, temporary: Path) -> dict:
         )
         return kv_bytes / seconds
 
+    def spilling(in_step):
+        attention, n_pages = ways["nearkv"], store.n_pages(0, 0)
+
+        def append(layer):
+            for sequence in range(args.batch):
+                store.append(sequence, layer, new, new)
+                if in_step:
+                    store.settle(sequence, layer)
+
+        begin = time.perf_counter()
+        step(attention, append)
+        seconds = time.perf_counter() - begin
+        attention.discard()
+        store.flush()
+        for sequence in range(args.batch):
+            for layer in range(args.layers):
+                store.truncate(sequence, layer, n_pages)
+        step(attention)  # whatever it had fetched ahead
+        return kv_bytes / seconds
+
+    turns: dict[str, Callable[[], float]] = {
+        "drive": lambda: file_bytes / read_raw(paths, args.depth * args.cards),
+        "twin": lambda: _card_alone(main[0], store, q[:1, :1], scale) * args.cards,
+    }
     for name, attention in ways.items():
         turns[name] = lambda name=name, attention=attention: timed(name, attention)
+    turns["spilling"] = lambda: spilling(in_step=False)
+    turns["spilling in step"] = lambda: spilling(in_step=True)
     tuned = None
     if not args.no_peers:
         import torch
 
         peer = FlexGen(temporary, args.layers, args.context, shape)
         grouped = q.reshape(-1, args.group, args.head_dim)
-        tuned = _tune(peer, grouped)
-        kind, copy_threads = getattr(torch, tuned["kind"]), tuned["copy_threads"]
-        torch_threads = tuned["torch_threads"]
-        query = torch.from_numpy(grouped).to(kind)
         resident = torch.randn(2, *peer.shape).half().numpy()
+        tuned, in_memory = _tune(peer, grouped), _tune_memory(resident, grouped)
 
         def flexgen():
-            peer.forget()
-            torch.set_num_threads(torch_threads)
-            begin = time.perf_counter()
-            peer.step(query, copy_threads, kind, tuned["sequential"])
-            return peer.kv_bytes / (time.perf_counter() - begin)
+            return _flexgen_rate(peer, grouped, **tuned)
 
         def memory():
-            keys, values = (torch.from_numpy(x).to(kind).transpose(0, 1) for x in resident)
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
-            begin = time.perf_counter()
-            torch.nn.functional.scaled_dot_product_attention(query, keys, values)
-            return resident.nbytes / (time.perf_counter() - begin)
+            return _memory_rate(resident, grouped, **in_memory)
 
         turns |= {"FlexGen": flexgen, "memory": memory}
     rates: dict[str, list[float]] = {name: [] for name in turns}
@@ -235,17 +296,18 @@ def _measure(args, cards, store: KvStore, q, temporary: Path) -> dict:
     for attention in ways.values():
         attention.close()
     median = {name: statistics.median(values) for name, values in rates.items()}
-    bounds = [min(a, b) for a, b in zip(rates["drive"], rates["twin"], strict=True)]
+    of_bound = [
+        rate / min(drive, twin)
+        for rate, drive, twin in zip(rates["nearkv"], rates["drive"], rates["twin"], strict=True)
+    ]
     return {
         "kv_bytes": kv_bytes,
         "card_kv_bytes": args.kv_mib << 20,
-        "arguments": {key: value for key, value in vars(args).items() if value is not None},
         "rates": median,
         "rates_by_round": rates,
-        "of_bound": median["nearkv"] / min(median["drive"], median["twin"]),
-        "of_bound_by_round": [
-            rate / bound for rate, bound in zip(rates["nearkv"], bounds, strict=True)
-        ],
+        # Of the rounds' ratios: what disturbs one round disturbs all of it.
+        "of_bound": statistics.median(of_bound),
+        "of_bound_by_round": of_bound,
         "of_flexgen": median["nearkv"] / median["FlexGen"] if tuned else None,
         "flexgen_tuned": tuned,
         "shares_of_time": {
@@ -270,29 +332,106 @@ def _card_alone(card, store: KvStore, q, scale: float) -> float:
     return attention.figures.kv_bytes / attention.figures.run_s
 
 
-def _tune(peer: FlexGen, q) -> dict:
-    """The fastest way to run the peer on this machine."""
+def _flexgen_rate(peer: FlexGen, q, kind: str, torch_threads: int, copy_threads: int,
+                  sequential: bool) -> float:  # fmt: skip
+    """bytes/s of one step of the peer, nothing of its files being in memory."""
     import torch
 
-    best, found = 0.0, {}
-    cores = len(os.sched_getaffinity(0))
-    choices = itertools.product(
-        ("float32", "bfloat16"), (1, 4, 8), sorted({1, cores}), (False, True)
-    )  # 4 copy threads and no advice are FlexGen's own
-    for kind, copy_threads, torch_threads, sequential in choices:
-        query = torch.from_numpy(q).to(getattr(torch, kind))
-        torch.set_num_threads(torch_threads)
-        peer.forget()
-        begin = time.perf_counter()
-        peer.step(query, copy_threads, getattr(torch, kind), sequential)
-        rate = peer.kv_bytes / (time.perf_counter() - begin)
-        if rate > best:
-            best = rate
-            found = {
-                "kind": kind, "copy_threads": copy_threads, "torch_threads": torch_threads,
-                "sequential": sequential,
-            }  # fmt: skip
-    return found
+    query = torch.from_numpy(q).to(getattr(torch, kind))
+    torch.set_num_threads(torch_threads)
+    peer.forget()
+    begin = time.perf_counter()
+    peer.step(query, copy_threads, getattr(torch, kind), sequential)
+    return peer.kv_bytes / (time.perf_counter() - begin)
+
+
+def _memory_rate(resident: np.ndarray, q, kind: str, torch_threads: int) -> float:
+    """bytes/s of torch's attention to K and V that are in memory in its own type."""
+    import torch
+
+    dtype = getattr(torch, kind)
+    query = torch.from_numpy(q).to(dtype)[None]
+    keys, values = (torch.from_numpy(x).to(dtype).transpose(0, 1)[None] for x in resident)
+    torch.set_num_threads(torch_threads)
+    begin = time.perf_counter()
+    torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+    return resident.nbytes / (time.perf_counter() - begin)
+
+
+_KINDS = ("float32", "bfloat16", "float16")
+
+
+def _choices() -> list[dict]:
+    threads = sorted({1, len(os.sched_getaffinity(0))})
+    return [{"kind": kind, "torch_threads": n} for kind, n in itertools.product(_KINDS, threads)]
+
+
+def _tune(peer: FlexGen, q) -> dict:
+    """The fastest way to run the peer on this machine: how torch computes, then how it copies."""
+    own = {"copy_threads": 4, "sequential": False}  # FlexGen's
+    first = max((choice | own for choice in _choices()), key=lambda c: _flexgen_rate(peer, q, **c))
+    copies = itertools.product((1, 4, 8), (False, True))
+    ways = [first | {"copy_threads": n, "sequential": advice} for n, advice in copies]
+    return max(ways, key=lambda choice: _flexgen_rate(peer, q, **choice))
+
+
+def _tune_memory(resident: np.ndarray, q) -> dict:
+    return max(_choices(), key=lambda c: max(_memory_rate(resident, q, **c) for _ in range(2)))
+
+
+def _measure_model(args, directory: Path) -> dict | None:
+    """tokens/s of the demo model behind a context, with either cache; None if it is not there."""
+    import torch
+    from transformers import DynamicCache
+
+    from . import models
+    from .cache import NearStorageCache
+
+    try:
+        model, _ = models.load()
+    except ModuleNotFoundError:
+        return None
+    config, n_tokens, n_new = model.config, args.model_context, 16
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    shape = (1, config.num_key_value_heads, n_tokens,
+             config.head_dim or config.hidden_size // config.num_attention_heads)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    # What the values are makes no difference to the time.
+    k, v = (torch.randn(shape, generator=generator) for _ in "kv")
+
+    def nearkv():
+        cache = NearStorageCache(config, directory, args.card)
+        cache.fill([(k, v)] * config.num_hidden_layers)
+        cache.store.flush()
+        return cache
+
+    def own():
+        cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            cache.update(k, v, layer)
+        return cache
+
+    caches = {"nearkv": (nearkv(), "nearkv"), "transformers": (own(), "sdpa")}
+    rates = {name: [] for name in caches}
+    for round in range(4):
+        for name, (cache, attention) in caches.items():
+            model.set_attn_implementation(attention)
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            with torch.no_grad():
+                begin = time.perf_counter()
+                for _ in range(n_new):
+                    ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                seconds = time.perf_counter() - begin
+            if round:
+                rates[name].append(n_new / seconds)
+    caches["nearkv"][0].close()
+    return {
+        "name": Path(config.name_or_path).name,
+        "context": n_tokens,
+        "kv_bytes": 4 * config.num_hidden_layers * math.prod(shape),
+        "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "tokens_per_s_by_round": rates,
+    }
 
 
 def _print(figures: dict) -> None:
@@ -304,10 +443,32 @@ def _print(figures: dict) -> None:
         share = ""
         if shares:
             share = f"  waits for the drive {shares['load_s']:.0%}, card runs {shares['run_s']:.0%}"
-        print(f"{name:>10} {rate / 1e9:6.2f} GB/s  {rates['nearkv'] / rate:5.2f}x{share}")
+        print(f"{name:>16} {rate / 1e9:6.2f} GB/s  {rates['nearkv'] / rate:5.2f}x{share}")
     by_round = figures["of_bound_by_round"]
     print(f"of min(drive, twin): {figures['of_bound']:.1%} (goal 90%; rounds "
           f"{min(by_round):.0%} .. {max(by_round):.0%})")  # fmt: skip
     if figures["of_flexgen"]:
         print(f"of FlexGen's path: {figures['of_flexgen']:.2f}x (goal 4x at 32 k tokens); tuned to "
               f"{figures['flexgen_tuned']}")  # fmt: skip
+    model = figures.get("model")
+    if model:
+        ours, own = (model["tokens_per_s"][name] for name in ("nearkv", "transformers"))
+        print(f"{model['name']} behind {model['context']} tokens "
+              f"({model['kv_bytes'] / 2**20:.0f} MiB of KV): {ours:.1f} tokens/s with KV on the drive, "
+              f"{own:.1f} with transformers' cache in memory: {ours / own:.2f}x")  # fmt: skip
+
+
+def _plot(args, figures: dict) -> None:
+    rates, here = figures["rates"], figures["machine"]
+    names = [name for name in rates if name not in ("drive", "twin")]
+    plot_bars(
+        args.plot,
+        f"Attending to {args.context:,} tokens of KV on the drive",
+        names,
+        {"KV bytes read and attended to": [rates[name] / 1e9 for name in names]},
+        unit="GB/s",
+        limit=("the least of drive and card", min(rates["drive"], rates["twin"]) / 1e9),
+        note=f"{here['cores']} cores, load {here['load']:.1f}; {args.layers} layers, {args.kv_heads} KV "
+        f"heads of {args.head_dim}, {args.group} query heads each; drive {rates['drive'] / 1e9:.2f}, "
+        f"card {args.card} {rates['twin'] / 1e9:.2f} GB/s",
+    )

@@ -17,6 +17,7 @@ import errno
 import logging
 import math
 import tempfile
+from typing import cast
 import weakref
 
 import numpy as np
@@ -179,6 +180,17 @@ class NearStorageCache(Cache):
     def card(self) -> Card:
         """The first card."""
         return self.cards[0]
+
+    def fill(self, past) -> None:
+        """Put K and V behind what there is, without attention: those of a prefill made elsewhere.
+
+        Parameters
+        ----------
+        past : sequence of (k, v)
+            By layer: (batch, n_kv_heads, n_tokens, head_dim) each.
+        """
+        for layer, (k, v) in zip(self.layers, past, strict=True):
+            cast(_Layer, layer).fill(k, v)
 
     @property
     def logits_processor(self) -> LogitsProcessorList:
@@ -354,6 +366,12 @@ class _Layer(CacheLayerMixin):
 
     def batch_select_indices(self, indices) -> None:
         raise NotImplementedError("pages on flash cannot be selected: make a cache for each batch")
+
+    def fill(self, k, v) -> None:
+        """Put K and V behind what there is, without attention: (batch, kv heads, tokens, head_dim)."""
+        k, v = (handle.plain for handle in self.update(k, v))
+        self._commit(k, v, None)
+        self._pending = 0
 
     # --- attention ----------------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ log = logging.getLogger("nearkv")
 
 # Of one request to the drive. Larger ones gain nothing and make the ends of a burst ragged.
 READ_BYTES = 1 << 20
-READS_IN_FLIGHT = 16
+# A drive that has more of them at once serves none of them first, and the card waits for the first.
+READS_IN_FLIGHT = 8
 
 
 class PageId(NamedTuple):
@@ -121,8 +122,10 @@ class Window:
         go()
 
     def end(self, burst: object) -> None:
+        """The burst has ended; or will not begin, if it has not."""
         with self._lock:
-            del self._bursts[burst]
+            self._bursts.pop(burst, None)
+            self._held = [held for held in self._held if held[0] is not burst]
 
     @contextlib.contextmanager
     def reading(self):
@@ -360,12 +363,19 @@ class Reader:
         self.depth, self._memory = depth, memory
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._change = threading.Condition()
+        self._loads: set[Load] = set()  # that have not arrived
+        self._closed = False
+        self._change = threading.Condition(threading.RLock())
 
     def start(self, reads: list[Read]) -> Load:
         """Ask for pages; returns at once."""
         requests = [piece for read in reads for piece in pieces(read)]
         load = Load(self, requests)
+        with self._change:
+            if self._closed:
+                raise ValueError("the reader is closed")
+            if requests:
+                self._loads.add(load)
         for window in list(load._of_drive):
             mine = [(load, i, r) for i, r in enumerate(requests) if r.window is window]
             if window is None:
@@ -378,13 +388,20 @@ class Reader:
         return load
 
     def close(self) -> None:
-        """End the reading, without waiting for a drive that does not answer."""
+        """End the reading and every load, without waiting for a drive that does not answer.
+
+        What is with the drive may still be written to kv memory.
+        """
+        with self._change:
+            self._closed = True
         for _ in self._threads:
             self._requests.put(None)
-        self._threads = []
+        self._end_all()
 
     def _go(self, requests: list[tuple[Load, int, Read]]) -> None:
         """Begin to read."""
+        if self._closed:
+            return
         while len(self._threads) < min(self.depth, len(requests)):
             thread = threading.Thread(target=self._work, name="nearkv-read", daemon=True)
             thread.start()
@@ -396,6 +413,28 @@ class Reader:
         """Read on until `finished`, or until the time is up."""
         with self._change:
             self._change.wait_for(finished, timeout_s)
+
+    def _finish(self, load: Load, index: int, error: FlashError | None) -> None:
+        """A request has ended. Called with the lock."""
+        if index not in load._left:
+            return  # given up
+        load._done(index, error)
+        if not load._left:
+            self._loads.discard(load)
+        if not load._of_drive[load._requests[index].window]:
+            self._change.notify_all()
+
+    def _end_all(self) -> None:
+        """Give up what has not arrived."""
+        with self._change:
+            for load in list(self._loads):
+                for index in sorted(load._left):
+                    request = load._requests[index]
+                    error = FlashError(
+                        "a read was given up: the card was closed or reset", page=request.page,
+                        filename=request.path, offset=request.offset,
+                    )  # fmt: skip
+                    self._finish(load, index, error)
 
     def _work(self) -> None:
         while (work := self._requests.get()) is not None:
@@ -411,16 +450,14 @@ class Reader:
                     filename=request.path, offset=request.offset,
                 )  # fmt: skip
             with self._change:
-                load._done(index, error)
-                if not load._left or request.window is not None:
-                    self._change.notify_all()
+                self._finish(load, index, error)
             del work, load, request, error
 
 
 class UringReader(Reader):
-    """Reads by io_uring: a load is one system call, and none of it needs a thread.
+    """Reads by io_uring: one thread gives the kernel what is asked for, and takes what has arrived.
 
-    Whoever waits for a load, also a writer who waits for the drive, takes note of what has arrived.
+    Not whoever asks: the kernel interrupts the one who submitted, who has a card to run.
 
     Raises
     ------
@@ -429,7 +466,6 @@ class UringReader(Reader):
     """
 
     _lost: ClassVar[list] = []  # kv memories into which reads of closed readers may still write
-    _PATIENCE_S = 1.0  # until somebody who waits looks whether another has closed the reader
 
     def __init__(self, memory: KvMemory, depth: int = READS_IN_FLIGHT):
         super().__init__(memory, depth)
@@ -438,88 +474,74 @@ class UringReader(Reader):
         self._keys = itertools.count()
         self._waiting: deque[tuple[Load, int, Read, int]] = deque()  # and how much has arrived
         self._sent: dict[int, tuple[Load, int, Read, int]] = {}  # by key, on their way
-        self._submitting, self._reaping = threading.Lock(), threading.Lock()
-        self._closed = False
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._until(lambda: not self._sent, timeout_s=0.1)
-        if self._sent:
-            self._lost.append(self._memory)
+        with self._change:
+            if self._closed:
+                return
+            self._closed = True
+            self._ring.wake()
+        if self._threads:
+            self._threads.pop().join()
+        self._end_all()
         self._ring.close()
-        self._abandon(self._sent.values())
-        self._abandon(self._waiting)
 
     def _go(self, requests) -> None:
-        self._waiting.extend((*request, 0) for request in requests)
-        self._submit()
-        if self._closed:
-            self._abandon(self._waiting)
+        with self._change:
+            if self._closed:
+                return
+            self._waiting.extend((*request, 0) for request in requests)
+            if not self._threads:
+                thread = threading.Thread(target=self._work, name="nearkv-read", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._ring.wake()
+
+    def _work(self) -> None:
+        try:
+            while not self._closed:
+                self._submit()
+                self._ring.wait(None)
+                self._reap()
+            deadline = time.monotonic() + 0.1
+            while self._sent and (left := deadline - time.monotonic()) > 0:
+                self._ring.wait(left)
+                self._reap()
+        except Exception as error:  # or its loads would wait for ever
+            log.error("io_uring failed: %r", error)
+            self._closed = True
+        if self._sent:
+            self._lost.append(self._memory)
+        self._end_all()
 
     def _submit(self) -> None:
-        try:
-            with self._submitting:
-                while self._waiting and len(self._sent) < self.depth and not self._closed:
-                    load, index, request, done = work = self._waiting.popleft()
-                    key = next(self._keys)
-                    self._sent[key] = work
-                    self._ring.read(
-                        key, request.fd, request.offset + done,
-                        self._address + request.kv_offset + done, request.nbytes - done,
-                    )  # fmt: skip
-                self._ring.submit()
-        except OSError as error:
-            log.error("io_uring failed: %s", error)
-            self.close()
-
-    def _abandon(self, works) -> None:
-        """End reads that will not arrive, or of which nobody will know."""
-        for load, index, request, done in list(works):
-            error = FlashError(
-                "a read was given up: the card was closed", page=request.page_at(done),
-                filename=request.path, offset=request.offset + done,
+        while self._waiting and len(self._sent) < self.depth:
+            load, index, request, done = work = self._waiting.popleft()
+            key = next(self._keys)
+            self._sent[key] = work
+            self._ring.read(
+                key, request.fd, request.offset + done,
+                self._address + request.kv_offset + done, request.nbytes - done,
             )  # fmt: skip
-            self._end(load, index, error)
-
-    def _end(self, load: Load, index: int, error: FlashError | None) -> None:
-        with self._change:
-            if index in load._left:
-                load._done(index, error)
-
-    def _until(self, finished, timeout_s) -> None:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not finished():
-            left = self._PATIENCE_S if deadline is None else max(deadline - time.monotonic(), 0)
-            # One waits for the kernel, the others for that one.
-            if self._reaping.acquire(timeout=left):
-                try:
-                    if not finished() and self._ring.wait(min(left, self._PATIENCE_S)):
-                        self._reap()
-                finally:
-                    self._reaping.release()
-            if deadline is not None and time.monotonic() >= deadline:
-                return
+        self._ring.submit()
 
     def _reap(self) -> None:
-        for key, result in self._ring.completions():
-            load, index, request, done = self._sent[key]
-            error, again = None, result in (-errno_codes.EINTR, -errno_codes.EAGAIN)
-            try:
-                if result >= 0:
-                    done = _advance(request, done, result)
-                    again = done < request.nbytes
-                elif not again:
-                    error = _failed(request, done, -result)
-            except FlashError as problem:
-                error = problem
-            if again:
-                self._waiting.appendleft((load, index, request, done))
-            del self._sent[key]
-            if not again:
-                self._end(load, index, error)
-        self._submit()
+        with self._change:
+            for key, result in self._ring.completions():
+                load, index, request, done = self._sent.pop(key)
+                error, again = None, result in (-errno_codes.EINTR, -errno_codes.EAGAIN)
+                try:
+                    if result >= 0:
+                        done = _advance(request, done, result)
+                        again = done < request.nbytes
+                    elif not again:
+                        error = _failed(request, done, -result)
+                except FlashError as problem:
+                    error = problem
+                if again:
+                    self._waiting.appendleft((load, index, request, done))
+                else:
+                    self._finish(load, index, error)
 
 
 def open_reader(memory: KvMemory, depth: int = READS_IN_FLIGHT, kind: str = "auto") -> Reader:

@@ -8,6 +8,7 @@ Python's lock in every call and asks for Linux 6.14. Here calls leave the lock, 
 """
 
 from collections.abc import Iterator
+import contextlib
 import ctypes
 import errno
 import functools
@@ -28,7 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Uring:
-    """A ring. One thread at a time may queue and submit, another wait and take completions.
+    """A ring, of one thread; any other may `wake` it.
 
     Parameters
     ----------
@@ -62,8 +63,10 @@ class Uring:
         # Submission i is always in place i.
         struct.pack_into(f"<{n_sqes}I", self._queues, sq[6], *range(n_sqes))
         self._queued = 0
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
-        self._poll.register(self.fd, select.POLLIN)
+        for fd in (self.fd, self._wake):
+            self._poll.register(fd, select.POLLIN)
 
     def read(self, key: int, fd: int, offset: int, address: int, nbytes: int) -> None:
         """Queue a read of a file into memory, for the next `submit`."""
@@ -91,9 +94,16 @@ class Uring:
             except BlockingIOError:  # no memory for it at the moment
                 self._poll.poll(1)
 
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait until something has completed; whether it has."""
-        return bool(self._poll.poll(None if timeout_s is None else max(timeout_s, 0) * 1e3))
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until something has completed, somebody calls `wake`, or the time is up."""
+        self._poll.poll(None if timeout_s is None else max(timeout_s, 0) * 1e3)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+
+    def wake(self) -> None:
+        """End a `wait`, now or the next. From any thread."""
+        if self.fd >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def completions(self) -> Iterator[tuple[int, int]]:
         """What has completed: key, and bytes read or a negative errno. Call it after `wait`."""
@@ -110,6 +120,7 @@ class Uring:
         """Give the ring back. What is on its way may still be written to memory."""
         if self.fd >= 0:
             os.close(self.fd)
+            os.close(self._wake)
             self.fd = -1
 
 

@@ -60,13 +60,10 @@ class Drive:
             read(ring, key, fd, offset, address, fate.get("short", nbytes))
 
         def faulty_wait(ring, timeout_s):
-            mine = [due for whose, due, *_ in held if whose is ring]
-            if not mine:
-                return wait(ring, timeout_s)
-            left = max(min(mine) - time.monotonic(), 0)
-            return wait(ring, left if timeout_s is None else min(left, timeout_s)) or bool(
-                time.monotonic() >= min(mine)
-            )
+            left = [due - time.monotonic() for whose, due, *_ in held if whose is ring]
+            limits = [max(min(left), 0)] if left else []
+            limits += [] if timeout_s is None else [timeout_s]
+            wait(ring, min(limits, default=None))
 
         def faulty_completions(ring):
             for key, result in completions(ring):

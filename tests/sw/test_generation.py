@@ -148,10 +148,7 @@ def test_teacher_forced_logits_over_256_positions(loaded, card, tmp_path, record
 def _continue(model, cache, past, ids, n):
     """n greedy tokens behind a past whose K and V are given; ids : (1, 1), the token after it."""
     model.set_attn_implementation("nearkv")
-    for layer, theirs in zip(cache.layers, past.layers, strict=True):
-        k, v = (handle.plain for handle in layer.update(theirs.keys, theirs.values))
-        layer._commit(k, v, None)
-        layer._pending = 0
+    cache.fill([(theirs.keys, theirs.values) for theirs in past.layers])
     tokens = []
     for _ in range(n):
         ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)

@@ -28,9 +28,7 @@ with nearkv.NearStorageCache(config, sys.argv[1], "twin") as cache:
     for index, layer in enumerate(cache.layers):
         for at in range(0, context, 1024):  # a chunk at a time, as chunked prefill does
             some = k[:, :, at : at + 1024]
-            layer.update(some, some)
-            layer._commit(some, some, None)
-            layer._pending = 0
+            layer.fill(some, some)
     given = k.nbytes
     del k
     module = types.SimpleNamespace(is_causal=True, training=False)
