@@ -45,7 +45,7 @@ from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS, PageAttention
 from .bench import plot_bars
-from .bench_flash import fill, machine, read_raw
+from .bench_flash import arguments, fill, machine, read_raw
 from .card import KV_BYTES, open_cards
 from .flash import READS_IN_FLIGHT
 from .store import DELAYED_BYTES, KvStore
@@ -157,7 +157,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     directory = Path(args.directory or tempfile.gettempdir())
     figures: dict[str, Any] = {
-        "arguments": {key: value for key, value in vars(args).items() if value is not None},
+        "command": "nearkv bench decode --json",
+        "arguments": arguments(args),
         "machine": machine(directory),
     }
     with contextlib.ExitStack() as opened:

@@ -41,6 +41,12 @@ def machine(directory: Path) -> dict:
     }
 
 
+def arguments(args) -> dict:
+    """Those that a figure depends on."""
+    no_matter = ("directory", "json", "plot")
+    return {key: value for key, value in vars(args).items() if value and key not in no_matter}
+
+
 def fill(store: KvStore, n_sequences: int, n_layers: int, n_tokens: int) -> None:
     """Store random K and V, the same 1 Ki tokens over and over."""
     rng = np.random.default_rng(0)
@@ -159,8 +165,8 @@ def run(args) -> int:
                 _print(row)
     here = machine(directory)
     if args.json:
-        arguments = {key: value for key, value in vars(args).items() if value is not None}
-        figures = {"arguments": arguments, "machine": here, "bytes": nbytes, "runs": rows}
+        figures = {"command": "nearkv bench flash --json", "arguments": arguments(args)}
+        figures |= {"machine": here, "bytes": nbytes, "runs": rows}
         json.dump(figures, sys.stdout, indent=1)
         print()
     if args.plot:
