@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benches run, small, and their records have what the README quotes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nearkv import cli
+
+_RECORDS = Path(__file__).parents[1] / "bench"
+
+
+def _run(capsys, *arguments):
+    assert cli.main(["bench", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_bench_flash(capsys, tmp_path):
+    figures = _run(
+        capsys, "flash", "--directory", str(tmp_path), "--mib", "4", "--context", "1024",
+        "--depth", "2", "--rounds", "2", "--ring-mib", "4",
+    )  # fmt: skip
+    assert set(figures["runs"][0]["rates"]) >= {"raw", "raw, same memory", "threads"}
+    record = json.loads((_RECORDS / "flash.json").read_text())
+    assert set(record) == set(figures)
+    assert set(record["runs"][0]) == set(figures["runs"][0])
+    assert "directory" not in record["arguments"]
+
+
+def test_bench_decode(capsys, tmp_path):
+    pytest.importorskip("torch")
+    figures = _run(
+        capsys, "decode", "--directory", str(tmp_path), "--context", "1024", "--layers", "2",
+        "--rounds", "1", "--no-peers", "--model-context", "0", "--card", "model", "--kv-heads", "1",
+    )  # fmt: skip
+    assert set(figures["rates"]) >= {"drive", "twin", "nearkv", "no ring", "two cards", "spilling"}
+    record = json.loads((_RECORDS / "decode.json").read_text())
+    assert set(record) == set(figures) | {"model"}
+    assert "directory" not in record["arguments"]
