@@ -70,7 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         help="where page files go; one for each card with commas (default: for temporary files)",
     )
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
-    add("--page-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    add("--page-tokens", type=int, metavar="N", help="default: 128, or as planned")
+    add(
+        "--machine",
+        metavar="M",
+        help="plan what goes to flash and how, for a machine: a name of `nearkv plan --list`, or a file "
+        "that `nearkv plan --measure FILE` wrote",
+    )
     from . import bench, plan
 
     measure = commands.add_parser("bench", help="measure, beside the limit or a peer")
@@ -110,10 +116,12 @@ def _generate(options) -> int:
 
         model, tokenizer = models.load(options.model, on_convert=_say_conversion)
         inputs = _tokens(tokenizer, prompt, options.raw)
-        with NearStorageCache(
-            model.config, directories, cards, options.page_tokens, options.kv_dtype,
-            weights="measure" if len(cards) > 1 else None,
-        ) as cache:  # fmt: skip
+        planned = _plan(model, inputs["input_ids"].shape[1], options)
+        given = {"page_tokens": options.page_tokens, "kv_dtype": options.kv_dtype}
+        arguments = planned | {name: value for name, value in given.items() if value is not None}
+        if len(cards) > 1:
+            arguments["weights"] = "measure"
+        with NearStorageCache(model.config, directories, cards, **arguments) as cache:
             streamer = _stream(model, tokenizer)
             start = time.perf_counter()
             # max_length would only bring a warning beside max_new_tokens.
@@ -126,6 +134,21 @@ def _generate(options) -> int:
             for line in _report(cache, n_prompt, start, streamer.times):
                 print(line, file=sys.stderr)
     return 0
+
+
+def _plan(model, n_prompt: int, options) -> dict:
+    """Arguments of the cache that the optimiser chooses for --machine; none without it."""
+    if options.machine is None:
+        return {}
+    from . import plan
+
+    own = "bf16" if str(model.dtype) == "torch.bfloat16" else "fp16"
+    chosen = plan.for_runtime(
+        model.config, options.machine, batch=1, context=n_prompt, output=options.max_new_tokens,
+        kv_dtypes=(options.kv_dtype or own,),
+    )  # fmt: skip
+    print(f"plan: {chosen.describe()}", file=sys.stderr)
+    return chosen.cache_arguments()
 
 
 def _say_conversion(gguf: Path) -> None:

@@ -139,6 +139,13 @@ class RuntimePlan:
     bottleneck: str
     shares: dict[str, float]
 
+    def describe(self) -> str:
+        """One line for a person."""
+        from nearkv_sim.system.policy import TIERS
+
+        parts = "; ".join(f"{share:.0%} {TIERS[tier]}" for tier, share in self.shares.items())
+        return f"{parts}; {self.tokens_per_s:.3g} tokens/s by the system model, bound by {self.bottleneck}"
+
     def cache_arguments(self) -> dict:
         """Keyword arguments for `NearStorageCache`."""
         found = {"page_tokens": self.page_tokens, "spill_pages": self.spill_pages,
@@ -189,7 +196,7 @@ def for_runtime(
     on_flash = sum(shares.get(t, 0.0) for t in optimise.ON_FLASH)
     budget = None
     # What waits for its page to fill is in memory anyway; less than a page more is no plan.
-    if (1 - on_flash) * context > best.policy.page_tokens:
+    if not on_flash or (1 - on_flash) * context > best.policy.page_tokens:
         stored = float(best.batch) * (context + output) * model.kv_bytes(best.policy.kv_type)
         budget = int(on_flash * stored)
     return RuntimePlan(

@@ -16,6 +16,7 @@ PROFILE = measure.Profile(
     twin_bytes_per_s=20e9,
     torch_bytes_per_s=12e9,
     flops=0.5e12,
+    layer_seconds=1e-3,
     drive_read_bytes_per_s=6e9,
     drive_write_bytes_per_s=4e9,
     drive_latency_seconds=80e-6,
@@ -45,6 +46,7 @@ def test_a_profile_is_a_machine_file(machine):
     assert not found.has_gpu
     assert not found.has_cards
     assert found.host.twin_bytes_per_s == PROFILE.twin_bytes_per_s
+    assert found.host.layer_seconds == PROFILE.layer_seconds
     assert found.drives.read_bytes_per_s == PROFILE.drive_read_bytes_per_s
     assert found.host.flops * describe.parameters().gemm_efficiency == pytest.approx(
         PROFILE.flops, rel=1e-3

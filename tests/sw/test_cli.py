@@ -63,6 +63,24 @@ def test_generate_streams_text_and_closes_with_figures(capsys, tiny_model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("memory_bytes", "served", "pages"), [(64e9, "100% host memory", 0), (1e5, "79% flash", 88)]
+)
+def test_a_machine_decides_what_goes_to_flash(
+    capsys, tiny_model, tmp_path, memory_bytes, served, pages
+):
+    machine = tmp_path / "machine.toml"
+    machine.write_text(f'base = "nvme-twin-cpu"\n[host]\nmemory_bytes = {memory_bytes}\n')
+    prompt = " ".join(f"w{n % 100}" for n in range(70))
+    code, _, err = _run(
+        capsys, "--model", tiny_model, "--prompt", prompt, "--max-new-tokens", 12,
+        "--page-tokens", 32, "--kv-dir", tmp_path, "--machine", machine,
+    )  # fmt: skip
+    assert code == 0, err
+    assert re.search(rf"{served}, attended by the CPUs; \S+ tokens/s by the system model", err), err
+    assert f" in {pages} pages" in err
+
+
 def test_the_prompt_can_come_from_standard_input(capsys, tiny_model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3"))
     code, _, err = _run(capsys, "--model", tiny_model, "--prompt", "-", "--max-new-tokens", 1)

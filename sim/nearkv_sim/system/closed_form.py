@@ -206,8 +206,9 @@ def loads(
             busy["card"] = busy["card"] + x_work / (gpu.flops * p.gemm_efficiency)
     else:
         busy["p2p"], busy["engine"] = p2p, engine
+    layer_seconds = p.layer_seconds if host.layer_seconds is None else host.layer_seconds
     serial = {
-        "layers": model.n_layers * p.layer_seconds + 0 * batch,
+        "layers": model.n_layers * layer_seconds + 0 * batch,
         "jobs": on_cards * job.records * p.job_seconds,
     }
     if policy.in_turn and machine.has_gpu:

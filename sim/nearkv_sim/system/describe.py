@@ -167,6 +167,7 @@ class Host:
     attention_bytes_per_s : K and V, as fp16, that the CPUs attend to with a tensor library
     twin_bytes_per_s : the same with the software twin, for nearkv alone, if that is faster
     flops : of the CPUs in large matrix products, for machines without a GPU
+    layer_seconds : of the host's program in a layer, which nothing hides; None: as of FlexGen
     """
 
     memory_bytes: Number
@@ -174,6 +175,7 @@ class Host:
     attention_bytes_per_s: Number
     twin_bytes_per_s: Number = 0.0
     flops: Number = 0.0
+    layer_seconds: float | None = None
     cpu_watts: Number = 230.0
     cpu_idle_watts: Number = 70.0
     other_watts: Number = 100.0

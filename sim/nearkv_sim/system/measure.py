@@ -37,6 +37,7 @@ class Profile:
     twin_bytes_per_s: float
     torch_bytes_per_s: float
     flops: float
+    layer_seconds: float
     drive_read_bytes_per_s: float
     drive_write_bytes_per_s: float
     drive_latency_seconds: float
@@ -55,6 +56,7 @@ memory_bytes_per_s = {self.memory_bytes_per_s:.4g}
 attention_bytes_per_s = {self.torch_bytes_per_s:.4g}  # torch
 twin_bytes_per_s = {self.twin_bytes_per_s:.4g}
 flops = {self.flops / GEMM_EFFICIENCY:.4g}  # {self.flops:.4g} measured, over gemm_efficiency
+layer_seconds = {self.layer_seconds:.4g}
 # Not measured: cpu_watts, cpu_idle_watts, other_watts, usd.
 
 [drives]
@@ -129,6 +131,23 @@ def matrix_flops(size: int = 1024, rounds: int = 3) -> float:
 
     a, b = torch.rand(size, size), torch.rand(size, size)
     return 2 * size**3 / _best(lambda: a @ b, rounds)
+
+
+def layer_seconds(directory: Path, n_layers: int = 8, n_tokens: int = 8) -> float:
+    """Seconds of the host's program in a layer of decoding: of a model too small to compute for long."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nearkv import NearStorageCache
+
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        num_hidden_layers=n_layers, intermediate_size=64, vocab_size=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation="nearkv").eval()
+    token = torch.zeros(1, 1, dtype=torch.long)
+    with NearStorageCache(config, directory) as cache, torch.inference_mode():
+        return _best(lambda: model(token, past_key_values=cache), n_tokens) / n_layers
 
 
 def gpus(size: int = 4096, rounds: int = 5) -> dict | None:
@@ -206,6 +225,7 @@ def measure(
         twin_bytes_per_s=twin,
         torch_bytes_per_s=by_torch,
         flops=matrix_flops(),
+        layer_seconds=layer_seconds(directory),
         drive_read_bytes_per_s=read,
         drive_write_bytes_per_s=write,
         drive_latency_seconds=latency,
