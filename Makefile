@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requi
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-model sim bench mutants lint types verilog check-verilog record-verilog \
+.PHONY: help setup run quick test test-model sim bench mutants lint types verilog check-verilog record-verilog \
 	formal footprint abi-page clean
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,9 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/ne
 
 run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, model or rtl
 	$(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
+
+quick: setup ## the quickest of the fast tests, in a minute
+	$(PYTEST) -n 2 -m 'not slow and not sim and not formal and not model and not bench and not verilog'
 
 test: setup ## the fast tests, then a short run of the simulated kernel and of the demo model
 	$(PYTEST) -n 2 -m 'not sim and not formal and not model and not bench and not verilog'

@@ -302,6 +302,7 @@ SHAPES = (
 )
 
 
+@pytest.mark.slow
 def test_passes_run_on_across_jobs_in_their_order(bench, pauses, rng):
     fetch = Fetch(rng, make_jobs(rng, SHAPES))
     assert_clean(fetch.simulate(bench, pauses))
@@ -321,6 +322,7 @@ def test_one_tile_alone_is_flushed(bench, rng):
     assert_clean(fetch.simulate(bench))
 
 
+@pytest.mark.slow
 def test_only_the_spans_of_the_abi_are_read(bench, rng):
     """K rows of blocks with a token, V rows of tokens, each once: what the CRCs cover."""
     jobs = make_jobs(rng, [(32, 256, [130, 1]), (96, 32, [7, 0])])
@@ -335,6 +337,7 @@ def test_only_the_spans_of_the_abi_are_read(bench, rng):
     assert sorted(fetch.read_addresses()) == sorted(want)
 
 
+@pytest.mark.slow
 def test_the_stream_has_no_gap_once_it_flows(bench, rng):
     """A queue of 512 beats covers a latency of 40 cycles, and V blocks of 128 rows.
 
@@ -349,6 +352,7 @@ def test_the_stream_has_no_gap_once_it_flows(bench, rng):
     assert {32, 128} == set(rows[first_v:])
 
 
+@pytest.mark.slow
 def test_short_blocks_never_overrun_the_queue_of_blocks(bench, rng):
     """Four V passes of eight one-row blocks, while the consumer rests at the K block before."""
     fetch = Fetch(rng, make_jobs(rng, [(256, 32, [1, 1, 1, 1])]), 3)
@@ -438,6 +442,7 @@ def spoil(rng, page_tokens, lens, faults):
     return jobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page_tokens, lens, faults", [(32, [32, 20], FAULTS), (256, [131], TWO_TILES)]
 )

@@ -295,6 +295,7 @@ def test_legal_jobs_at_the_limits_are_accepted(bench, rng):
     Run(bench, queue).check(queue)
 
 
+@pytest.mark.slow
 def test_the_longest_page_table_is_accepted(bench, rng):
     queue = Queue(rng, [Job(pages=[(0, 128)] * abi.MAX_TILES, head_dim=32)])
     run = Run(bench, queue, limit=30000)

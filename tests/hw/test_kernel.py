@@ -75,6 +75,7 @@ def assert_equals_model(card, memories):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_illegal_jobs_behind_a_short_one_do_not_stop_the_queue(card, rng):
     jobs = [workload.random_job(rng, card.config, n_tokens=4, head_dim=32) for _ in range(10)]
     memories = workload.place(jobs, rng)

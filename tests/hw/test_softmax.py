@@ -317,6 +317,7 @@ def test_softmax_serves_every_number_of_pairs(bench, rng, rows):
     simulate(bench, Tiles(rng, rows, [*sizes, *reversed(sizes)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_softmax_has_no_gap_between_tiles(bench, rng, pairs):
     """One pair of rows a cycle, on and on: a tile takes tokens * pairs cycles."""

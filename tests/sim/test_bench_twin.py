@@ -18,6 +18,7 @@ def run(*arguments: str) -> int:
     return cli.main(["bench", "twin", "--kv-mib", "1", "--rounds", "1", *arguments])
 
 
+@pytest.mark.slow
 def test_json_has_every_shape_beside_its_peers(capsys):
     pytest.importorskip("torch")
     shapes = ("--group", "1", "--group", "3", "--head-dim", "64", "--kv-dtype", "bf16")

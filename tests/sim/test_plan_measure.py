@@ -61,6 +61,7 @@ def test_a_profile_with_a_gpu_is_a_machine_with_one(tmp_path):
     assert describe.load_machine(str(path)).gpu == describe.Gpu(**gpu)
 
 
+@pytest.mark.slow
 def test_this_machine_can_be_measured_and_planned_for(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
     short = measure.measure

@@ -95,6 +95,7 @@ def models(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(machines(), models(), st.integers(1, 64), st.integers(11, 19), st.integers(16, 512))
 def test_never_worse_than_a_published_policy(machine, model, batch, context_log2, output):

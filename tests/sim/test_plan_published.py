@@ -61,6 +61,7 @@ def test_one_operating_point_gives_the_traffic_saved():
     assert {(p["model"], p["context"] * p["batch"]) for p in points} == {("opt-175b", 524288)}
 
 
+@pytest.mark.slow
 def test_leaving_a_system_out_uses_none_of_its_rows():
     found = published.leave_one_out()
     assert set(found) == {"hilos", "inf2", "instinfer", "flexgen"}

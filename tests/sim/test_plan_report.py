@@ -20,6 +20,7 @@ def call(*words) -> int:
     return plan.run(parser.parse_args(words))
 
 
+@pytest.mark.slow
 def test_ten_thousand_points_take_less_than_ten_seconds():
     """Of processor time, which a busy machine does not stretch; eight systems at every point."""
     model, machine = load_model("opt-66b"), load_machine("smartssd-x16")
@@ -48,6 +49,7 @@ def test_nearkv_leads_every_exact_system_at_every_point_of_a_sweep():
             assert best[point] >= row["tokens_per_s"] * (1 - 1e-6) or row["system"] == "nearkv int8"
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_network(tmp_path):
     assert call("--model", "opt-30b", "--sweep", str(tmp_path)) == 0
     page = (tmp_path / "report.html").read_text()
@@ -64,6 +66,7 @@ def test_the_report_needs_no_network(tmp_path):
     assert tuple(rows[0]) == report.COLUMNS
 
 
+@pytest.mark.slow
 def test_gains_over_the_best_other_system_are_never_below_one():
     for row in report.gains(load_machine("smartssd-x16")):
         other = row["others"][row["best"]]
@@ -88,6 +91,7 @@ def test_what_if_answers_every_question(capsys):
         assert part in text
 
 
+@pytest.mark.slow
 def test_reproduce_prints_every_row_and_its_reason(capsys):
     assert call("--reproduce") == 0
     text = capsys.readouterr().out

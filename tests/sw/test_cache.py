@@ -213,6 +213,7 @@ def expected(model):
     return ids, mask, _generate(model, cache, ids, "sdpa", 30, attention_mask=mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cards", "options"),
     [
@@ -245,6 +246,7 @@ def test_cards_splits_and_spills_change_no_token(
         assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cards", [["twin"], ["twin", "twin"]])
 def test_the_twins_change_no_token(model, expected, tmp_path, cards):
     ids, mask, theirs = expected

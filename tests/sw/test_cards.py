@@ -52,6 +52,7 @@ def expected(tmp_path, card):
         yield q, [attention.attend(layer, range(4), q, 0.2) for layer in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_cards", "n_shards"), [(1, 1), (1, 3), (2, 2), (2, 4), (4, 4)])
 @pytest.mark.parametrize("slots", [1, 5, 1000])
 def test_any_split_over_cards_shards_and_segments_gives_the_same_bits(
@@ -134,6 +135,7 @@ def test_a_slow_card_gets_less(tmp_path, small_extents):
             KvStore(tmp_path, LAYOUT, 2, n_shards=2, weights=weights)
 
 
+@pytest.mark.slow
 def test_cards_are_measured_and_the_slow_one_gets_less(tmp_path, small_extents, expected):
     q, whole = expected
     cards, _ = open_cards(["model", "model"])
@@ -283,6 +285,7 @@ def test_a_load_that_is_late_names_the_page_and_the_card_is_reset(faulty, monkey
     _same(attention.attend(2, range(4), q, 0.2), before)
 
 
+@pytest.mark.slow
 def test_late_reads_cannot_reach_what_comes_after_a_reset(faulty, monkeypatch):
     store, attention, q, faults = faulty
     attention.close()

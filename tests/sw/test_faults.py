@@ -92,6 +92,7 @@ def _path(cache, row):
     return next(cache.store.directory.glob(f"sequence-{row:06d}.kv"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cards", [1, 2])
 def test_a_row_whose_drive_fails_is_dropped(model, make, expected, drive, cards, reader_kind):
     cache = make(cards, reader_kind)
@@ -105,6 +106,7 @@ def test_a_row_whose_drive_fails_is_dropped(model, make, expected, drive, cards,
     assert "sequence-000001.kv" in error.filename
 
 
+@pytest.mark.slow
 def test_rows_whose_files_are_damaged_or_truncated_are_dropped(model, make, expected, caplog):
     cache = make()
 
@@ -129,6 +131,7 @@ def test_rows_whose_files_are_damaged_or_truncated_are_dropped(model, make, expe
         assert str(error) in caplog.text
 
 
+@pytest.mark.slow
 def test_a_row_with_nan_is_dropped_also_when_tokens_are_drawn(model, make):
     broken = []
 
@@ -151,6 +154,7 @@ def test_a_row_with_nan_is_dropped_also_when_tokens_are_drawn(model, make):
     _check(got, whole, cache, [3])
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_written_are_dropped_and_their_space_is_given_back(
     model, make, expected, monkeypatch
 ):
@@ -192,6 +196,7 @@ def test_raising_is_the_default(model, make, drive):
         make(on_fault="ignore")
 
 
+@pytest.mark.slow
 def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, drive, reader_kind):
     cache, bad = make(reader=reader_kind), {}
     drive.fate = lambda name, *_: bad.get(name)
@@ -206,6 +211,7 @@ def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, drive, 
     assert cache.faults[3].page.sequence == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_times_out_once_is_done_again(model, make, expected, monkeypatch, caplog):
     cache = make()
     execute = type(cache.card._backend).execute

@@ -30,12 +30,14 @@ def test_the_parts_without_torch_import_without_it():
     assert not {*_NEVER, *_ONLY_CACHE} & set(loaded)
 
 
+@pytest.mark.slow
 def test_no_module_imports_gateware_simulation_or_drivers():
     loaded = _loaded("import " + ", ".join(f"nearkv.{name}" for name in _MODULES))
     assert not set(_NEVER) & set(loaded)
     assert set(_ONLY_CACHE) <= set(loaded)  # or the test above proves nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

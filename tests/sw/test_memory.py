@@ -44,6 +44,7 @@ with nearkv.NearStorageCache(config, sys.argv[1], "twin") as cache:
 """
 
 
+@pytest.mark.slow
 def test_a_32_k_context_of_1500_mib_decodes_in_less_than_1_gib(tmp_path):
     command = [sys.executable, "-c", _PROGRAM, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
