@@ -22,8 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import mmap
 import os
-from pathlib import Path
-import platform
 import statistics
 import time
 
@@ -275,20 +273,6 @@ def crc_rates(rounds: int) -> dict[str, float]:
     return {path: data.nbytes / statistics.median(of.seconds) for path, of in turns.items()}
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
-    name = platform.processor()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    load = os.getloadavg()[0]
-    return {"processor": name, "cores": os.cpu_count(), "load": round(load, 2)}
-
-
 def add_arguments(parser) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
@@ -314,7 +298,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.plot:
         bench.check_plot(args.plot)
-    where = machine()
+    where = bench.machine()
     crc = crc_rates(args.rounds)
     types = [pages.parse_kv_type(name) for name in args.kv_dtype or ("fp16", "bf16")]
     error = {} if args.no_torch else {t.name.lower(): errors(t) for t in types}

@@ -777,7 +777,7 @@ def attend(
     if q.shape[1] != k.shape[2]:
         raise ValueError(f"q has head_dim {q.shape[1]} and k {k.shape[2]}")
     if kv_dtype is None:
-        kv_dtype = "bf16" if str(k.dtype).endswith("bfloat16") else "fp16"
+        kv_dtype = pages.default_kv_dtype(k.dtype)
     layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
     scale = head_dim**-0.5 if scale is None else scale
     directory = tempfile.gettempdir() if directory is None else directory

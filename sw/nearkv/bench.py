@@ -3,11 +3,14 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+import contextlib
 import html
 import importlib
 import io
 import json
+import os
 from pathlib import Path
+import platform
 from typing import Any
 
 # Name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, what it measures).
@@ -36,6 +39,21 @@ def run(arguments: argparse.Namespace) -> int:
     )
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments.arguments))
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on: processor, cores, load."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return {
+        "processor": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def to_json(command: str, head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:

@@ -45,7 +45,7 @@ from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS, PageAttention
 from .bench import plot_bars
-from .bench_flash import arguments, fill, machine, read_raw
+from .bench_flash import arguments, fill, read_raw, where
 from .card import KV_BYTES, open_cards
 from .flash import READS_IN_FLIGHT
 from .store import DELAYED_BYTES, KvStore
@@ -159,7 +159,7 @@ def run(args) -> int:
     figures: dict[str, Any] = {
         "command": "nearkv bench decode --json",
         "arguments": arguments(args),
-        "machine": machine(directory),
+        "machine": where(directory),
     }
     with contextlib.ExitStack() as opened:
         temporary = Path(

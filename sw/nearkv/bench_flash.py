@@ -27,21 +27,19 @@ import numpy as np
 from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS
-from .bench import plot_bars
+from .bench import machine, plot_bars
 from .buffers import KvMemory
 from .flash import READ_BYTES, PageId, Read, Reader, open_reader
 from .store import KvStore
 from .uring import refusal
 
 
-def machine(directory: Path) -> dict:
-    """What a figure depends on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
+def where(directory: Path) -> dict:
+    """What a figure of a drive depends on."""
+    about = os.statvfs(directory)
+    return machine() | {
         "kernel": platform.release(),
-        "file_system_bytes_free": os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize,
+        "file_system_bytes_free": about.f_bavail * about.f_frsize,
     }
 
 
@@ -171,7 +169,7 @@ def run(args) -> int:
             rows.append(row)
             if not args.json:
                 _print(row)
-    here = machine(directory)
+    here = where(directory)
     row_names = (*kinds, "raw, same memory", "raw")
     if args.json:
         figures = {"command": "nearkv bench flash --json", "arguments": arguments(args)}

@@ -123,7 +123,7 @@ class NearStorageCache(Cache):
             raise ValueError(f'on_fault must be "raise" or "drop", not {on_fault!r}')
         config = config.get_text_config(decoder=True)
         if kv_dtype is None:
-            kv_dtype = "bf16" if config.dtype == torch.bfloat16 else "fp16"
+            kv_dtype = pages.default_kv_dtype(config.dtype)
         head_dim, n_kv_heads = _check_model(config)
         try:
             layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))

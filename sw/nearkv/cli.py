@@ -140,9 +140,9 @@ def _plan(model, n_prompt: int, options) -> dict:
     """Arguments of the cache that the optimiser chooses for --machine; none without it."""
     if options.machine is None:
         return {}
-    from . import plan
+    from . import pages, plan
 
-    own = "bf16" if str(model.dtype) == "torch.bfloat16" else "fp16"
+    own = pages.default_kv_dtype(model.dtype)
     chosen = plan.for_runtime(
         model.config, options.machine, batch=1, context=n_prompt, output=options.max_new_tokens,
         kv_dtypes=(options.kv_dtype or own,),

@@ -50,6 +50,11 @@ def parse_kv_type(kv_dtype) -> KvType:
     return names[name]
 
 
+def default_kv_dtype(dtype) -> str:
+    """How K and V of a numpy or torch dtype are stored unless something else is asked for."""
+    return "bf16" if str(dtype).endswith("bfloat16") else "fp16"
+
+
 def is_torch(x) -> bool:
     """Whether x is a torch tensor. Does not import torch."""
     torch = sys.modules.get("torch")
