@@ -15,6 +15,35 @@ def within(tile):
     return (tile.tokens <= 128) & (parts != 0) & (parts <= 8)
 
 
+def fetching(b, monkeypatch, n_passes: int, n_beats: int):
+    """A KvFetch, its memory, and claims of where its states and counters may be.
+
+    Returns it, and how many beats are on their way. Its queues have room for the largest pass, for a
+    short proof; they are built with 16 passes and 32 blocks.
+    """
+    depths = {Pass: n_passes, Block: 8}
+    monkeypatch.setattr(fetch, "Queue", lambda shape, n: Queue(shape, depths.get(shape, n)))
+    dut = b.add(KvFetch(256, n_beats, 3))
+    b.assume(within(dut.i_tile.p), when=dut.i_tile.valid)
+    issued, burst_beats = dut.ar.valid & dut.ar.ready, dut.ar.p.beats_less_1 + 1
+    on_the_way = b.counter(Mux(issued, burst_beats, 0), dut.r.valid, name="on_the_way")
+    b.assume(on_the_way != 0, when=dut.r.valid)
+
+    b.claim(dut.states(fsm="order") & dut.states("master"))
+    b.claim(within(dut.inside("tile")), when=dut.state("Keep", "Announce", "Ask", fsm="order"))
+    b.claim(dut.inside("waiting").level <= 3, when=dut.state("Keep", fsm="order"))
+    for kept, there in b.entries(dut, "waiting", Tile):
+        b.claim(within(kept), when=there)
+    now, row, block = dut.inside("passes").o, dut.inside("row"), dut.inside("block")
+    b.claim((row < now.p.rows) & (block < now.p.blocks), when=now.valid)
+    b.claim((row == 0) & (block == 0), when=~now.valid)
+    left, size = dut.inside("master.left"), dut.inside("master.beats")
+    b.claim((left != 0) | dut.state("master.Take Span"))
+    b.claim((size != 0) & (size <= left) & (size <= 64),
+            when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
+    return dut, on_the_way
+
+
 def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     """Beats, blocks, and tiles that wait for their V pass never meet a full queue; `o_beat` and
     `o_block` are queues' outputs (their stream rules: see `Queue`). For any tiles within the
@@ -23,46 +52,26 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     That a beat comes only for an announced pass is the next proof.
     """
     b, depth = bench, 512
-    # As many passes and blocks as the largest pass allows, for a short proof; built with 16 and 32.
-    depths = {Pass: 4, Block: 8}
-    monkeypatch.setattr(fetch, "Queue", lambda shape, n: Queue(shape, depths.get(shape, n)))
-    dut = b.add(KvFetch(256, depth, 3))
+    dut, on_the_way = fetching(b, monkeypatch, 4, depth)
     beats, blocks, passes, waiting = (
         dut.inside(name) for name in ("beats", "blocks", "passes", "waiting")
     )
 
     b.assume_stream(dut.i_tile)
-    b.assume(within(dut.i_tile.p), when=dut.i_tile.valid)
-    issued, burst_beats = dut.ar.valid & dut.ar.ready, dut.ar.p.beats_less_1 + 1
-    on_the_way = b.counter(Mux(issued, burst_beats, 0), dut.r.valid, name="on_the_way")
-    b.assume(on_the_way != 0, when=dut.r.valid)
     b.assume(passes.o.valid, when=dut.r.valid)
     b.claim_stream(dut.ar, passes.i, dut.inside("master").spans)
     for queue in (beats, blocks, waiting):
         b.claim(queue.i.ready, when=queue.i.valid)
     b.cover(beats.o.valid)
 
-    # The order of passes, and what is announced.
-    b.claim(dut.states(fsm="order") & dut.states("master"))
-    b.claim(within(dut.inside("tile")), when=dut.state("Keep", "Announce", "Ask", fsm="order"))
-    b.claim(waiting.level <= 3, when=dut.state("Keep", fsm="order"))
-    for kept, there in b.entries(dut, "waiting", Tile):
-        b.claim(within(kept), when=there)
     announced = 0
     for pass_, there in b.entries(dut, "passes", Pass):
         b.claim((pass_.rows != 0) & (pass_.blocks != 0) & (pass_.blocks <= 8), when=there)
         announced += Mux(there, pass_.blocks, 0)
-    now, row, block = passes.o, dut.inside("row"), dut.inside("block")
-    b.claim((row < now.p.rows) & (block < now.p.blocks), when=now.valid)
-    b.claim((row == 0) & (block == 0), when=~now.valid)
 
     # Beats: asked for, registered, queued.
-    left, size = dut.inside("master.left"), dut.inside("master.beats")
     place, reserved = dut.inside("place"), dut.inside("master.reserved")
-    b.claim((left != 0) | dut.state("master.Take Span"))
-    b.claim((size != 0) & (size <= left) & (size <= 64),
-            when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
-    issuing = Mux(dut.state("master.Issue Burst"), size, 0)
+    issuing = Mux(dut.state("master.Issue Burst"), dut.inside("master.beats"), 0)
     b.claim(reserved == on_the_way + place.valid + beats.level + issuing)
     b.claim(reserved <= depth)
     b.claim_queue(dut, "beats")
@@ -71,7 +80,7 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     coming = dut.inside("block_valid")
     for stage in (place, *dut.delayed("place", 4, place.shape())):
         coming += stage.valid & stage.block_end
-    b.claim(dut.inside("reserved") == announced - block + coming + blocks.level)
+    b.claim(dut.inside("reserved") == announced - dut.inside("block") + coming + blocks.level)
     b.claim(dut.inside("reserved") <= blocks.depth)
     b.claim_queue(dut, "blocks")
     b.prove(depth=1, reach=12)
@@ -80,14 +89,9 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
 def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
     """As many as rows * blocks of each, in order, and no other."""
     b, m = bench, bench.m
-    depths = {Pass: 2, Block: 8}  # the number of passes has no part in the argument
-    monkeypatch.setattr(fetch, "Queue", lambda shape, n: Queue(shape, depths.get(shape, n)))
-    dut = b.add(KvFetch(256, 64, 3))
-    passes, waiting = dut.inside("passes"), dut.inside("waiting")
-    b.assume(within(dut.i_tile.p), when=dut.i_tile.valid)
-    issued, burst_beats = dut.ar.valid & dut.ar.ready, dut.ar.p.beats_less_1 + 1
-    on_the_way = b.counter(Mux(issued, burst_beats, 0), dut.r.valid, name="on_the_way")
-    b.assume(on_the_way != 0, when=dut.r.valid)
+    # Neither number has a part in the argument.
+    dut, on_the_way = fetching(b, monkeypatch, 2, 64)
+    passes = dut.inside("passes")
     b.claim(passes.o.valid, when=dut.r.valid)
     b.cover(dut.r.valid & (on_the_way == 7))
 
@@ -105,8 +109,6 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
         b.claim(beats == small_product(pass_.rows, pass_.blocks), when=there)
         due += Mux(there, beats, 0)
     now, row, block = passes.o, dut.inside("row"), dut.inside("block")
-    b.claim((row < now.p.rows) & (block < now.p.blocks), when=now.valid)
-    b.claim((row == 0) & (block == 0), when=~now.valid)
     arrived = b.ghost(12, "arrived")  # of the oldest
     with m.If(dut.r.valid):
         m.d.sync += arrived.eq(Mux(passes.o.ready, 0, arrived + 1))
@@ -114,11 +116,6 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
     b.claim(arrived == 0, when=~now.valid)
 
     # The same as spans to ask for, beats to issue, beats on the way.
-    b.claim(dut.states(fsm="order") & dut.states("master"))
-    b.claim(within(dut.inside("tile")), when=dut.state("Keep", "Announce", "Ask", fsm="order"))
-    for kept, there in b.entries(dut, "waiting", Tile):
-        b.claim(within(kept), when=there)
-    b.claim(waiting.level <= 3, when=dut.state("Keep", fsm="order"))
     spans, spans_left = dut.inside("master").spans, dut.inside("spans_left")
     asking, is_v = dut.state("Ask", fsm="order"), dut.inside("is_v")
     spans_due = b.ghost(12, "spans_due")
@@ -130,10 +127,7 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
     b.claim(spans_due == small_product(spans.p.beats[:8], spans_left), when=asking & is_v)
     b.claim(spans_due == spans.p.beats, when=asking & ~is_v)
     b.claim(spans_due == 0, when=~asking)
-    left, size = dut.inside("master.left"), dut.inside("master.beats")
+    left = dut.inside("master.left")
     idle = dut.state("master.Take Span")
-    b.claim((left != 0) | idle)
-    b.claim((size != 0) & (size <= left) & (size <= 64),
-            when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
     b.claim(due == spans_due + Mux(idle, 0, left) + on_the_way + arrived)
     b.prove(depth=1, reach=12)
