@@ -61,6 +61,7 @@ class TwinCard:
         if path not in ("auto", *PATHS):
             raise ValueError(f"path must be auto, {', '.join(PATHS)}, not {path!r}")
         self.config, self.threads = config, threads
+        self._config_hash = config.hash32  # takes longer than a small run
         self._handle = None
         self._library = load()
         found = self._library.twin_path(path.encode())
@@ -138,7 +139,7 @@ class TwinCard:
         self._library.twin_counters(self._handle, counters)
         kv_beats, kv_bursts, partial_beats, n_failed = counters
         packed = abi.SUMMARY.pack(
-            abi_version=abi.ABI_VERSION, config_hash=self.config.hash32,
+            abi_version=abi.ABI_VERSION, config_hash=self._config_hash,
             n_jobs=n_jobs, n_failed=n_failed, cycles=0, kv_beats=kv_beats, stream_cycles=0,
             starved_cycles=0, stalled_cycles=0, kv_bursts=kv_bursts, partial_beats=partial_beats,
             error=error,

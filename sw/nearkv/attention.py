@@ -30,7 +30,7 @@ from nearkv_hw.number import Wide, quantize_q, score_scale
 
 from . import pages
 from .card import Card, CardError, open_cards
-from .flash import FlashError, Load, PageId, Read
+from .flash import FlashError, Load, PageId, Read, pieces
 from .partial import Partial
 from .store import KvStore
 
@@ -490,7 +490,8 @@ class _Ring:
         at, reads = segment * self._segment_bytes, []
         for work in batch.works:
             page = PageId(plan.layer, plan.sequences[work.sequence], work.kv_head, 0)
-            reads += self.store.reads(page, work.pages, at)
+            for read in self.store.reads(page, work.pages, at):
+                reads += pieces(read)
             at += len(work.pages) * self.store.layout.page_bytes
         return reads
 

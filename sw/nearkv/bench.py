@@ -70,6 +70,8 @@ def _rounded(value: Any) -> Any:
     """Floats with six digits; more only tell what is noise."""
     if isinstance(value, Mapping):
         return {key: _rounded(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(x) for x in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -3,9 +3,13 @@
 
 Fills a drive with the K and V of a batch at one context length and attends to all of it, layer after
 layer, as decoding one token does; nothing else of a model is computed. Rates are bytes of 16-bit K and
-V over seconds. What each is held against, in the same run and in turns:
+V over seconds of a step in the steady state: the layer before it has been attended to when the clock
+starts, and has used up what was fetched while nothing ran. What each is held against, in the same run
+and in random turns:
 
-    drive       threads that read the same page files in order, O_DIRECT, same depth and size
+    drive       threads that read the same page files in order, O_DIRECT, same depth and size, into as
+                much memory as the ring has
+    drive, small  the same into one buffer for each request: `nearkv bench flash` says why
     twin        the card alone, pages in its memory already
     no ahead    nearkv without fetching the next layer's pages early
     no ring     the same with one segment: loading, then computing
@@ -20,6 +24,9 @@ V over seconds. What each is held against, in the same run and in turns:
                 page cache is emptied of the files before each step, as a context larger than memory does
     memory      torch's attention with K and V in host memory, tuned likewise
 
+A drive faster than the machine's own can be stood in by memory: `zramctl --find --size 5G`, `mkfs.ext4`
+on it, mounted as `--directory`. Its reads cost processor time, as those of a virtual drive do.
+
 Then the demo model as a whole, where it is installed: tokens/s behind a context, with nearkv's cache and
 with transformers' own, which is in memory.
 """
@@ -27,14 +34,13 @@ with transformers' own, which is in memory.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import functools
 import itertools
-import json
 import math
 import mmap
 import os
 from pathlib import Path
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -43,11 +49,11 @@ import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
-from .attention import RING_BYTES, SEGMENTS, PageAttention
-from .bench import plot_bars
-from .bench_flash import arguments, fill, read_raw, where
+from .attention import RING_BYTES, SEGMENTS, Figures, PageAttention
+from .bench import plot_bars, to_json
+from .bench_flash import arguments, fill, in_turns, quartiles_of_ratio, read_raw, where
 from .card import KV_BYTES, open_cards
-from .flash import READS_IN_FLIGHT
+from .flash import reader_kind
 from .store import DELAYED_BYTES, KvStore
 from .uring import refusal
 
@@ -143,8 +149,8 @@ def add_arguments(parser) -> None:
     add("--kv-mib", type=int, default=KV_BYTES >> 20, help="kv memory of a card (default: 64)")
     add("--ring-mib", type=int, default=RING_BYTES >> 20, help="of it used (default: %(default)s)")
     add("--segments", type=int, default=SEGMENTS, help="of the ring (default: %(default)s)")
-    add("--depth", type=int, default=READS_IN_FLIGHT, help="reads at once (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
+    add("--depth", type=int, help="reads at once (default: as many as nearkv itself has)")
+    add("--rounds", type=int, default=15, help="turns of each (default: %(default)s)")
     add("--no-peers", action="store_true", help="leave FlexGen and memory out")
     add(
         "--model-context", type=int, default=4096,
@@ -156,35 +162,33 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     directory = Path(args.directory or tempfile.gettempdir())
-    figures: dict[str, Any] = {
-        "command": "nearkv bench decode --json",
-        "arguments": arguments(args),
-        "machine": where(directory),
-    }
     with contextlib.ExitStack() as opened:
         temporary = Path(
             opened.enter_context(tempfile.TemporaryDirectory(prefix="nearkv-bench-", dir=directory))
         )
-        figures |= _measure(args, temporary, opened)
-    if args.model_context:
-        figures["model"] = _measure_model(args, directory)
+        figures, rows = _measure(args, temporary, opened)
+    figures["model"] = _measure_model(args, directory) if args.model_context else None
     if args.json:
-        json.dump(figures, sys.stdout, indent=1)
-        print()
+        head = {"arguments": arguments(args), "machine": where(directory)} | figures
+        print(to_json("nearkv bench decode --json", head, rows))
     else:
-        _print(figures)
+        _print(figures, rows)
     if args.plot:
-        _plot(args, figures)
+        _plot(args, rows, where(directory))
     return 0
 
 
-def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> dict:
+def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict, list[dict]]:
+    """What is said of the whole, and a row for each of the ways above."""
     layout = PageLayout(args.head_dim, args.page_tokens)
     scale = args.head_dim**-0.5
     shape = (args.batch, args.kv_heads, args.head_dim)
     kv_bytes = 4 * args.layers * args.context * args.batch * args.kv_heads * args.head_dim
     rng = np.random.default_rng(1)
     q = rng.standard_normal((args.batch, args.kv_heads, args.group, args.head_dim))
+
+    depth = args.depth or reader_kind().DEPTH
+    ring_bytes = args.ring_mib << 20
 
     def cards(n, reader="auto"):
         made, _ = open_cards(
@@ -194,28 +198,24 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> dict:
             opened.enter_context(card)
         return made
 
-    def stored(delayed_bytes, n_layers):
-        store = opened.enter_context(
-            KvStore(
-                temporary,
-                layout,
-                args.kv_heads,
-                temporary=True,
-                n_shards=max(2, args.cards),
-                delayed_bytes=delayed_bytes,
-            )  # fmt: skip
-        )
-        fill(store, args.batch, n_layers, args.context)
-        return store
-
-    store = stored(DELAYED_BYTES, args.layers)
-    ring = {"segments": args.segments, "ring_bytes": args.ring_mib << 20}
+    store = opened.enter_context(
+        KvStore(
+            temporary,
+            layout,
+            args.kv_heads,
+            temporary=True,
+            n_shards=max(2, args.cards),
+            delayed_bytes=DELAYED_BYTES,
+        )  # fmt: skip
+    )
+    fill(store, args.batch, args.layers, args.context)
+    ring = {"segments": args.segments, "ring_bytes": ring_bytes}
     main = cards(args.cards)
     ways = {
         "nearkv": PageAttention(main, store, **ring),
         "no ahead": PageAttention(main, store, ahead=False, **ring),
         "no ring": PageAttention(
-            main, store, ahead=False, segments=1, ring_bytes=ring["ring_bytes"] // args.segments
+            main, store, ahead=False, segments=1, ring_bytes=ring_bytes // args.segments
         ),
     }
     if not refusal():
@@ -229,19 +229,22 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> dict:
     new = new.astype(np.float16).view(np.uint16)
 
     def step(attention, append=lambda layer: None):
-        for layer in range(args.layers):
+        """Seconds of a step in the steady state."""
+        attention.attend(0, range(args.batch), q, scale)
+        begin = time.perf_counter()
+        for layer in [*range(1, args.layers), 0]:
             attention.attend(layer, range(args.batch), q, scale)
             append(layer)
+        return time.perf_counter() - begin
 
-    def timed(name, attention):
-        before = dict(vars(attention.figures))
-        begin = time.perf_counter()
-        step(attention)
-        seconds = time.perf_counter() - begin
-        after = vars(attention.figures)
-        counters[name].append(
-            {what: (after[what] - before[what]) / seconds for what in ("load_s", "run_s")}
-        )
+    def decode(name):
+        attention = ways[name]
+        attention.figures = Figures()
+        seconds = step(attention)
+        figures = attention.figures
+        # Of the layer before the step, too: the rest of the time is all that is wanted.
+        counters[name].append((figures.load_s, figures.run_s, figures.attend_s))
+        attention.discard()  # the next turn has the drive for itself
         return kv_bytes / seconds
 
     def spilling(in_step):
@@ -253,23 +256,21 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> dict:
                 if in_step:
                     store.settle(sequence, layer)
 
-        begin = time.perf_counter()
-        step(attention, append)
-        seconds = time.perf_counter() - begin
+        seconds = step(attention, append)
         attention.discard()
         store.flush()
         for sequence in range(args.batch):
             for layer in range(args.layers):
                 store.truncate(sequence, layer, n_pages)
-        step(attention)  # whatever it had fetched ahead
         return kv_bytes / seconds
 
+    raw_depth = depth * args.cards
     turns: dict[str, Callable[[], float]] = {
-        "drive": lambda: file_bytes / read_raw(paths, args.depth * args.cards),
+        "drive": lambda: file_bytes / read_raw(paths, raw_depth, ring_bytes * args.cards),
+        "drive, small": lambda: file_bytes / read_raw(paths, raw_depth),
         "twin": lambda: _card_alone(main[0], store, q[:1, :1], scale) * args.cards,
     }
-    for name, attention in ways.items():
-        turns[name] = lambda name=name, attention=attention: timed(name, attention)
+    turns |= {name: functools.partial(decode, name) for name in ways}
     turns["spilling"] = lambda: spilling(in_step=False)
     turns["spilling in step"] = lambda: spilling(in_step=True)
     tuned = None
@@ -288,38 +289,32 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> dict:
             return _memory_rate(resident, grouped, **in_memory)
 
         turns |= {"FlexGen": flexgen, "memory": memory}
-    rates: dict[str, list[float]] = {name: [] for name in turns}
-    for round in range(args.rounds + 1):
-        for name, turn in turns.items():
-            rate = turn()
-            if round:  # the first warms up
-                rates[name].append(rate)
+    rates = in_turns(turns, args.rounds)
     for attention in ways.values():
         attention.close()
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    of_bound = [
-        rate / min(drive, twin)
-        for rate, drive, twin in zip(rates["nearkv"], rates["drive"], rates["twin"], strict=True)
-    ]
-    return {
+    rows = []
+    for name, by_round in rates.items():
+        row: dict[str, Any] = {"name": name, "rate": statistics.median(by_round)}
+        if name in counters:
+            load, run, total = (sum(column) for column in zip(*counters[name][1:], strict=True))
+            row |= {"waits_for_drive": load / total, "card_runs": run / total}
+        rows.append(row | {"by_round": by_round})
+    ours = rates["nearkv"]
+    bounds = {
+        drive: [min(pair) for pair in zip(rates[drive], rates["twin"], strict=True)]
+        for drive in ("drive", "drive, small")
+    }
+    figures = {
         "kv_bytes": kv_bytes,
         "card_kv_bytes": args.kv_mib << 20,
-        "rates": median,
-        "rates_by_round": rates,
-        # Of the rounds' ratios: what disturbs one round disturbs all of it.
-        "of_bound": statistics.median(of_bound),
-        "of_bound_by_round": of_bound,
-        "of_flexgen": median["nearkv"] / median["FlexGen"] if tuned else None,
-        "flexgen_tuned": tuned,
-        "shares_of_time": {
-            name: {
-                what: statistics.median(row[what] for row in rows[1:])
-                for what in ("load_s", "run_s")
-            }
-            for name, rows in counters.items()
-        },
+        "depth": depth,
         "write_amplification": store.write_amplification,
+        "of_bound": {name: quartiles_of_ratio(ours, bound) for name, bound in bounds.items()},
+        "of_flexgen": quartiles_of_ratio(ours, rates["FlexGen"]) if tuned else None,
+        "drive_of_flexgen": quartiles_of_ratio(rates["drive"], rates["FlexGen"]) if tuned else None,
+        "flexgen_tuned": tuned,
     }
+    return figures, rows
 
 
 def _card_alone(card, store: KvStore, q, scale: float) -> float:
@@ -435,22 +430,23 @@ def _measure_model(args, directory: Path) -> dict | None:
     }
 
 
-def _print(figures: dict) -> None:
-    rates = figures["rates"]
+def _print(figures: dict, rows: list[dict]) -> None:
     print(f"{figures['kv_bytes'] / 2**20:.0f} MiB of K and V for a token, cards with "
-          f"{figures['card_kv_bytes'] >> 20} MiB")  # fmt: skip
-    for name, rate in rates.items():
-        shares = figures["shares_of_time"].get(name)
+          f"{figures['card_kv_bytes'] >> 20} MiB, {figures['depth']} reads at once")  # fmt: skip
+    ours = next(row["rate"] for row in rows if row["name"] == "nearkv")
+    for row in rows:
         share = ""
-        if shares:
-            share = f"  waits for the drive {shares['load_s']:.0%}, card runs {shares['run_s']:.0%}"
-        print(f"{name:>16} {rate / 1e9:6.2f} GB/s  {rates['nearkv'] / rate:5.2f}x{share}")
-    by_round = figures["of_bound_by_round"]
-    print(f"of min(drive, twin): {figures['of_bound']:.1%} (goal 90%; rounds "
-          f"{min(by_round):.0%} .. {max(by_round):.0%})")  # fmt: skip
+        if "card_runs" in row:
+            share = (f"  waits for the drive {row['waits_for_drive']:.0%}, "
+                     f"card runs {row['card_runs']:.0%}")  # fmt: skip
+        print(f"{row['name']:>16} {row['rate'] / 1e9:6.2f} GB/s  {ours / row['rate']:5.2f}x{share}")
+    for name, (low, median, high) in figures["of_bound"].items():
+        print(f"of min({name}; twin): {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
     if figures["of_flexgen"]:
-        print(f"of FlexGen's path: {figures['of_flexgen']:.2f}x (goal 4x at 32 k tokens); tuned to "
-              f"{figures['flexgen_tuned']}")  # fmt: skip
+        low, median, high = figures["of_flexgen"]
+        print(f"of FlexGen's path: {median:.2f}x (goal 4x at 32 k tokens; quartiles {low:.2f} .. "
+              f"{high:.2f}); the drive is {figures['drive_of_flexgen'][1]:.2f}x as fast as that path, "
+              f"which is tuned to {figures['flexgen_tuned']}")  # fmt: skip
     model = figures.get("model")
     if model:
         ours, own = (model["tokens_per_s"][name] for name in ("nearkv", "transformers"))
@@ -459,9 +455,9 @@ def _print(figures: dict) -> None:
               f"{own:.1f} with transformers' cache in memory: {ours / own:.2f}x")  # fmt: skip
 
 
-def _plot(args, figures: dict) -> None:
-    rates, here = figures["rates"], figures["machine"]
-    names = [name for name in rates if name not in ("drive", "twin")]
+def _plot(args, rows: list[dict], here: dict) -> None:
+    rates = {row["name"]: row["rate"] for row in rows}
+    names = [name for name in rates if not name.startswith("drive") and name != "twin"]
     plot_bars(
         args.plot,
         f"Attending to {args.context:,} tokens of KV on the drive",

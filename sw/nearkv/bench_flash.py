@@ -4,20 +4,21 @@
 Writes page files, then reads them in turns: through the path that decoding uses (the store's runs of
 pages, requests of up to 1 MiB, a ring of segments in kv memory), and with the simplest program there
 is, threads that read the same bytes of the same files in order with O_DIRECT, as many at once and as
-large. It reads into one buffer for each request, which stay in the processor's caches, and then also
-over as much memory as the cards' ring has: a virtual drive, whose data a processor copies, is faster the
-first way; the second is what ours is compared with. Turns alternate, so that whatever else the drive
-does hits all alike.
+large. It reads into as much memory as the cards' ring has (raw), and also into one buffer for each
+request (raw, small), which stay in the processor's caches: that is faster where a processor copies the
+data, as for a virtual drive, and no different where the drive does. Turns come in random order, so that
+whatever else the drive does hits all alike.
 """
 
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import itertools
-import json
 import os
 from pathlib import Path
 import platform
+import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,7 +28,7 @@ import numpy as np
 from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS
-from .bench import machine, plot_bars
+from .bench import machine, plot_bars, to_json
 from .buffers import KvMemory
 from .flash import READ_BYTES, PageId, Read, Reader, open_reader
 from .store import KvStore
@@ -134,10 +135,10 @@ def read_pages(batches: list[list[Read]], reader: Reader, segments: int = SEGMEN
 
 def add_arguments(parser) -> None:
     parser.add_argument("--directory", help="on the drive to measure (default: temporary files')")
-    parser.add_argument("--mib", type=int, default=1024, help="to read (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=768, help="to read (default: %(default)s)")
     parser.add_argument(
         "--depth", type=int, action="append",
-        help="requests at once (default: 4, 8, 16)",
+        help="requests at once (default: 8, 16, 32)",
     )  # fmt: skip
     parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--context", type=int, default=32768, help="tokens (default: %(default)s)")
@@ -147,7 +148,7 @@ def add_arguments(parser) -> None:
         default=RING_BYTES >> 20,
         help="kv memory (default: %(default)s MiB)",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each (default: 15)")
+    parser.add_argument("--rounds", type=int, default=25, help="turns of each (default: 25)")
     parser.add_argument("--json", action="store_true", help="figures as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw them: .png, .svg or .html")
 
@@ -164,24 +165,21 @@ def run(args) -> int:
         nbytes = sum(os.path.getsize(path) for path in paths)
         memory = KvMemory(args.ring_mib << 20)
         batches = ring_reads(store, memory.nbytes)
-        for depth in args.depth or (4, 8, 16):
+        for depth in args.depth or (8, 16, 32):
             row = _measure(batches, paths, nbytes, memory, depth, kinds, args.rounds)
             rows.append(row)
             if not args.json:
                 _print(row)
     here = where(directory)
-    row_names = (*kinds, "raw, same memory", "raw")
     if args.json:
-        figures = {"command": "nearkv bench flash --json", "arguments": arguments(args)}
-        figures |= {"machine": here, "bytes": nbytes, "runs": rows}
-        json.dump(figures, sys.stdout, indent=1)
-        print()
+        head = {"arguments": arguments(args), "machine": here, "bytes": nbytes}
+        print(to_json("nearkv bench flash --json", head, rows))
     if args.plot:
         plot_bars(
             args.plot,
             "Pages from the drive into card memory",
             [f"{row['depth']} requests at once" for row in rows],
-            {name: [row["rates"][name] / 1e9 for row in rows] for name in row_names},
+            {name: [row["rates"][name] / 1e9 for row in rows] for name in (*kinds, *_RAW)},
             unit="GB/s",
             note=f"{here['cores']} cores, load {here['load']:.1f}, Linux {here['kernel']}. raw: threads "
             "that read the same bytes, and nothing else",
@@ -189,48 +187,65 @@ def run(args) -> int:
     return 0
 
 
+_RAW = ("raw", "raw, small")
+
+
 def _measure(batches, paths, nbytes: int, memory: KvMemory, depth: int, kinds, rounds: int) -> dict:
     """bytes/s of the plain reader and of each kind of ours."""
-    rates: dict[str, list[float]] = {name: [] for name in ("raw", "raw, same memory", *kinds)}
     readers = {kind: open_reader(memory, depth, kind) for kind in kinds}
-    for round in range(rounds + 1):
-        seconds = {
-            "raw": read_raw(paths, depth),
-            "raw, same memory": read_raw(paths, depth, memory.nbytes),
-        }
-        for kind, reader in readers.items():
-            begin = time.perf_counter()
-            read_pages(batches, reader)
-            seconds[kind] = time.perf_counter() - begin
-        if round:  # the first warms up
-            for name, taken in seconds.items():
-                rates[name].append(nbytes / taken)
+
+    def ours(reader):
+        begin = time.perf_counter()
+        read_pages(batches, reader)
+        return time.perf_counter() - begin
+
+    turns: dict[str, Callable[[], float]] = {
+        "raw": lambda: read_raw(paths, depth, memory.nbytes),
+        "raw, small": lambda: read_raw(paths, depth),
+    }
+    turns |= {kind: functools.partial(ours, reader) for kind, reader in readers.items()}
+    rates = in_turns(
+        {name: lambda turn=turn: nbytes / turn() for name, turn in turns.items()}, rounds
+    )
     for reader in readers.values():
         reader.close()
-    of_raw = {
-        kind: [ours / raw for ours, raw in zip(rates[kind], rates["raw, same memory"], strict=True)]
-        for kind in kinds
-    }
     return {
         "depth": depth,
         "rates": {name: statistics.median(values) for name, values in rates.items()},
-        # Of the turns' ratios: what disturbs one turn disturbs its neighbour.
-        "of_raw": {kind: statistics.median(values) for kind, values in of_raw.items()},
-        "of_raw_quartiles": {
-            kind: statistics.quantiles(values, n=4)[::2] for kind, values in of_raw.items()
+        "of_raw": {kind: quartiles_of_ratio(rates[kind], rates["raw"]) for kind in kinds},
+        "of_raw_small": {
+            kind: quartiles_of_ratio(rates[kind], rates["raw, small"]) for kind in kinds
         },
     }
 
 
+def in_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each turn returned in each round. The first round, which warms up, is left out."""
+    results: dict[str, list[float]] = {name: [] for name in turns}
+    names, order = list(turns), random.Random(0)
+    for round in range(rounds + 1):
+        for name in names:
+            result = turns[name]()
+            if round:
+                results[name].append(result)
+        order.shuffle(names)
+    return results
+
+
+def quartiles_of_ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios of each round.
+
+    What disturbs one turn disturbs its neighbours.
+    """
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+
+
 def _print(row: dict) -> None:
-    line = (
-        f"depth {row['depth']:2}: raw {row['rates']['raw'] / 1e9:.2f} GB/s, over the same memory "
-    )
-    line += f"{row['rates']['raw, same memory'] / 1e9:.2f} GB/s"
-    for kind, ratio in row["of_raw"].items():
-        low, high = row["of_raw_quartiles"][kind]
-        line += (
-            f"; {kind} {row['rates'][kind] / 1e9:.2f} GB/s: {ratio:.1%} "
-            f"(quartiles {low:.0%} .. {high:.0%})"
-        )
+    rates = row["rates"]
+    line = f"depth {row['depth']:2}: raw {rates['raw'] / 1e9:.2f} GB/s, "
+    line += f"into small buffers {rates['raw, small'] / 1e9:.2f}"
+    for kind, (low, median, high) in row["of_raw"].items():
+        line += f"; {kind} {rates[kind] / 1e9:.2f}: {median:.1%} of raw (quartiles {low:.0%} .. {high:.0%}), "
+        line += f"{row['of_raw_small'][kind][1]:.1%} of small"
     print(f"{line}; goal 95%", flush=True)

@@ -20,7 +20,7 @@ from nearkv_hw import abi
 from nearkv_hw.abi import Status
 
 from .buffers import JobMemory, KvMemory
-from .flash import READS_IN_FLIGHT, LateError, Load, PageId, Read, open_reader
+from .flash import LateError, Load, PageId, Read, open_reader
 
 log = logging.getLogger("nearkv")
 
@@ -130,8 +130,8 @@ class MemoryCard:
         summary, timeout_s)`, which does with the two uint8 arrays what the hardware would and raises
         TimeoutError if it takes too long.
     kv_bytes, job_bytes : int
-    reads_in_flight : int
-        Requests that the drive has at once, of up to 1 MiB each.
+    reads_in_flight : int, optional
+        Requests that the drive has at once, of up to 1 MiB each. Default: the reader's.
     reader : "auto", "uring" or "threads"
         How they are made: `nearkv.flash.open_reader`.
     timeout_s : float
@@ -147,7 +147,7 @@ class MemoryCard:
         *,
         kv_bytes: int = KV_BYTES,
         job_bytes: int = JOB_BYTES,
-        reads_in_flight: int = READS_IN_FLIGHT,
+        reads_in_flight: int | None = None,
         reader: str = "auto",
         timeout_s: float = 60.0,
         reopen: Callable[[], Any] | None = None,
@@ -285,7 +285,7 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
     """The opener of a card that nearkv_sim imitates."""
 
     def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
-               reads_in_flight=READS_IN_FLIGHT, reader="auto", timeout_s=timeout_s, **options):  # fmt: skip
+               reads_in_flight=None, reader="auto", timeout_s=timeout_s, **options):  # fmt: skip
         if unit:
             raise CardError(f"card {name!r}: there is one of its kind, without a number")
         try:

@@ -20,7 +20,6 @@ import numpy as np
 from .describe import parameters
 
 LATENCY_READS = 200
-DEPTH = 8  # requests in flight of nearkv's own reader
 GEMM_EFFICIENCY = parameters().gemm_efficiency  # the model takes this share of `flops`
 
 
@@ -92,6 +91,7 @@ def drive(directory: Path, nbytes: int) -> tuple[float, float, float]:
     """
     from nearkv.bench_flash import read_raw
     from nearkv.buffers import KvMemory
+    from nearkv.flash import reader_kind
 
     block = 8 << 20
     memory = KvMemory(block)
@@ -106,7 +106,7 @@ def drive(directory: Path, nbytes: int) -> tuple[float, float, float]:
         os.fsync(file)
         write = nbytes // block * block / (time.perf_counter() - begin)
         os.close(file)
-        read = path.stat().st_size / _best(lambda: read_raw([path], DEPTH), 2)
+        read = path.stat().st_size / _best(lambda: read_raw([path], reader_kind().DEPTH), 2)
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
         page, seconds = memory.target(0, 4096), []
         for at in random.Random(0).sample(range(0, nbytes // block * block, 4096), LATENCY_READS):
