@@ -267,18 +267,22 @@ class MemoryCard:
 def check_summary(name: str, counters: dict, n_jobs: int, config_hash: int) -> None:
     """Raise CardError unless a summary is of this ABI, this build and this queue."""
     expected = {
-        "abi_version": (abi.ABI_VERSION, "host and card are of different versions of nearkv"),
-        "config_hash": (config_hash, "the card is not the build that was asked for"),
-        "error": (0, f"queue: {Status(counters['error'] | Status.DONE).describe()}"),
-        "n_jobs": (n_jobs, "the card stopped early"),
-    }
-    for field, (want, meaning) in expected.items():
-        if counters[field] != want:
-            raise CardError(
-                f"card {name!r}: {meaning} ({field} is {counters[field]:#x}, not {want:#x}); "
-                f"counters: {counters}",
-                counters=counters,
-            )
+        "abi_version": abi.ABI_VERSION, "config_hash": config_hash, "error": 0, "n_jobs": n_jobs,
+    }  # fmt: skip
+    for field, want in expected.items():
+        if counters[field] == want:
+            continue
+        meaning = {
+            "abi_version": "host and card are of different versions of nearkv",
+            "config_hash": "the card is not the build that was asked for",
+            "error": f"queue: {Status(counters['error'] | Status.DONE).describe()}",
+            "n_jobs": "the card stopped early",
+        }[field]
+        raise CardError(
+            f"card {name!r}: {meaning} ({field} is {counters[field]:#x}, not {want:#x}); "
+            f"counters: {counters}",
+            counters=counters,
+        )
 
 
 def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., Card]:
