@@ -30,14 +30,15 @@ from nearkv_hw.number import Wide, quantize_q, score_scale
 
 from . import pages
 from .card import Card, CardError, open_cards
-from .flash import FlashError, Load, PageId, Read, pieces
+from .flash import FlashError, Load, PageId, Read
 from .partial import Partial
 from .store import KvStore
 
 log = logging.getLogger("nearkv")
 
-# Of the ring: one is computed while the others fill. Of bench decode's 2 cores and 3 GB/s, 4 segments
-# of 4 MiB gave 78% of the drive, 8 gave 89%, 16 gave 97%; smaller ones cost more runs than they hide.
+# Of the ring: one is computed while the others fill, and a reader has up to 32 MiB on their way. On the
+# 2 cores and 2.5 GB/s of bench decode, rings of 24 and 32 MiB were 5% slower; segments of 2 MiB cost more
+# runs than they hide, of 8 MiB were level (14% faster from a drive in memory, where cores are short).
 SEGMENTS = 16
 SEGMENT_BYTES = 4 << 20  # at least, where that leaves 4 of them
 RING_BYTES = 64 << 20  # of kv memory at most
@@ -490,8 +491,7 @@ class _Ring:
         at, reads = segment * self._segment_bytes, []
         for work in batch.works:
             page = PageId(plan.layer, plan.sequences[work.sequence], work.kv_head, 0)
-            for read in self.store.reads(page, work.pages, at):
-                reads += pieces(read)
+            reads += self.store.reads(page, work.pages, at)
             at += len(work.pages) * self.store.layout.page_bytes
         return reads
 

@@ -2,7 +2,7 @@
 """`nearkv bench NAME`: the measured figures, each beside its limit or its peer."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import html
 import importlib
@@ -11,6 +11,8 @@ import json
 import os
 from pathlib import Path
 import platform
+import random
+import statistics
 from typing import Any
 
 # Name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, what it measures).
@@ -54,6 +56,28 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def in_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each turn returned in each round. The first round, which warms up, is left out."""
+    results: dict[str, list[float]] = {name: [] for name in turns}
+    names, order = list(turns), random.Random(0)
+    for round in range(rounds + 1):
+        for name in names:
+            result = turns[name]()
+            if round:
+                results[name].append(result)
+        order.shuffle(names)
+    return results
+
+
+def quartiles_of_ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios of each round.
+
+    What disturbs one turn disturbs its neighbours.
+    """
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
 
 
 def to_json(command: str, head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:

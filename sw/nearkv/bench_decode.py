@@ -50,8 +50,8 @@ import numpy as np
 from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS, Figures, PageAttention
-from .bench import plot_bars, to_json
-from .bench_flash import arguments, fill, in_turns, quartiles_of_ratio, read_raw, where
+from .bench import check_plot, in_turns, plot_bars, quartiles_of_ratio, to_json
+from .bench_flash import arguments, fill, read_raw, where
 from .card import KV_BYTES, open_cards
 from .flash import reader_kind
 from .store import DELAYED_BYTES, KvStore
@@ -161,6 +161,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    if args.plot:
+        check_plot(args.plot)
     directory = Path(args.directory or tempfile.gettempdir())
     with contextlib.ExitStack() as opened:
         temporary = Path(
@@ -241,9 +243,8 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         attention = ways[name]
         attention.figures = Figures()
         seconds = step(attention)
-        figures = attention.figures
-        # Of the layer before the step, too: the rest of the time is all that is wanted.
-        counters[name].append((figures.load_s, figures.run_s, figures.attend_s))
+        counted = attention.figures  # of the layer before the step, too: only shares are told
+        counters[name].append((counted.load_s, counted.run_s, counted.attend_s))
         attention.discard()  # the next turn has the drive for itself
         return kv_bytes / seconds
 

@@ -11,13 +11,12 @@ whatever else the drive does hits all alike.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 import functools
 import itertools
 import os
 from pathlib import Path
 import platform
-import random
 import statistics
 import tempfile
 import threading
@@ -28,7 +27,7 @@ import numpy as np
 from nearkv_hw.abi import PageLayout
 
 from .attention import RING_BYTES, SEGMENTS
-from .bench import machine, plot_bars, to_json
+from .bench import check_plot, in_turns, machine, plot_bars, quartiles_of_ratio, to_json
 from .buffers import KvMemory
 from .flash import READ_BYTES, PageId, Read, Reader, open_reader
 from .store import KvStore
@@ -154,6 +153,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    if args.plot:
+        check_plot(args.plot)
     layout = PageLayout(args.head_dim)
     directory = Path(args.directory or tempfile.gettempdir())
     kinds = ["threads"] if refusal() else ["uring", "threads"]
@@ -217,28 +218,6 @@ def _measure(batches, paths, nbytes: int, memory: KvMemory, depth: int, kinds, r
             kind: quartiles_of_ratio(rates[kind], rates["raw, small"]) for kind in kinds
         },
     }
-
-
-def in_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each turn returned in each round. The first round, which warms up, is left out."""
-    results: dict[str, list[float]] = {name: [] for name in turns}
-    names, order = list(turns), random.Random(0)
-    for round in range(rounds + 1):
-        for name in names:
-            result = turns[name]()
-            if round:
-                results[name].append(result)
-        order.shuffle(names)
-    return results
-
-
-def quartiles_of_ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile of the ratios of each round.
-
-    What disturbs one turn disturbs its neighbours.
-    """
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
 
 
 def _print(row: dict) -> None:
