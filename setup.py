@@ -28,9 +28,9 @@ setup(
     cmdclass={"build_ext": BuildTwin},
     ext_modules=[
         Extension(
-            "nearkv_sim._twin",
-            [f"sim/nearkv_sim/{name}" for name in twin.SOURCES],
-            depends=[f"sim/nearkv_sim/{name}" for name in (*twin.HEADERS, "twin.py")]
+            "nearkv_sim.twin._native",
+            [f"sim/nearkv_sim/twin/{name}" for name in twin.SOURCES],
+            depends=[f"sim/nearkv_sim/twin/{name}" for name in (*twin.HEADERS, "__init__.py")]
             + ["hw/nearkv_hw/abi.py", "hw/nearkv_hw/number.py"],
             # Each source says itself which instructions it may use.
             extra_compile_args=["-std=c++20", "-O3", "-Wno-psabi", "-Wno-maybe-uninitialized"],

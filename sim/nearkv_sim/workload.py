@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nearkv import pages
-from nearkv_hw import abi
+from nearkv_hw import abi, pages
 from nearkv_hw.abi import KvType, PageLayout
 from nearkv_hw.config import Config
 from nearkv_hw.number import KV_FORMATS, quantize_q, score_scale

@@ -12,14 +12,13 @@ both are imported, in whichever order.
 
 from typing import TYPE_CHECKING
 
-from . import registration
-from .attention import attend
-from .card import CardError, open_card
-from .flash import FlashError
-from .partial import merge
+from .attention import attend, merge
+from .cards import CardError, open_card
+from .hf import registration
+from .io import FlashError
 
 if TYPE_CHECKING:
-    from .cache import NearStorageCache
+    from .hf.cache import NearStorageCache
 
 __all__ = ["attend", "merge", "open_card", "NearStorageCache", "CardError", "FlashError"]
 
@@ -28,7 +27,7 @@ registration.install()
 
 def __getattr__(name):
     if name == "NearStorageCache":  # needs torch and transformers
-        from .cache import NearStorageCache
+        from .hf.cache import NearStorageCache
 
         return NearStorageCache
     if name == "__version__":

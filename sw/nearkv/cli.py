@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Before torch is loaded: by default its threads spin between the pieces of a layer, on the cores
     # that the card's model and the readers need. On a busy machine that costs a factor of ten.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from .card import CardError
+    from .cards import CardError
 
     try:
         return options.run(options)
@@ -94,7 +94,7 @@ def _generate(options) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    from .card import open_cards
+    from .cards import open_cards
 
     card_options = {"config": options.card_config} if options.card_config else {}
     # Before the model, which takes longer: a wrong name should not have to wait for it.
@@ -111,8 +111,8 @@ def _generate(options) -> int:
     with contextlib.ExitStack() as closing:
         for card in cards:
             closing.enter_context(card)
-        from . import models
-        from .cache import NearStorageCache
+        from .hf import models
+        from .hf.cache import NearStorageCache
 
         model, tokenizer = models.load(options.model, on_convert=_say_conversion)
         inputs = _tokens(tokenizer, prompt, options.raw)
@@ -140,7 +140,9 @@ def _plan(model, n_prompt: int, options) -> dict:
     """Arguments of the cache that the optimiser chooses for --machine; none without it."""
     if options.machine is None:
         return {}
-    from . import pages, plan
+    from nearkv_hw import pages
+
+    from . import plan
 
     own = pages.default_kv_dtype(model.dtype)
     chosen = plan.for_runtime(

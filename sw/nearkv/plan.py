@@ -94,7 +94,7 @@ def run(args) -> int:
 
 
 def _measure(args) -> int:
-    from nearkv_sim.system import measure
+    from . import measure
 
     directory = args.kv_dir or Path(tempfile.gettempdir())
     profile = measure.measure(directory)

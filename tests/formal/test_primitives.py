@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """With DSP48E2 cells a component does what it does without, in every cycle.
 
-The cell is our model of it, `nearkv_sim/dsp48e2.v`; tests/sim/test_primitives.py says how that was
+The cell is our model of it, `nearkv_sim/rtl/dsp48e2.v`; tests/sim/test_primitives.py says how that was
 compared with the vendor's.
 """
 
@@ -14,7 +14,7 @@ from nearkv_hw.primitives import FAMILIES
 from nearkv_hw.softmax import Exp2, Score
 import nearkv_sim
 
-DSP48E2 = Path(nearkv_sim.__file__).with_name("dsp48e2.v")
+DSP48E2 = Path(nearkv_sim.__file__).with_name("rtl") / "dsp48e2.v"
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cocotb benches of `nearkv_sim.bench_kernel`, one pytest test each."""
+"""The cocotb benches of `nearkv_sim.rtl.bench_kernel`, one pytest test each."""
 
 import pytest
 
 from nearkv_hw.config import preset
 
 bench_kernel = pytest.importorskip(
-    "nearkv_sim.bench_kernel",
+    "nearkv_sim.rtl.bench_kernel",
     reason="cocotb is not installed; install it with: pip install 'nearkv[hardware]'",
     exc_type=ImportError,
 )

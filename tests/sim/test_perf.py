@@ -4,7 +4,8 @@
 import pytest
 
 from nearkv_hw.config import preset
-from nearkv_sim import bench_stream, perf
+from nearkv_sim import perf
+from nearkv_sim.rtl import bench_stream
 
 SHORT = ("8 x 4096", "64 x 300")
 

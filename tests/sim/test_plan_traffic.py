@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nearkv.attention import PageAttention
-from nearkv.card import CardError, open_card
+from nearkv.cards import CardError, open_card
 from nearkv.store import KvStore
 from nearkv_hw import abi
 from nearkv_hw.config import preset

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """With DSP48E2 instances everything is as without, cycle by cycle.
 
-Our model of the DSP48E2, `nearkv_sim/dsp48e2.v`, was compared with the vendor's public simulation
+Our model of the DSP48E2, `nearkv_sim/rtl/dsp48e2.v`, was compared with the vendor's public simulation
 model (XilinxUnisimLibrary): 200,000 random cycles of each mode, no difference.
 """
 
@@ -22,7 +22,7 @@ from nearkv_sim import rtl, workload
 from nearkv_sim.workload import KINDS, random_job
 
 pytestmark = pytest.mark.sim
-DSP48E2 = Path(nearkv_sim.__file__).with_name("dsp48e2.v")
+DSP48E2 = Path(nearkv_sim.__file__).with_name("rtl") / "dsp48e2.v"
 
 _BENCH = """
 module bench;

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import nearkv
-from nearkv import uring
-from nearkv.uring import Uring
+from nearkv.io import uring
+from nearkv.io.uring import Uring
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import nearkv
-from nearkv.attention import PageAttention
-from nearkv.card import CardError
-from nearkv.flash import FlashError, PageId
-from nearkv.partial import Partial
+from nearkv.attention import PageAttention, Partial
+from nearkv.cards import CardError
+from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
 from nearkv_hw import abi
 from nearkv_hw.abi import KvType, PageLayout, Status
@@ -257,7 +256,7 @@ def test_small_memories_take_several_runs_and_change_no_bit(card, tmp_path):
 
 
 def _tokens(store, layer, sequence, head):
-    from nearkv import pages
+    from nearkv_hw import pages
 
     data = store.read_pages(PageId(layer, sequence, head, 0), store.n_pages(sequence, layer))
     return [pages.to_float32(x, KvType.FP16) for x in pages.unpack(store.layout, data)]
@@ -318,7 +317,7 @@ def test_a_truncated_page_file_is_a_flash_error_that_names_the_page(card, tmp_pa
 
 
 def test_inf_that_got_past_the_store_is_reported(card, tmp_path, monkeypatch):
-    monkeypatch.setattr("nearkv.pages.first_non_finite", lambda *_: None)
+    monkeypatch.setattr("nearkv_hw.pages.first_non_finite", lambda *_: None)
     with KvStore(tmp_path, PageLayout(64, 32), 1) as store:
         k = np.ones((1, 64, 64), np.float16)
         k[0, 40, 3] = np.inf

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import nearkv
 from nearkv import NearStorageCache
-from nearkv.card import CardError, open_cards
-from nearkv.flash import FlashError
+from nearkv.cards import CardError, open_cards
+from nearkv.io import FlashError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of the largest logit. Any difference, however small, lets some K or V round to its neighbour, and
@@ -232,7 +232,7 @@ def expected(model):
 def test_cards_splits_and_spills_change_no_token(
     model, expected, tmp_path, monkeypatch, cards, options
 ):
-    monkeypatch.setattr("nearkv.store.EXTENT_BYTES", 16 << 10)
+    monkeypatch.setattr("nearkv.store.store.EXTENT_BYTES", 16 << 10)
     ids, mask, theirs = expected
     with NearStorageCache(model.config, tmp_path, ["model"] * cards, **options) as cache:
         ours = _generate(model, cache, ids, "nearkv", 30, attention_mask=mask)

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from nearkv import card as card_module
-from nearkv.card import Card, CardError, MemoryCard, open_card
-from nearkv.flash import FlashError, PageId, Read
+from nearkv.cards import Card, CardError, MemoryCard, open_card
+from nearkv.cards import card as card_module
+from nearkv.io import FlashError, PageId, Read
 from nearkv_hw import abi
 from nearkv_hw.config import PRESETS, preset
 

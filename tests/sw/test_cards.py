@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import nearkv
-from nearkv import card as card_module
-from nearkv import store as store_module
 from nearkv.attention import PageAttention, measure_cards
-from nearkv.card import CardError, open_card, open_cards
-from nearkv.flash import FlashError, PageId
+from nearkv.cards import CardError, open_card, open_cards
+from nearkv.cards import card as card_module
+from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
+from nearkv.store import store as store_module
 from nearkv_hw.abi import PageLayout
 
 LAYOUT = PageLayout(32, 32)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nearkv import cli, models
+from nearkv import cli
+from nearkv.hf import models
 
 _TEMPLATE = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
 
 from nearkv import CardError, FlashError, NearStorageCache
-from nearkv.card import open_card
-from nearkv.flash import PageId
+from nearkv.cards import open_card
+from nearkv.io import PageId
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEP, NEW_TOKENS, PAD = 10, 36, 3  # of the fault; in all

@@ -10,9 +10,20 @@ import time
 import numpy as np
 import pytest
 
-from nearkv import flash, uring
-from nearkv.buffers import JobMemory, KvMemory
-from nearkv.flash import READ_BYTES, FlashError, Load, PageId, Read, Reader, Window, open_reader
+from nearkv.io import (
+    READ_BYTES,
+    FlashError,
+    JobMemory,
+    KvMemory,
+    Load,
+    PageId,
+    Read,
+    Reader,
+    Window,
+    open_reader,
+    uring,
+)
+from nearkv.io import reader as flash
 
 MIB = 1 << 20
 

@@ -17,8 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from nearkv import CardError, NearStorageCache, cli, models
-from nearkv.card import open_cards
+from nearkv import CardError, NearStorageCache, cli
+from nearkv.cards import open_cards
+from nearkv.hf import models
 
 pytestmark = pytest.mark.model
 REL_L2_BOUND = 6e-5
@@ -158,7 +159,9 @@ def _continue(model, cache, past, ids, n):
 
 @torch.no_grad()
 def test_cards_splits_spills_and_threads_change_no_token(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr("nearkv.store.EXTENT_BYTES", 64 << 10)  # or one card would have it all
+    monkeypatch.setattr(
+        "nearkv.store.store.EXTENT_BYTES", 64 << 10
+    )  # or one card would have it all
     model, tokenizer = loaded
     ids = tokenizer(_LICENSE.read_text(), return_tensors="pt")["input_ids"][:, :701]
     model.set_attn_implementation("sdpa")

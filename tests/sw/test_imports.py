@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What importing nearkv may bring along."""
 
+import ast
 import doctest
 import importlib
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -12,9 +14,62 @@ import pytest
 
 import nearkv
 
-_MODULES = sorted(path.stem for path in Path(nearkv.__file__).parent.glob("*.py"))
+_ROOT = Path(nearkv.__file__).parent
 _NEVER = ("amaranth", "pyxrt", "pynq", "nearkv_sim")
 _ONLY_CACHE = ("torch", "transformers")
+# Those that are there for what only simulation or torch can do: loaded by name, when asked for.
+_ON_DEMAND = ("nearkv.bench.", "nearkv.measure", "nearkv.hf.cache")
+# Who may import whom: a package sees itself and what stands before it.
+_PACKAGES = ("nearkv_hw", "nearkv_sim", "nearkv")
+_PARTS = ("io", "store", "cards", "attention", "hf")
+
+
+def _module(path: Path, root: Path) -> str:
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+_MODULES = sorted(_module(path, _ROOT) for path in _ROOT.rglob("*.py"))
+
+
+def _imported(path: Path, root: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere, in functions too."""
+    own = path.relative_to(root.parent).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = own[: len(own) - node.level + 1] if node.level else ()
+            name = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # By name, for importlib: "nearkv_sim.twin".
+            if re.fullmatch(r"nearkv\w*(\.\w+)+(?<!\.v)", node.value):
+                found.add(node.value)
+    return found
+
+
+def test_imports_run_from_gateware_to_simulation_to_host_and_never_back():
+    seen = 0
+    for at, package in enumerate(_PACKAGES):
+        root = Path(importlib.import_module(package).__file__).parent
+        later = _PACKAGES[at + 1 :]
+        for path in root.rglob("*.py"):
+            back = {name for name in _imported(path, root) if name.split(".")[0] in later}
+            assert not back, f"{path} imports {sorted(back)}"
+            seen += 1
+    assert seen > 50
+
+
+def test_parts_of_the_host_import_only_what_stands_before_them():
+    for at, part in enumerate(_PARTS):
+        later = {
+            f"nearkv.{name}" for name in (*_PARTS[at + 1 :], "bench", "cli", "plan", "measure")
+        }
+        for path in (_ROOT / part).rglob("*.py"):
+            names = {".".join(name.split(".")[:2]) for name in _imported(path, _ROOT)}
+            assert not names & later, f"{path} imports {sorted(names & later)}"
 
 
 def _loaded(statements: str) -> list[str]:
@@ -25,14 +80,15 @@ def _loaded(statements: str) -> list[str]:
 
 
 def test_the_parts_without_torch_import_without_it():
-    modules = [f"nearkv.{name}" for name in _MODULES if name not in ("cache", "__init__")]
-    loaded = _loaded("import nearkv, " + ", ".join(modules))
+    modules = [name for name in _MODULES if not name.startswith(_ON_DEMAND)]
+    loaded = _loaded("import " + ", ".join(modules))
     assert not {*_NEVER, *_ONLY_CACHE} & set(loaded)
 
 
 @pytest.mark.slow
 def test_no_module_imports_gateware_simulation_or_drivers():
-    loaded = _loaded("import " + ", ".join(f"nearkv.{name}" for name in _MODULES))
+    modules = [name for name in _MODULES if not name.startswith(_ON_DEMAND[:2])]
+    loaded = _loaded("import " + ", ".join(modules))
     assert not set(_NEVER) & set(loaded)
     assert set(_ONLY_CACHE) <= set(loaded)  # or the test above proves nothing
 
@@ -56,7 +112,7 @@ def test_transformers_knows_nearkv_whichever_is_imported_first(imports):
     assert "nearkv" in loaded
 
 
-@pytest.mark.parametrize("name", ["attention", "card", "partial"])
+@pytest.mark.parametrize("name", ["attention.attend", "cards.card", "attention.partial"])
 def test_examples_in_docstrings_hold(name):
     module = importlib.import_module(f"nearkv.{name}")
     result = doctest.testmod(module, extraglobs={"np": numpy})

@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from nearkv import pages
-from nearkv import store as store_module
-from nearkv.flash import FlashError, PageId
+from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
+from nearkv.store import store as store_module
+from nearkv_hw import pages
 from nearkv_hw.abi import KvType, PageLayout
 
 LAYOUT = PageLayout(64, 32)

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from nearkv import pages
-from nearkv.flash import FlashError, PageId
+from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
+from nearkv_hw import pages
 from nearkv_hw.abi import PageLayout
 
 LAYOUT = PageLayout(64, 32)
@@ -66,7 +66,7 @@ def test_spills_are_written_together(tmp_path, monkeypatch):
         "_write_window",
         lambda self, writes: (windows.append(len(writes)), write(self, writes)),
     )
-    monkeypatch.setattr("nearkv.store.GATHER_S", 5)
+    monkeypatch.setattr("nearkv.store.store.GATHER_S", 5)
     with _delayed(tmp_path) as store:
         for layer in range(6):
             store.append(0, layer, *_kv(32, layer))

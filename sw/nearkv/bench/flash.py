@@ -26,12 +26,11 @@ import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
-from .attention import RING_BYTES, SEGMENTS
-from .bench import check_plot, in_turns, machine, plot_bars, quartiles_of_ratio, to_json
-from .buffers import KvMemory
-from .flash import READ_BYTES, PageId, Read, Reader, open_reader
-from .store import KvStore
-from .uring import refusal
+from ..attention.scheduler import RING_BYTES, SEGMENTS
+from ..io import READ_BYTES, KvMemory, PageId, Read, Reader, open_reader
+from ..io.uring import refusal
+from ..store import KvStore
+from . import check_plot, in_turns, machine, plot_bars, quartiles_of_ratio, to_json
 
 
 def where(directory: Path) -> dict:

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash: which page, how to read and write it, and what to say when the drive fails.
-
-The only code that opens page files. They are opened past the page cache (O_DIRECT) where the file
-system allows it: pages are read once per token, by the card, and would push out everything else.
-"""
+"""Readers: pages from files into kv memory, many requests at a time."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-import contextlib
 import errno as errno_codes
 import functools
 import itertools
@@ -23,139 +18,15 @@ import numpy as np
 
 from nearkv_hw.abi import PAGE_ALIGN_BYTES
 
-from .buffers import KvMemory
+from .errors import FlashError, LateError, PageId
+from .memory import KvMemory
 from .uring import Uring, refusal
+from .window import Window
 
 log = logging.getLogger("nearkv")
 
 # Of one request to the drive. Larger ones gain nothing and make the ends of a burst ragged.
 READ_BYTES = 1 << 20
-
-
-class PageId(NamedTuple):
-    """Which page: its (layer, sequence, kv head) and its number within that."""
-
-    layer: int
-    sequence: int
-    kv_head: int
-    page: int
-
-    def __str__(self):
-        return (
-            f"page {self.page} of layer {self.layer}, sequence {self.sequence}, "
-            f"kv head {self.kv_head}"
-        )
-
-
-class FlashError(OSError):
-    """Page files could not be written or read.
-
-    Attributes
-    ----------
-    page : PageId or None
-    errno : int or None
-        As in OSError.
-    filename : str
-    offset : int or None
-        Byte offset in the file.
-    """
-
-    def __init__(self, what, *, page=None, errno=None, filename=None, offset=None, remedy=None):
-        super().__init__(errno, what, None if filename is None else str(filename))
-        self.page, self.offset = page, offset
-        where = [str(page)] if page else []
-        if filename is not None:
-            where.append(f"file {filename}" + (f" at byte {offset}" if offset is not None else ""))
-        reason = f": {os.strerror(errno)}" if errno else ""
-        self.message = f"{what}{' (' + ', '.join(where) + ')' if where else ''}{reason}"
-        if remedy:
-            self.message += f"; {remedy}"
-
-    def __str__(self):
-        return self.message
-
-
-class LateError(TimeoutError):
-    """Pages have not arrived in time. They may do so at any later time.
-
-    Attributes
-    ----------
-    page : PageId
-        The first of them.
-    path : Path
-        Of its file.
-    """
-
-    def __init__(self, message: str, page: PageId, path: Path):
-        super().__init__(message)
-        self.page, self.path = page, path
-
-
-class Window:
-    """Keeps reads and writes of one drive apart: many readers, or one writer, who goes first.
-
-    A drive that does both at once does both badly (bursts of reads lose more than half their rate),
-    so writes gather until they are worth a window of their own. Nobody blocks to read: a burst that
-    comes while somebody writes begins when the writing ends.
-    """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._writing = threading.Lock()
-        self._writers = 0  # that write or wait
-        self._bursts: dict[object, Callable[[], object]] = {}
-        self._held: list[tuple[object, Callable[[], object], Callable[[], object]]] = []
-
-    def begin(self, burst: object, join: Callable[[], object], go: Callable[[], object]) -> None:
-        """Call `go` to read, now or when the writing ends, perhaps in the writer's thread.
-
-        burst : any key, for `end`
-        join : waits until the burst has ended
-        """
-        with self._lock:
-            if self._writers:
-                self._held.append((burst, join, go))
-                return
-            self._bursts[burst] = join
-        go()
-
-    def end(self, burst: object) -> None:
-        """The burst has ended; or will not begin, if it has not."""
-        with self._lock:
-            self._bursts.pop(burst, None)
-            self._held = [held for held in self._held if held[0] is not burst]
-
-    @contextlib.contextmanager
-    def reading(self):
-        """A burst that the caller's own thread reads."""
-        begun, ended = threading.Event(), threading.Event()
-        self.begin(ended, ended.wait, begun.set)
-        begun.wait()
-        try:
-            yield
-        finally:
-            self.end(ended)
-            ended.set()
-
-    @contextlib.contextmanager
-    def writing(self):
-        with self._lock:
-            self._writers += 1
-            bursts = list(self._bursts.values())
-        try:
-            for join in bursts:
-                join()
-            with self._writing:
-                yield
-        finally:
-            held = []
-            with self._lock:
-                self._writers -= 1
-                if not self._writers:
-                    held, self._held = self._held, []
-                    self._bursts.update((burst, join) for burst, join, _ in held)
-            for _, _, go in held:
-                go()
 
 
 class Read(NamedTuple):
@@ -173,66 +44,6 @@ class Read(NamedTuple):
     def page_at(self, done_bytes: int) -> PageId:
         """The page that byte `done_bytes` of this read belongs to."""
         return self.page._replace(page=self.page.page + done_bytes // self.page_bytes)
-
-
-def open_pages(path: Path, *, create: bool, direct: bool) -> tuple[int, bool]:
-    """Open a page file; its descriptor, and whether it is past the page cache.
-
-    Raises
-    ------
-    FlashError
-        If it cannot be opened, or does not exist and `create` is not set.
-    """
-    flags = os.O_RDWR | (os.O_CREAT if create else 0)
-    try:
-        if direct:
-            try:
-                return os.open(path, flags | os.O_DIRECT, 0o644), True
-            except OSError as error:
-                if error.errno != errno_codes.EINVAL:
-                    raise
-        return os.open(path, flags, 0o644), False
-    except OSError as error:
-        raise FlashError("cannot open a page file", errno=error.errno, filename=path) from error
-
-
-def reserve(fd: int, path: Path, offset: int, nbytes: int, page: PageId) -> None:
-    """Make the drive set `nbytes` at `offset` aside for pages from `page` on.
-
-    Raises
-    ------
-    FlashError
-        If it has no room.
-    """
-    try:
-        os.posix_fallocate(fd, offset, nbytes)
-    except OSError as error:
-        raise FlashError(
-            f"no room for {nbytes >> 20} MiB more of KV pages", page=page, errno=error.errno,
-            filename=path, offset=offset,
-            remedy="what is stored already is untouched; free some space or choose another "
-            "directory (--kv-dir)",
-        ) from error  # fmt: skip
-
-
-def write_from(fd: int, path: Path, offset: int, data: np.ndarray, page: PageId) -> None:
-    """Write whole pages: uint8 `data`, aligned to 4096 bytes, contiguous.
-
-    Raises
-    ------
-    FlashError
-        If the drive fails.
-    """
-    view = data.reshape(-1).data
-    done = 0
-    while done < len(view):
-        try:
-            done += os.pwrite(fd, view[done:], offset + done)
-        except OSError as error:
-            raise FlashError(
-                "cannot write KV pages", page=page, errno=error.errno, filename=path,
-                offset=offset + done, remedy="what is stored already is untouched",
-            ) from error  # fmt: skip
 
 
 def read_into(read: Read, memory: KvMemory | np.ndarray) -> None:

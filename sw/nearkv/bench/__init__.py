@@ -18,10 +18,13 @@ from typing import Any
 # Name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, what it measures).
 # Imported when asked for: a bench may need the simulator or torch.
 BENCHES = {
-    "stream": ("nearkv_sim.bench_stream", "the emitted Verilog: beats used of the bus, in cycles"),
-    "twin": ("nearkv_sim.bench_twin", "the native card: GB/s a core, beside torch and the memory"),
-    "flash": ("nearkv.bench_flash", "pages from the drive into card memory, beside a raw reader"),
-    "decode": ("nearkv.bench_decode", "attention with KV on the drive, beside drive, card, peers"),
+    "stream": (
+        "nearkv_sim.rtl.bench_stream",
+        "the emitted Verilog: beats used of the bus, in cycles",
+    ),
+    "twin": ("nearkv.bench.twin", "the native card: GB/s a core, beside torch and the memory"),
+    "flash": ("nearkv.bench.flash", "pages from the drive into card memory, beside a raw reader"),
+    "decode": ("nearkv.bench.decode", "attention with KV on the drive, beside drive, card, peers"),
 }
 
 

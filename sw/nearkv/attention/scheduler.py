@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import logging
 import math
-import tempfile
 import threading
 import time
 from typing import NamedTuple
@@ -24,15 +23,15 @@ import weakref
 
 import numpy as np
 
-from nearkv_hw import abi
+from nearkv_hw import abi, pages
 from nearkv_hw.abi import PageLayout, Status
-from nearkv_hw.number import Wide, quantize_q, score_scale
+from nearkv_hw.number import quantize_q, score_scale
 
-from . import pages
-from .card import Card, CardError, open_cards
-from .flash import FlashError, Load, PageId, Read
+from ..cards import Card, CardError
+from ..io import FlashError, Load, PageId, Read
+from ..store import KvStore
+from .fold import Sums
 from .partial import Partial
-from .store import KvStore
 
 log = logging.getLogger("nearkv")
 
@@ -442,7 +441,7 @@ class _Ring:
             + ([(following, batch) for batch in following.batches] if following else [])
         )
         wanted = next(coming, None)
-        sums = _Sums(self.store.layout, plan.query)
+        sums = Sums(self.store.layout, plan.query.n_jobs, plan.query.width)
         try:
             for batch in plan.batches:
                 wanted = self._start(wanted, coming)
@@ -453,7 +452,7 @@ class _Ring:
                 self.figures.load_s += time.perf_counter() - waited
                 self._loading.popleft()
                 try:
-                    sums.add(batch, self._run(loading, front, records))
+                    sums.add(batch.where, self._run(loading, front, records))
                 finally:
                     self._free.append(loading.segment)
             self._start(wanted, coming)
@@ -593,69 +592,6 @@ class _Ring:
         )
 
 
-class _Sums:
-    """Adds partials up, many at a time: numpy takes as long for one as for dozens."""
-
-    _AT_ONCE = 256
-
-    def __init__(self, layout: PageLayout, query: _Query):
-        self._layout, self._query = layout, query
-        self._where: list[np.ndarray] = []
-        self._data: list[np.ndarray] = []
-        self._waiting = 0
-        self._sum: Partial | None = None
-
-    def add(self, batch: _Batch, data: np.ndarray) -> None:
-        """Take the partials of a run: uint8 (n_jobs, bytes)."""
-        self._where.append(batch.where)
-        self._data.append(data)
-        self._waiting += len(data)
-        if self._waiting >= self._AT_ONCE + self._query.n_jobs:
-            self._fold()
-
-    def total(self) -> Partial:
-        """(n_jobs of the call, width); the identity where there was nothing."""
-        self._fold()
-        if self._sum is None:
-            shape = (self._query.n_jobs, self._query.width)
-            return Partial.empty(self._layout.kv_type, shape, self._layout.head_dim)
-        return self._sum
-
-    def _fold(self) -> None:
-        if not self._data:
-            return
-        n_jobs = self._query.n_jobs
-        where, data = np.concatenate(self._where), np.concatenate(self._data)
-        self._where, self._data, self._waiting = [], [], 0
-        parts = self._unpack(data)
-        order = np.argsort(where, kind="stable")
-        if len(where) == n_jobs and (where[order] == np.arange(n_jobs)).all():
-            folded = parts[order]
-        else:
-            # (job, its parts), filled up with the identity, which lies behind the last of them.
-            counts = np.bincount(where, minlength=n_jobs)
-            rank = np.arange(len(where)) - np.repeat(np.cumsum(counts) - counts, counts)
-            index = np.full((n_jobs, counts.max()), len(where))
-            index[where[order], rank] = order
-            folded = parts.with_identity()[index].sum(1)
-        self._sum = folded if self._sum is None else self._sum + folded
-
-    def _unpack(self, data: np.ndarray) -> Partial:
-        head_dim, width = self._layout.head_dim, self._query.width
-        header = data[:, : _HEADER.itemsize].view(_HEADER)[:, 0]
-        rows = abi.partial_rows(width)
-        words = data[:, _HEADER.itemsize :].view(np.uint64)[:, : (2 + head_dim) * rows * 2]
-        wide = Wide.unpack(words.reshape(len(data), 2 + head_dim, rows, 2))
-        limbs, top = wide.limbs[:, :, :width], wide.top[:, :, :width]
-        return Partial(
-            self._layout.kv_type,
-            header["run_max"][:, :width].astype(np.int16),
-            Wide(limbs[:, 0], top[:, 0]),
-            Wide(limbs[:, 1], top[:, 1]),
-            Wide(limbs[:, 2:].swapaxes(1, 2), top[:, 2:].swapaxes(1, 2)),
-        )
-
-
 def _remedy(status: Status) -> str:
     if not status & Status.DONE:
         return "the run ended without answering this job; check that host and card are of one build"
@@ -724,98 +660,6 @@ def measure_cards(
         finally:
             attention.close()
     return np.median(rates, axis=0).tolist()
-
-
-def attend(
-    q,
-    k,
-    v,
-    card: Card | str | Sequence[Card | str] | None = None,
-    scale=None,
-    kv_dtype=None,
-    page_tokens=128,
-    directory=None,
-):
-    """Decode attention of one token over a context, through real pages in a temporary store.
-
-    Parameters
-    ----------
-    q : (n_q_heads, head_dim)
-        Query head h belongs to kv head h // (n_q_heads // n_kv_heads).
-    k, v : (kv_len, n_kv_heads, head_dim)
-        numpy or torch, like q; any real dtype. Stored as `kv_dtype`.
-    card : Card, str, or a sequence of them, optional
-        Names are opened for this call. Several share the work. Default: as `open_card`.
-    scale : float, optional
-        Default 1/sqrt(head_dim).
-    kv_dtype : "fp16" or "bf16", optional
-        Default bf16 for bf16 K, otherwise fp16.
-    page_tokens : int
-    directory : path, optional
-        Where the pages go. Default: the system's directory for temporary files.
-
-    Returns
-    -------
-    out : float32 (n_q_heads, head_dim)
-    lse_ln : float32 (n_q_heads,)
-        Natural logarithm of the sum of exponentials of the scaled scores. -inf if kv_len is 0.
-        torch tensors on q's device if q is one.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, or an element of K or V is Inf or NaN.
-    FlashError, CardError
-        If pages cannot be stored or read, or the card does not succeed.
-
-    >>> attend(np.ones((4, 64)), np.ones((10, 2, 64)), np.ones((10, 2, 64)))[0].shape
-    (4, 64)
-    """
-    n_q_heads, head_dim = q.shape
-    kv_len, n_kv_heads, _ = k.shape
-    if n_q_heads % n_kv_heads:
-        raise ValueError(f"{n_q_heads} query heads cannot share {n_kv_heads} kv heads evenly")
-    if q.shape[1] != k.shape[2]:
-        raise ValueError(f"q has head_dim {q.shape[1]} and k {k.shape[2]}")
-    if kv_dtype is None:
-        kv_dtype = pages.default_kv_dtype(k.dtype)
-    layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
-    scale = head_dim**-0.5 if scale is None else scale
-    directory = tempfile.gettempdir() if directory is None else directory
-    heads_first = (1, 0, 2)
-    k, v = (x.permute(heads_first) if pages.is_torch(x) else np.transpose(x, heads_first)
-            for x in (k, v))  # fmt: skip
-    rows = to_numpy(q).reshape(1, n_kv_heads, n_q_heads // n_kv_heads, head_dim)
-    cards, opened = open_cards(card)
-    try:
-        for one in cards:
-            check_card(one, layout)
-        with KvStore(directory, layout, n_kv_heads, temporary=True, n_shards=len(cards)) as store:
-            store.append(0, 0, k, v, ragged=True)
-            attention = PageAttention(cards, store)
-            try:
-                partial = attention.attend(0, [0], rows, scale)
-            finally:
-                attention.close()
-    finally:
-        for one in opened:
-            one.close()
-    out, lse_log2 = partial.normalise()
-    out = out.reshape(n_q_heads, head_dim).astype(np.float32)
-    lse_ln = (lse_log2.reshape(n_q_heads) * math.log(2)).astype(np.float32)
-    if pages.is_torch(q):
-        import torch
-
-        return torch.from_numpy(out).to(q.device), torch.from_numpy(lse_ln).to(q.device)
-    return out, lse_ln
-
-
-def to_numpy(x) -> np.ndarray:
-    """A numpy array of at least fp32 precision from numpy or torch, of any real dtype."""
-    if pages.is_torch(x):
-        return x.detach().float().cpu().numpy()
-    x = np.asarray(x)
-    return x if x.dtype.itemsize >= 4 else x.astype(np.float32)
 
 
 def _q_records(q: np.ndarray) -> np.ndarray:

@@ -40,10 +40,10 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
+from nearkv_hw import pages
 from nearkv_hw.abi import ABI_VERSION, PAGE_ALIGN_BYTES, Field, PageLayout, Record
 
-from . import pages
-from .flash import (
+from ..io import (
     FlashError,
     PageId,
     Read,

@@ -19,8 +19,7 @@ import numpy as np
 from nearkv_hw import abi
 from nearkv_hw.abi import Status
 
-from .buffers import JobMemory, KvMemory
-from .flash import LateError, Load, PageId, Read, open_reader
+from ..io import JobMemory, KvMemory, LateError, Load, PageId, Read, open_reader
 
 log = logging.getLogger("nearkv")
 

@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from .describe import parameters
+from nearkv_sim.system.describe import parameters
 
 LATENCY_READS = 200
 GEMM_EFFICIENCY = parameters().gemm_efficiency  # the model takes this share of `flops`
@@ -89,9 +89,8 @@ def drive(directory: Path, nbytes: int) -> tuple[float, float, float]:
 
     Past the page cache, with as many requests at once as nearkv's own reader has.
     """
-    from nearkv.bench_flash import read_raw
-    from nearkv.buffers import KvMemory
-    from nearkv.flash import reader_kind
+    from .bench.flash import read_raw
+    from .io import KvMemory, reader_kind
 
     block = 8 << 20
     memory = KvMemory(block)
@@ -138,7 +137,7 @@ def layer_seconds(directory: Path, n_layers: int = 8, n_tokens: int = 8) -> floa
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from nearkv import NearStorageCache
+    from . import NearStorageCache
 
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -188,7 +187,7 @@ def attention_rates(group_size: int, head_dim: int, cores: int, kv_mib: int) -> 
     """Bytes/s of fp16 K and V that the twin, and torch, attend to on all cores."""
     from nearkv_hw.abi import KvType
 
-    from .. import bench_twin
+    from .bench import twin as bench_twin
 
     found = bench_twin.measure(KvType.FP16, head_dim, group_size, path="auto", threads=cores,
                                kv_mib=kv_mib, rounds=2, with_torch=True)  # fmt: skip

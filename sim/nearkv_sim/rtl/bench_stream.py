@@ -16,7 +16,7 @@ import numpy as np
 from nearkv_hw import abi
 from nearkv_hw.config import PRESETS, Config, preset
 
-from . import perf, rtl, workload
+from .. import perf, rtl, workload
 
 # Name of the queue -> tokens of each job. The mixed one has a mean of 2 k, as a batch of documents has.
 QUEUES = {

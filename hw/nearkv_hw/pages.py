@@ -11,8 +11,8 @@ import sys
 import google_crc32c
 import numpy as np
 
-from nearkv_hw.abi import BLOCK_TOKENS, KvType, PageLayout, Record
-from nearkv_hw.number import KV_FORMATS
+from .abi import BLOCK_TOKENS, KvType, PageLayout, Record
+from .number import KV_FORMATS
 
 
 def record_dtype(record: Record) -> np.dtype:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearkv import pages
+from nearkv_hw import pages
 from nearkv_hw.abi import BLOCK_TOKENS, JOB, KvType, PageLayout
 
 _LAYOUTS = [(32, 32), (64, 128), (96, 64), (128, 128), (64, 256), (256, 384)]

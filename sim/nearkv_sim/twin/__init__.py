@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Card `twin`: the accelerator on the processor, bit for bit, as fast as a SmartSSD's flash.
 
-The work is done by `twin.cpp` and its neighbours, which setup.py compiles into `nearkv_sim._twin` when
+The work is done by `twin.cpp` and its neighbours, which setup.py compiles into `nearkv_sim.twin._native` when
 the package is installed. Their constants are generated here from `nearkv_hw.abi` and
 `nearkv_hw.number`; nothing is written down twice. Which instructions are used is decided at run time.
 """
@@ -167,7 +167,7 @@ def load() -> ctypes.CDLL:
         If it is missing or stale; the message has the command that mends it.
     """
     remedy = "to compile it (g++ is needed): make setup, or pip install --editable ."
-    spec = importlib.util.find_spec("nearkv_sim._twin")
+    spec = importlib.util.find_spec("nearkv_sim.twin._native")
     if spec is None or spec.origin is None:
         raise TwinError(f"the native part of the card twin is not compiled; {remedy}")
     library = ctypes.CDLL(spec.origin)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from nearkv import bench, cli
-from nearkv_sim import bench_twin, twin
+from nearkv.bench import twin as bench_twin
+from nearkv_sim import twin
 
 RECORD = Path(__file__).parents[1] / "bench" / "twin.json"
 

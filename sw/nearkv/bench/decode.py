@@ -49,13 +49,14 @@ import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
-from .attention import RING_BYTES, SEGMENTS, Figures, PageAttention
-from .bench import check_plot, in_turns, plot_bars, quartiles_of_ratio, to_json
-from .bench_flash import arguments, fill, read_raw, where
-from .card import KV_BYTES, open_cards
-from .flash import reader_kind
-from .store import DELAYED_BYTES, KvStore
-from .uring import refusal
+from ..attention import Figures, PageAttention
+from ..attention.scheduler import RING_BYTES, SEGMENTS
+from ..cards import KV_BYTES, open_cards
+from ..io import reader_kind
+from ..io.uring import refusal
+from ..store import DELAYED_BYTES, KvStore
+from . import check_plot, in_turns, plot_bars, quartiles_of_ratio, to_json
+from .flash import arguments, fill, read_raw, where
 
 
 class FlexGen:
@@ -381,8 +382,8 @@ def _measure_model(args, directory: Path) -> dict | None:
     import torch
     from transformers import DynamicCache
 
-    from . import models
-    from .cache import NearStorageCache
+    from ..hf import models
+    from ..hf.cache import NearStorageCache
 
     try:
         model, _ = models.load()

@@ -28,14 +28,13 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from nearkv_hw import pages
 from nearkv_hw.abi import KvType, PageLayout
 
-from . import pages
-from .attention import Figures, PageAttention, check_card, measure_cards
-from .card import Card, CardError, open_cards
-from .flash import FlashError, PageId
-from .partial import Partial, merge
-from .store import DELAYED_BYTES, KvStore
+from ..attention import Figures, PageAttention, Partial, check_card, measure_cards, merge
+from ..cards import Card, CardError, open_cards
+from ..io import FlashError, PageId
+from ..store import DELAYED_BYTES, KvStore
 
 log = logging.getLogger("nearkv")
 

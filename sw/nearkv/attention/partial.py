@@ -11,8 +11,7 @@ import numpy as np
 
 from nearkv_hw.abi import KvType
 from nearkv_hw.number import KV_FORMATS, N_LIMBS, OUT_UNIT, RUN_MAX_EMPTY, SUM_UNIT, Wide
-
-from .pages import is_torch
+from nearkv_hw.pages import is_torch
 
 _EMPTY_TOP = -(1 << 15)  # below every top a card can send
 

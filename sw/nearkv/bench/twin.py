@@ -28,12 +28,11 @@ import time
 import numpy as np
 
 import nearkv
-from nearkv import bench, pages
-from nearkv_hw import abi
+from nearkv import bench
+from nearkv_hw import abi, pages
 from nearkv_hw.abi import KvType
 from nearkv_hw.config import Config
-
-from . import reference, twin, workload
+from nearkv_sim import reference, twin, workload
 
 N_KV_HEADS = 8
 # Rates of a SmartSSD's flash, which the twin must keep up with: up to this group size, bytes/s.

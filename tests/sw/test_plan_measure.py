@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from nearkv import plan
-from nearkv_sim.system import describe, measure, optimise
+from nearkv import measure, plan
+from nearkv_sim.system import describe, optimise
 
 PROFILE = measure.Profile(
     cores=8,
@@ -96,7 +96,7 @@ def test_the_runtimes_plan_is_the_optimisers(machine, config):
 
 
 def test_a_cache_takes_the_runtimes_plan(machine, config, tmp_path):
-    from nearkv.cache import NearStorageCache
+    from nearkv.hf.cache import NearStorageCache
 
     got = plan.for_runtime(
         config, machine, batch=2, context=4096, kv_dtypes=("fp16", "bf16"), card_rates=(2.0, 1.0)

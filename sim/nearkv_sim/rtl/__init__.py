@@ -27,7 +27,7 @@ import numpy as np
 from nearkv_hw import abi
 from nearkv_hw.config import Config
 
-from . import perf
+from .. import perf
 
 _HARNESS = Path(__file__).with_name("card.cpp")
 _CXXFLAGS = ("-std=c++20", "-fPIC", "-DVL_USER_FINISH", "-DVL_USER_STOP", "-DVL_USER_FATAL")
