@@ -44,8 +44,8 @@ def _imported(path: Path, root: Path) -> set[str]:
             name = ".".join([*base, *(node.module.split(".") if node.module else [])])
             found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            # By name, for importlib: "nearkv_sim.twin".
-            if re.fullmatch(r"nearkv\w*(\.\w+)+(?<!\.v)", node.value):
+            # By name, for importlib: "nearkv_sim.twin". Verilog and its settings are files.
+            if re.fullmatch(r"nearkv\w*(\.\w+)+(?<!\.v)(?<!\.vlt)", node.value):
                 found.add(node.value)
     return found
 
