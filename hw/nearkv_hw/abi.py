@@ -29,6 +29,7 @@ MAX_TILES = 2048  # in one job: the headroom of a limb, see `number`. More token
 ROW_STEP = 2  # the softmax and merge datapaths handle query heads in pairs
 MAX_ROWS = 14  # a query-block record has room for 15 weights; pairs make it 14
 SCALE_BITS = 24  # of a job's score_mantissa
+CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4
 
 
 class KvType(IntEnum):

@@ -6,8 +6,8 @@ import pytest
 
 from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align
-from nearkv_hw.fetch import LANES
 from nearkv_hw.number import KV_BITS, KV_FORMATS
+from nearkv_hw.shapes import LANES
 
 
 def decode(element, form):

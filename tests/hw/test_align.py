@@ -9,8 +9,9 @@ import pytest
 from nearkv_hw import align
 from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align, Step, WeightAddress
-from nearkv_hw.fetch import LANES, Block
+from nearkv_hw.fetch import Block
 from nearkv_hw.number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
+from nearkv_hw.shapes import LANES
 
 # --- patterns -------------------------------------------------------------------------------------
 
