@@ -67,7 +67,7 @@ MUTANTS = (
            "the CRC of one pass compared with that of the next"),
     Mutant("fetch.py", "crc.series.eq(place.pass_.is_v)", "crc.series.eq(0)",
            "CRCs of K and V mixed"),
-    Mutant("fetch.py", "keep = lane < place.lanes", "keep = lane <= place.lanes",
+    Mutant("fetch.py", "valid = lane < place.lanes", "valid = lane <= place.lanes",
            "mask: the exponent of a lane past the tail counts"),
     Mutant("fetch.py", "fields[0] + Mux(later.pass_.is_v, 0, q_exponent)", "fields[0]",
            "exponent of K without that of q"),

@@ -35,7 +35,7 @@ def unpack(elements, kv_type: KvType):
     return elements >> 15 & 1, significand << form.align_bits, np.maximum(field, 1)
 
 
-def model(elements, kv_type: KvType, channel_exponent, keep):
+def model(elements, kv_type: KvType, channel_exponent, valid):
     """Align whole blocks, bit for bit as the gateware does.
 
     Parameters
@@ -45,7 +45,7 @@ def model(elements, kv_type: KvType, channel_exponent, keep):
     kv_type : KvType
     channel_exponent : int (..., rows), or 0
         For K the exponent of the query weights of each channel; for V zero.
-    keep : bool, broadcastable to elements
+    valid : bool, broadcastable to elements
         False where an element lies beyond the valid tokens: it counts as zero, whatever its bits.
 
     Returns
@@ -54,19 +54,19 @@ def model(elements, kv_type: KvType, channel_exponent, keep):
         |x| <= 2^22, rounded half away from zero. Beyond `align_bits` binades below the block's
         largest exponent bits are lost, at most half a unit each.
     exponent : int32 (...)
-        Largest exponent of the block, EXPONENT_FLOOR if nothing is kept.
+        Largest exponent of the block, EXPONENT_FLOOR if nothing is valid.
     non_finite : bool (...)
-        An Inf or NaN among the kept elements.
+        An Inf or NaN among the valid elements.
     """
     elements = np.asarray(elements)
     sign, magnitude, field = unpack(elements, kv_type)
     total = field + np.asarray(channel_exponent, np.int32)[..., None]
-    keep = np.broadcast_to(keep, elements.shape)
-    exponent = np.where(keep, total, EXPONENT_FLOOR).max(axis=(-2, -1), initial=EXPONENT_FLOOR)
+    valid = np.broadcast_to(valid, elements.shape)
+    exponent = np.where(valid, total, EXPONENT_FLOOR).max(axis=(-2, -1), initial=EXPONENT_FLOOR)
     shift = np.clip(exponent[..., None, None] - total, 0, KV_BITS)
     rounded = (((magnitude << 1) >> shift) + 1) >> 1
-    x = np.where(keep, np.where(sign, -rounded, rounded), 0)
-    non_finite = (keep & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
+    x = np.where(valid, np.where(sign, -rounded, rounded), 0)
+    non_finite = (valid & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
     return x, exponent, non_finite
 
 

@@ -45,7 +45,7 @@ class WriteBeat(data.Struct):
 
 
 class Span(data.Struct):
-    """Contiguous whole beats in memory: what a stage asks for, however many bursts it takes."""
+    """Consecutive beats of memory: what a stage asks for, however many bursts it takes."""
 
     address: ADDRESS
     beats: BEATS

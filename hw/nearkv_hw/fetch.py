@@ -337,15 +337,15 @@ class KvFetch(wiring.Component):
         for lane in range(LANES):
             at = ELEMENT_BITS * lane
             element = beat[at : at + ELEMENT_BITS - 1]  # without its sign
-            keep = lane < place.lanes
+            valid = lane < place.lanes
             e = Signal(FIELD_BITS, name=f"field_{lane}")
             m.d.comb += e.eq(
                 Mux(is_bf16, element[bf16.mantissa_bits :], element[fp16.mantissa_bits :])
             )
             kept = Signal(FIELD_BITS, name=f"kept_{lane}", reset_less=True)
-            m.d.sync += kept.eq(Mux(keep, Mux(e == 0, 1, e), 0))
+            m.d.sync += kept.eq(Mux(valid, Mux(e == 0, 1, e), 0))
             fields.append(kept)
-            bad.append(keep & (e == Mux(is_bf16, bf16.exponent_max, fp16.exponent_max)))
+            bad.append(valid & (e == Mux(is_bf16, bf16.exponent_max, fp16.exponent_max)))
         not_finite = Signal(reset_less=True)
         m.d.sync += not_finite.eq(Cat(bad).any())
         for level in (8, 2, 1):

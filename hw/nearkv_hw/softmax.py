@@ -48,33 +48,33 @@ def score_model(raw, mantissa, shift):
     return np.clip(score, -SCORE_LIMIT, SCORE_LIMIT), np.abs(score) > SCORE_LIMIT
 
 
-def model(score, keep):
+def model(score, valid):
     """Weights, maximum and sums of tiles, bit for bit as the gateware does.
 
     Parameters
     ----------
     score : int64 (..., tokens)
         Scores in log2 units with 20 fraction bits.
-    keep : bool, broadcastable to score
+    valid : bool, broadcastable to score
         False where there is no token.
 
     Returns
     -------
     p : int64 (..., tokens)
-        2^(score - tile_max), 17 bits; 0 where not kept.
+        2^(score - tile_max), 17 bits; 0 where there is no token.
     tile_max : int64 (...)
-        Smallest integer not below any kept score; RUN_MAX_EMPTY if none is kept.
+        Smallest integer not below any valid score; RUN_MAX_EMPTY if none is valid.
     tile_sum, tile_wide : int64 (...)
         Sum of p; sum of 2^(score - tile_max) with 22 fraction bits, not rounded to 17 bits first.
     """
     unit = 1 << SCORE_FRAC_BITS
-    keep = np.broadcast_to(keep, score.shape)
+    valid = np.broadcast_to(valid, score.shape)
     ceiling = -(-score >> SCORE_FRAC_BITS)
-    tile_max = np.where(keep, ceiling, RUN_MAX_EMPTY).max(axis=-1)
-    below = np.where(keep, score - tile_max[..., None] * unit, 0)
+    tile_max = np.where(valid, ceiling, RUN_MAX_EMPTY).max(axis=-1)
+    below = np.where(valid, score - tile_max[..., None] * unit, 0)
     power = number.exp2(below & (unit - 1))
     wide = power >> np.minimum(-(below >> SCORE_FRAC_BITS), P_WIDE_FRAC_BITS + 1)
-    wide = np.where(keep, wide, 0)
+    wide = np.where(valid, wide, 0)
     p = np.minimum((wide + _HALF) >> P_DROP_BITS, P_MAX)
     return p, tile_max, p.sum(axis=-1), wide.sum(axis=-1)
 
