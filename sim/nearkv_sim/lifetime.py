@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may use a simulated card, and when what it holds is freed."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 import os
 import threading
 
@@ -16,6 +15,10 @@ class ClosedError(RuntimeError):
 
 class Lifetime:
     """One thread at a time uses a card; any thread may close it, at any time.
+
+    A context manager: enter it for as long as the card is needed; it may be nested. Entering raises
+    ValueError if the card is closed, and RuntimeError if another thread uses it or if it was opened
+    before this process was forked.
 
     What the card holds is freed once, when it is closed and nobody uses it: by `close` or, if a run
     was under way, by that run when it has stopped.
@@ -36,17 +39,7 @@ class Lifetime:
         self._closing = False
         self._process = os.getpid()
 
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """For as long as the card is needed; may be nested.
-
-        Raises
-        ------
-        ValueError
-            If the card is closed.
-        RuntimeError
-            If another thread uses it, or if it was opened before this process was forked.
-        """
+    def __enter__(self) -> "Lifetime":
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"the card belongs to process {self._process}, from which this one was forked; "
@@ -54,19 +47,23 @@ class Lifetime:
             )
         me = threading.get_ident()
         with self._changed:
-            if self._closing and self._user != me:
-                raise ValueError("the card is closed; open another")
-            if self._user not in (None, me):
+            if self._user is None:
+                if self._closing:
+                    raise ValueError("the card is closed; open another")
+                self._user = me
+            elif self._user != me:
+                if self._closing:
+                    raise ValueError("the card is closed; open another")
                 raise RuntimeError("another thread uses the card: one run at a time")
-            self._user = me
             self._depth += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._depth -= 1
-                if not self._depth:
-                    self._user = None
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._user = None
+                if self._closing:
                     self._free_if_closed()
                     self._changed.notify_all()
 

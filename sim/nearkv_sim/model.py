@@ -83,7 +83,7 @@ class ModelCard:
         RuntimeError
             If it runs in another thread, or belongs to the parent process.
         """
-        with self._lifetime.use():
+        with self._lifetime:
             self._execute(kv, job, queue, n_jobs, summary)
 
     def _execute(self, kv, job, queue, n_jobs, summary) -> None:

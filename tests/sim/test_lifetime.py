@@ -178,7 +178,7 @@ def test_a_run_that_does_not_stop_is_named_and_frees_the_card_itself():
     lifetime = Lifetime(free=lambda: freed.append(1), stop=lambda: asked.append(1))
 
     def run():
-        with lifetime.use(), lifetime.use():
+        with lifetime, lifetime:
             began.set()
             done.wait()
 
@@ -194,5 +194,5 @@ def test_a_run_that_does_not_stop_is_named_and_frees_the_card_itself():
     done.set()
     thread.join()
     assert freed == [1]
-    with pytest.raises(ValueError, match="closed"), lifetime.use():
+    with pytest.raises(ValueError, match="closed"), lifetime:
         pass

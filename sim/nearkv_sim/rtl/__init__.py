@@ -186,7 +186,7 @@ class RtlCard:
         RuntimeError
             If the card runs in another thread, or belongs to the parent process.
         """
-        with self._lifetime.use():
+        with self._lifetime:
             self._execute(kv, job, queue, n_jobs, summary, timeout_s)
 
     def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
@@ -258,7 +258,7 @@ class RtlCard:
 
     def _call(self, name: str, *args) -> Any:
         """A function of the library; SimulationError if it has failed."""
-        with self._lifetime.use():
+        with self._lifetime:
             result = getattr(self._library, "card_" + name)(self._handle, *args)
             if isinstance(result, int) and result < 0:
                 state = self.state

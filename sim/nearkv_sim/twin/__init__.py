@@ -117,7 +117,7 @@ class TwinCard:
         RuntimeError
             If the card runs in another thread, or belongs to the parent process.
         """
-        with self._lifetime.use():
+        with self._lifetime:
             self._execute(kv, job, queue, n_jobs, summary, timeout_s)
 
     def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
