@@ -232,7 +232,7 @@ def expected(model):
 def test_cards_splits_and_spills_change_no_token(
     model, expected, tmp_path, monkeypatch, cards, options
 ):
-    monkeypatch.setattr("nearkv.store.store.READ_BYTES", 16 << 10)
+    monkeypatch.setattr("nearkv.store.space.READ_BYTES", 16 << 10)
     ids, mask, theirs = expected
     with NearStorageCache(model.config, tmp_path, ["model"] * cards, **options) as cache:
         ours = _generate(model, cache, ids, "nearkv", 30, attention_mask=mask)

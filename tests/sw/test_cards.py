@@ -14,7 +14,7 @@ from nearkv.cards import CardError, open_card, open_cards
 from nearkv.cards import card as card_module
 from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
-from nearkv.store import store as store_module
+from nearkv.store import space as store_module
 from nearkv_hw.abi import PageLayout
 
 LAYOUT = PageLayout(32, 32)

@@ -68,7 +68,7 @@ def test_spills_are_written_together(tmp_path, monkeypatch):
         "_write_window",
         lambda self, writes: (windows.append(len(writes)), write(self, writes)),
     )
-    monkeypatch.setattr("nearkv.store.store.GATHER_S", 5)
+    monkeypatch.setattr("nearkv.store.behind.GATHER_S", 5)
     with _delayed(tmp_path) as store:
         for layer in range(6):
             store.append(0, layer, *_kv(32, layer))
@@ -82,7 +82,7 @@ def test_more_than_may_wait_is_waited_for(tmp_path):
     with _delayed(tmp_path, delayed_bytes=4 * LAYOUT.page_bytes) as store:
         for n in range(40):
             store.append(n % 3, n % 2, *_kv(32, n))
-            assert store._waiting_bytes <= 4 * LAYOUT.page_bytes
+            assert store._behind.waiting_bytes <= 4 * LAYOUT.page_bytes
         got = _keys(store, 1, 0, 1)
         np.testing.assert_array_equal(got[:32], _kv(32, 3)[0][1])
 
@@ -148,7 +148,7 @@ def test_a_failed_write_leaves_the_budget_and_hurts_only_its_own_sequence(tmp_pa
             store.flush()
         assert store.drop(0) == 0
         store.flush()
-        assert store._waiting_bytes == 0
+        assert store._behind.waiting_bytes == 0
 
 
 def test_a_drive_that_hangs_is_not_waited_for_for_ever(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page store: what is written where, who owns it, and what survives."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import errno
@@ -19,7 +18,8 @@ from nearkv_hw import pages
 from nearkv_hw.abi import ABI_VERSION, PageLayout
 
 from ..io import FlashError, PageId, Read, Window, read_into
-from .home import HEADER_BYTES, Home
+from .behind import WriteBehind
+from .home import Home
 from .journal import (
     Kind,
     encode_append,
@@ -28,16 +28,13 @@ from .journal import (
     encode_drop,
     encode_save,
 )
-from .space import Slots
-from .tables import STORED_PAGE, Blocks, Change, Table, Tables
-from .writer import STAGING_BYTES, PageWriter, Spill, runs_of
+from .space import Space, runs_of
+from .tables import STORED_PAGE, Change, Table, Tables
+from .writer import PageWriter, Spill
 
 log = logging.getLogger("nearkv")
 
-READ_BYTES = 1 << 20  # that lie together at least, where a sequence is long enough
-GROWTH_BYTES = 16 << 20  # reserved ahead for a head's pages, at most
 DELAYED_BYTES = 128 << 20  # of K and V that may wait to be written
-GATHER_S = 0.05  # how long the first of them waits for more, unless somebody asks for it
 TIMEOUT_S = 60.0
 
 
@@ -132,21 +129,10 @@ class KvStore:
         self.epoch = 0
         self.notices: list[str] = []
         self._tables = Tables(n_kv_heads, self.n_shards)
-        self._slots = [Slots() for _ in range(self.n_shards)]
-        # Freed, but named by what the drive is known to keep of the journal: not to be used yet.
-        self._limbo: list[np.ndarray] = []
-        self._errors: dict[int, FlashError] = {}  # by sequence: of a spill, to be raised
-        self._failed: dict[int, list[Spill]] = {}  # and what was not written then
-        self._spills: deque[Spill] = deque()
-        self._delayed_bytes = delayed_bytes
-        self._waiting_bytes = 0
-        self._n_writing = 0  # spills that the thread has taken
-        self._hurry = False  # somebody waits for the spills
         self._unsafe = False  # there is something that a loss of power would take
-        self._closing = self._closed = False
+        self._closed = False
         self._pid = os.getpid()
         self._change = threading.Condition(threading.RLock())
-        self._thread: threading.Thread | None = None
         about = {
             "abi_version": ABI_VERSION, "head_dim": layout.head_dim,
             "page_tokens": layout.page_tokens, "kv_type": layout.kv_type.name,
@@ -165,8 +151,14 @@ class KvStore:
                 windows.setdefault(directory.device, Window())
                 for directory in self._home.directories
             ] * (self.n_shards // len(paths))
-            self._writer = PageWriter(layout, self._home.files, self._windows)
-            self._behind = PageWriter(layout, self._home.files, self._windows)  # of the thread
+            files = self._home.files
+            self._space = Space(files, layout.page_bytes, self.weights, self._sync)
+            self._writer = PageWriter(layout, files, self._windows)
+            self._delayed = delayed_bytes > 0
+            self._behind = WriteBehind(
+                PageWriter(layout, files, self._windows), self._change,
+                limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
+            )  # fmt: skip
             if not self._home.is_new:
                 self._replay()
         except BaseException:
@@ -200,22 +192,19 @@ class KvStore:
         with self._turn("to close the store"):
             if self._closed:
                 return
-            self._closing = True
-            if self.temporary:
-                self._forget(lambda spill: True)
-            self._change.notify_all()
             with _collecting(errors):
-                self._wait(lambda: not self._spills and not self._n_writing, "the last pages")
-            errors += self._errors.values()
+                if self.temporary:
+                    self._behind.forget(_Everything())
+                self._behind.end()
+                self._wait(lambda: self._behind.idle, "the last pages")
+            errors += self._behind.failed.values()
             if not self.temporary:
                 with _collecting(errors):
                     self._sync()
-                    self._compact()
+                    if not errors:  # or the tables name pages that were not written
+                        self._compact()
             self._closed = True
-            self._change.notify_all()
-        if self._thread is not None:
-            self._thread.join(self.timeout_s)
-        if self._thread is None or not self._thread.is_alive():
+        if self._behind.join(self.timeout_s):
             self._home.close()  # a thread that hangs in a write needs its files
         if errors and not self.temporary:
             raise errors[0]
@@ -244,7 +233,7 @@ class KvStore:
         if sequence < 0:
             raise ValueError(f"sequences are numbered from 0, not {sequence}")
         with self._turn("to append pages"):
-            self._raise_failed(sequence)
+            self._behind.raise_failed(sequence)
             k, v = self._patterns(k, v, sequence, layer)
             page_tokens, n_tokens = self.layout.page_tokens, k.shape[1]
             if n_tokens % page_tokens and not ragged:
@@ -254,24 +243,25 @@ class KvStore:
             n_new = -(-n_tokens // page_tokens)
             if n_new == 0:
                 return
+            if self._delayed:  # others may have their turn meanwhile
+                self._behind.make_room(k.nbytes + v.nbytes, sequence)
             table = self._tables.find(sequence, layer)
             position = len(table) if table else 0
             page = PageId(layer, sequence, 0, position)
             if table and position and self._last_len(table, layer) < page_tokens:
                 raise ValueError(f"the last page of layer {layer}, sequence {sequence} is ragged")
             self._check_budget(n_new, page)
-            if self._delayed_bytes:
-                self._wait_for_room(k.nbytes + v.nbytes, sequence)
-                self._raise_failed(sequence)
             table = self._tables.get(sequence, layer)
-            new = self._place(table, layer, n_new, page)
+            new = self._space.place(table, self._tables.blocks(layer), n_new, page)
             new["page_len"] = page_tokens
             new["page_len"][:, -1] = n_tokens - (n_new - 1) * page_tokens
-            if self._delayed_bytes:
+            ids = np.zeros(0, np.int64)
+            if self._delayed:
                 ids = self._tables.append(sequence, layer, position, new)
-                self._delay(Spill(sequence, layer, position, ids, k.copy(), v.copy(), new), table)
+                k, v = k.copy(), v.copy()
+                self._behind.put(Spill(sequence, layer, position, ids, k, v, new, table))
             else:
-                self._append_now(Spill(sequence, layer, position, np.zeros(0, np.int64), k, v, new))
+                self._append_now(Spill(sequence, layer, position, ids, k, v, new, table))
             self.bytes_given += k.nbytes + v.nbytes
 
     def _append_now(self, spill: Spill) -> None:
@@ -281,7 +271,7 @@ class KvStore:
             self._writer.write([spill])
             ids = self._tables.append(sequence, layer, position, new)
         except BaseException:  # an interrupt among them
-            self._give(new.reshape(-1))
+            self._space.give(new.reshape(-1))
             raise
         before = self._n_records
         try:
@@ -289,7 +279,7 @@ class KvStore:
         except BaseException:
             if self._n_records == before:
                 self._tables.apply([Change(layer, sequence, position, ids[:0])])
-                self._give(new.reshape(-1))
+                self._space.give(new.reshape(-1))
             raise
 
     @property
@@ -308,7 +298,7 @@ class KvStore:
             table = self._table(sequence, layer)
             self._settle(sequence, layer)
             if n_pages < len(table):
-                self._give_room(table)
+                self._space.give_room(table)
                 nothing = np.zeros(0, np.int64)
                 self._apply([Change(layer, sequence, n_pages, nothing)])
 
@@ -343,10 +333,14 @@ class KvStore:
             for source in sources.values():
                 if source not in self._tables.of:
                     raise self._unknown(source)
-            involved = {*sources, *sources.values()}
-            for sequence in involved:
-                for one in self._layers(sequence, layer):
-                    self._settle(sequence, one)
+            involved = [
+                (sequence, one)
+                for sequence in {*sources, *sources.values()}
+                for one in self._layers(sequence, layer)
+            ]
+            while not all(self.settled(*one) for one in involved):
+                for one in involved:
+                    self._settle(*one)
             changes = []
             for target, source in sources.items():
                 for one in sorted({*self._layers(target, layer), *self._layers(source, layer)}):
@@ -361,7 +355,7 @@ class KvStore:
                         changes.append(Change(one, target, start, ids[start:]))
             if changes:
                 for change in changes:
-                    self._give_room(self._tables.get(change.sequence, change.layer))
+                    self._space.give_room(self._tables.get(change.sequence, change.layer))
                 self._apply(changes)
 
     def drop(self, sequence: int, *, erase: bool = False) -> int:
@@ -387,21 +381,15 @@ class KvStore:
             if sequence not in self._tables.of:
                 raise self._unknown(sequence)
             tables = self._tables.of[sequence]
-
-            def forgotten():
-                self._forget(lambda spill: spill.sequence == sequence)
-                return not any(table.n_waiting for table in tables.values())
-
-            self._wait(forgotten, f"pages of sequence {sequence} that are being written")
-            self._errors.pop(sequence, None)
+            self._behind.forget({sequence})
             self._record(Kind.DROP, encode_drop(sequence))
             n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
             for table in tables.values():
-                self._give_room(table)
+                self._space.give_room(table)
             freed = self._tables.drop(sequence)
             if erase:
                 self._sync()  # or a loss of power could bring the sequence back, without its bytes
-                self._erase(freed)
+                self._space.erase(freed)
             self._release(freed)
             if erase:
                 self._unsafe = True
@@ -417,9 +405,7 @@ class KvStore:
             The first thing that went wrong.
         """
         with self._turn("to flush the store"):
-            for sequence in list(self._tables.of):
-                for layer in list(self._tables.of[sequence]):
-                    self._settle(sequence, layer)
+            self._settle_all()
             if not self.temporary:
                 self._sync()
                 self._compact()
@@ -449,7 +435,7 @@ class KvStore:
 
     @property
     def bytes_written(self) -> int:
-        return self._writer.written_bytes + self._behind.written_bytes
+        return self._writer.written_bytes + self._behind.writer.written_bytes
 
     @property
     def journal_bytes_written(self) -> int:
@@ -474,7 +460,7 @@ class KvStore:
         if self.temporary:
             raise ValueError("a temporary store cannot be saved; make it persistent")
         with self._turn("to save the store"):
-            self.flush()
+            self._settle_all()
             before = self._tables.snapshot
             number = before.about["number"] + 1 if before else 0
             about = self._home.write_state(number, data)
@@ -512,16 +498,10 @@ class KvStore:
                     "nothing was saved in this KV store", filename=self.directories[0],
                     remedy="save it first",
                 )  # fmt: skip
-
-            def forgotten():
-                self._forget(lambda spill: True)
-                return not self._n_writing
-
-            self._wait(forgotten, "pages that are being written")
-            self._errors.clear()
+            self._behind.forget(_Everything())
             for tables in self._tables.of.values():
                 for table in tables.values():
-                    self._give_room(table)
+                    self._space.give_room(table)
             self._record(Kind.RESTORE, b"")
             self._release(self._tables.restore())
 
@@ -688,16 +668,16 @@ class KvStore:
 
     def _wait(self, done: Callable[[], object], what: str) -> None:
         """Wait, in one's turn, until `done`; give up when the drive makes no progress."""
-        seen, since = self._behind.written_bytes, time.monotonic()
+        writer, since = self._behind.writer, time.monotonic()
+        seen = writer.written_bytes
         while not done():
             left = since + self.timeout_s - time.monotonic()
             if left <= 0:
                 raise self._late(what)
-            self._hurry = True
-            self._change.notify_all()
+            self._behind.hurry()
             self._change.wait(left)
-            if self._behind.written_bytes != seen:
-                seen, since = self._behind.written_bytes, time.monotonic()
+            if writer.written_bytes != seen:
+                seen, since = writer.written_bytes, time.monotonic()
 
     def _late(self, what: str) -> FlashError:
         return FlashError(
@@ -745,124 +725,9 @@ class KvStore:
             if not len(one):
                 continue
             if self.temporary:
-                self._give(one, punch=True)
+                self._space.give(one, punch=True)
             else:
-                self._limbo.append(one)
-
-    def _give(self, freed: np.ndarray, *, punch: bool = False) -> None:
-        """Make the slots of pages STORED_PAGE (n,) free, and their space that of the drive."""
-        for shard, first, count in self._runs(freed):
-            self._slots[shard].give(first, count)
-            if punch:
-                self._home.files[shard].punch(self._offset(first), count * self.layout.page_bytes)
-
-    def _runs(self, freed: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """(shard, first slot, slots) of pages that lie together."""
-        freed = freed[np.lexsort((freed["offset"], freed["shard"]))]
-        for a, b in runs_of(freed, self.layout.page_bytes) if len(freed) else ():
-            first = (int(freed["offset"][a]) - HEADER_BYTES) // self.layout.page_bytes
-            yield int(freed["shard"][a]), first, b - a
-
-    def _offset(self, slot: int) -> int:
-        return HEADER_BYTES + slot * self.layout.page_bytes
-
-    def _give_room(self, table: Table) -> None:
-        for runs in table.room:
-            for shard, first, count in runs:
-                self._slots[shard].give(first, count)
-                self._home.files[shard].punch(self._offset(first), count * self.layout.page_bytes)
-            runs.clear()
-
-    def _erase(self, freed: list[np.ndarray]) -> None:
-        """Overwrite pages with zeros, and wait until the drive has them."""
-        zeros = np.frombuffer(mmap.mmap(-1, 1 << 20), np.uint8)
-        shards = set()
-        for one in freed:
-            for shard, first, count in self._runs(one):
-                nbytes = count * self.layout.page_bytes
-                self._home.files[shard].erase(self._offset(first), nbytes, zeros)
-                shards.add(shard)
-        for shard in shards:
-            self._home.files[shard].sync()
-
-    def _place(self, table: Table, layer: int, n_new: int, page: PageId) -> np.ndarray:
-        """Places for `n_new` more pages of every head: STORED_PAGE (n_kv_heads, n_new)."""
-        have_room = sum(count for _, _, count in table.room[0])
-        if n_new > have_room:
-            more = n_new - have_room
-            # A quarter of what there is, so that a sequence that grows page by page has runs that
-            # grow with it, and no more than a quarter of its space is empty.
-            ahead = min(len(table) // 4, GROWTH_BYTES // self.layout.page_bytes)
-            self._grow(table, layer, max(more, ahead), page)
-        new = np.zeros((self.n_kv_heads, n_new), STORED_PAGE)
-        for head, runs in enumerate(table.room):
-            at = 0
-            while at < n_new:
-                shard, first, count = runs[0]
-                taken = min(count, n_new - at)
-                slots = first + np.arange(taken, dtype=np.int64)
-                new["offset"][head, at : at + taken] = HEADER_BYTES + slots * self.layout.page_bytes
-                new["shard"][head, at : at + taken] = shard
-                at += taken
-                if taken == count:
-                    del runs[0]
-                else:
-                    runs[0][1:] = first + taken, count - taken
-        return new
-
-    def _grow(self, table: Table, layer: int, more: int, page: PageId) -> None:
-        """Reserve `more` pages for every head, on the drives and in the table's room."""
-        runs = self._share_out(self._tables.blocks(layer), more)
-        taken: list[tuple[int, int, int]] = []
-        room = [
-            [[shard, self._slots[shard].take(count), count] for shard, count in mine]
-            for mine in runs
-        ]
-        by_shard: dict[int, list[tuple[int, int]]] = {}
-        for shard, first, count in (tuple(run) for mine in room for run in mine):
-            taken.append((shard, first, count))
-            by_shard.setdefault(shard, []).append((first, count))
-        try:
-            for shard, parts in by_shard.items():
-                for first, count in _joined(parts):
-                    self._reserve(shard, first, count, page)
-        except FlashError:
-            for shard, first, count in taken:
-                self._slots[shard].give(first, count)
-                self._home.files[shard].punch(self._offset(first), count * self.layout.page_bytes)
-            raise
-        for runs_of_head, mine in zip(table.room, room, strict=True):
-            runs_of_head.extend(mine)
-
-    def _reserve(self, shard: int, first: int, count: int, page: PageId) -> None:
-        nbytes = count * self.layout.page_bytes
-        try:
-            self._home.files[shard].reserve(self._offset(first), nbytes, page)
-        except FlashError as error:
-            if error.errno != errno.ENOSPC or not self._limbo:
-                raise
-            self._sync()  # what was freed since the last flush is to be had now
-            self._home.files[shard].reserve(self._offset(first), nbytes, page)
-
-    def _share_out(self, blocks: Blocks, more: int) -> list[list[tuple[int, int]]]:
-        """On which shards each head's next `more` pages go: lists of (shard, pages)."""
-        if self.n_shards == 1:
-            return [[(0, more)] for _ in range(self.n_kv_heads)]
-        unit = -(-READ_BYTES // self.layout.page_bytes)
-        placed = blocks.n_pages_of.astype(float)
-        out = []
-        for _ in range(self.n_kv_heads):
-            mine: list[tuple[int, int]] = []
-            for at in range(0, more, unit):
-                count = min(unit, more - at)
-                shard = int(np.argmin((placed + count) / self.weights))
-                placed[shard] += count
-                if mine and mine[-1][0] == shard:
-                    mine[-1] = (shard, mine[-1][1] + count)
-                else:
-                    mine.append((shard, count))
-            out.append(mine)
-        return out
+                self._space.free_later(one)
 
     # --- inside: checks -----------------------------------------------------------------------------
 
@@ -898,7 +763,7 @@ class KvStore:
         if self.budget_bytes is None:
             return
         nbytes = n_new * self.n_kv_heads * self.layout.page_bytes
-        used = self.bytes_written + self._waiting_bytes
+        used = self.bytes_written + self._behind.waiting_bytes
         if used + nbytes > self.budget_bytes:
             raise FlashError(
                 f"{used} of {self.budget_bytes} bytes that may be written are used, and "
@@ -907,153 +772,26 @@ class KvStore:
                 remedy="what is stored already is untouched; raise the write budget",
             )  # fmt: skip
 
-    # --- inside: writing behind -----------------------------------------------------------------------
-
-    def _wait_for_room(self, nbytes: int, sequence: int) -> None:
-        self._wait(
-            lambda: (
-                not self._waiting_bytes
-                or self._waiting_bytes + nbytes <= self._delayed_bytes
-                or sequence in self._errors
-            ),
-            "pages that wait to be written",
-        )
-
-    def _delay(self, spill: Spill, table: Table) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._write_behind, name="nearkv-write", daemon=True
-            )
-            self._thread.start()
-        table.n_waiting += 1
-        self._spills.append(spill)
-        self._waiting_bytes += spill.nbytes
-        self._change.notify_all()
-
-    def _forget(self, which: Callable[[Spill], bool]) -> None:
-        """Drop spills that the thread has not begun."""
-
-        def done(spill):
-            self._tables.get(spill.sequence, spill.layer).n_waiting -= 1
-
-        for spill in [spill for spill in self._spills if which(spill)]:
-            self._spills.remove(spill)
-            self._waiting_bytes -= spill.nbytes
-            done(spill)
-        for sequence, spills in list(self._failed.items()):
-            left = [spill for spill in spills if not which(spill)]
-            for spill in spills:
-                if which(spill):
-                    done(spill)
-            self._failed[sequence] = left
-            if not left:
-                del self._failed[sequence]
-        self._change.notify_all()
+    # --- inside: writing ------------------------------------------------------------------------------
 
     def _settle(self, sequence: int, layer: int) -> None:
-        self._raise_failed(sequence)
         table = self._tables.find(sequence, layer)
-        if table is None or not table.n_waiting:
-            return
-        self._wait(
-            lambda: not table.n_waiting or sequence in self._errors,
-            f"pages of layer {layer}, sequence {sequence} to be written",
-        )
-        self._raise_failed(sequence)
+        if table is not None:
+            self._behind.settle(table, sequence, layer)
 
-    def _raise_failed(self, sequence: int) -> None:
-        """Raise what went wrong with this sequence, once; the thread tries again then."""
-        error = self._errors.pop(sequence, None)
-        if error is None:
-            return
-        spills = self._failed.pop(sequence, [])
-        self._spills.extendleft(reversed(spills))
-        self._waiting_bytes += sum(spill.nbytes for spill in spills)
-        self._change.notify_all()
-        raise error
+    def _settle_all(self) -> None:
+        """Wait until nothing waits to be written; raise the first thing that went wrong."""
+        self._wait(lambda: self._behind.idle, "pages to be written")
+        for sequence in self._behind.failed:
+            self._behind.raise_failed(sequence)
 
-    def _write_behind(self) -> None:
-        """The writer's thread."""
-        while spills := self._next_spills():
-            outcomes = self._attempt(spills)
-            with self._change:
-                for spill, error in outcomes:
-                    self._waiting_bytes -= spill.nbytes
-                    error = error or self._finish(spill)
-                    if error is None:
-                        self._tables.get(spill.sequence, spill.layer).n_waiting -= 1
-                    else:
-                        # It leaves the queue and its budget: others are not to wait for it.
-                        self._failed.setdefault(spill.sequence, []).append(spill)
-                        self._errors.setdefault(spill.sequence, error)
-                # What came meanwhile behind a gap waits for it.
-                for spill in [spill for spill in self._spills if spill.sequence in self._errors]:
-                    self._spills.remove(spill)
-                    self._waiting_bytes -= spill.nbytes
-                    self._failed.setdefault(spill.sequence, []).append(spill)
-                self._n_writing = 0
-                self._change.notify_all()
-
-    def _next_spills(self) -> list[Spill]:
-        """Wait for spills that are worth a window; none when the store is closed."""
-        with self._change:
-            while not self._closed:
-                self._change.wait_for(lambda: self._spills or self._closed)
-                self._change.wait_for(
-                    lambda: self._hurry or self._closing or self._waiting_bytes >= STAGING_BYTES,
-                    GATHER_S,
-                )
-                self._hurry = False
-                spills = list(self._spills)
-                self._spills.clear()
-                self._n_writing = len(spills)
-                if spills:
-                    return spills
-                # Their sequence was dropped meanwhile; others will come.
-            return []
-
-    def _attempt(self, spills: list[Spill]) -> list[tuple[Spill, FlashError | None]]:
-        """Write spills together; if that fails one by one, so that only the broken ones suffer."""
-        try:
-            self._behind.write(spills)
-            return [(spill, None) for spill in spills]
-        except Exception as error:
-            if len(spills) == 1:
-                return [(spills[0], self._described(error, spills[0]))]
-        outcomes: list[tuple[Spill, FlashError | None]] = []
-        failed: dict[int, FlashError] = {}  # by sequence: what comes behind a gap is not written
-        for spill in spills:
-            error = failed.get(spill.sequence)
-            if error is None:
-                try:
-                    self._behind.write([spill])
-                except Exception as problem:  # or everybody would wait for ever
-                    error = failed[spill.sequence] = self._described(problem, spill)
-            outcomes.append((spill, error))
-        return outcomes
-
-    def _described(self, problem: Exception, spill: Spill) -> FlashError:
-        if isinstance(problem, FlashError):
-            return problem
-        return FlashError(
-            f"cannot write KV pages: {problem!r}",
-            page=PageId(spill.layer, spill.sequence, 0, spill.position),
-            filename=self.directories[0],
-        )
-
-    def _finish(self, spill: Spill) -> FlashError | None:
-        """Record pages that are written; what went wrong with that."""
-        if spill.sequence in self._errors:
-            return self._errors[spill.sequence]
-        try:
-            payload = encode_append(
-                spill.sequence, spill.layer, spill.position, spill.ids, spill.pages
-            )
-            self._record(Kind.APPEND, payload)
-        except FlashError as error:
-            return error
+    def _finish(self, spill: Spill) -> None:
+        """Record pages that were written behind."""
+        payload = encode_append(
+            spill.sequence, spill.layer, spill.position, spill.ids, spill.pages
+        )  # fmt: skip
+        self._record(Kind.APPEND, payload)
         self._tables.blocks(spill.layer).pages[:, spill.ids] = spill.pages  # checksums and all
-        return None
 
     # --- inside: what lasts ---------------------------------------------------------------------------
 
@@ -1065,12 +803,13 @@ class KvStore:
         self._home.sync_pages()
         journal.sync()
         self._unsafe = False
-        limbo, self._limbo = self._limbo, []
-        for freed in limbo:
-            self._give(freed, punch=True)
+        self._space.settle_limbo()
 
     def _compact(self) -> None:
-        """Write the journal anew if it has become far longer than what it describes."""
+        """Write the journal anew if it has become far longer than what it describes.
+
+        Nothing may wait to be written then: the tables would name pages that are not there yet.
+        """
         journal = self._home.journal
         assert journal is not None
         n_pages = sum(len(blocks.used()) for blocks in self._tables.layers.values())
@@ -1118,16 +857,10 @@ class KvStore:
         for layer, ids in fresh:
             tables.blocks(layer).disown(ids)
         self._home.check_identity()
-        for shard in range(self.n_shards):
-            used = []
-            for blocks in tables.layers.values():
-                mine = blocks.pages[:, blocks.used()].reshape(-1)
-                mine = mine["offset"][mine["shard"] == shard]
-                used.append((mine - HEADER_BYTES) // self.layout.page_bytes)
-            slots = np.concatenate([np.zeros(0, np.int64), *used])
-            if len(np.unique(slots)) < len(slots):
-                raise journal.damaged(journal.nbytes, "two pages lie in one place")
-            self._slots[shard] = Slots(slots.tolist())
+        nothing = np.zeros(0, STORED_PAGE)
+        used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]
+        if not self._space.occupy(np.concatenate([nothing, *used])):
+            raise journal.damaged(journal.nbytes, "two pages lie in one place")
         for blocks in tables.layers.values():
             blocks.collect()
         journal.cut()
@@ -1144,18 +877,11 @@ class KvStore:
         log.warning("%s", text)
 
 
-def _joined(parts: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs of slots (first, count), those that touch made one."""
-    first = count = 0
-    for start, more in sorted(parts):
-        if count and start == first + count:
-            count += more
-            continue
-        if count:
-            yield first, count
-        first, count = start, more
-    if count:
-        yield first, count
+class _Everything:
+    """The set of all sequences."""
+
+    def __contains__(self, sequence) -> bool:
+        return True
 
 
 @contextlib.contextmanager

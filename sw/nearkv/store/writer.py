@@ -2,7 +2,6 @@
 """Writing pages: packing, checksums, and the bursts in which a drive takes them."""
 
 from collections.abc import Sequence
-import itertools
 import mmap
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ from nearkv_hw import pages
 from nearkv_hw.abi import PageLayout
 
 from ..io import File, PageId, Window
+from .space import runs_of
+from .tables import Table
 
 STAGING_BYTES = 8 << 20  # pages packed at once, and written in one window
 
@@ -26,6 +27,7 @@ class Spill(NamedTuple):
     k: np.ndarray  # uint16 (n_kv_heads, n_tokens, head_dim)
     v: np.ndarray
     pages: np.ndarray  # STORED_PAGE (n_kv_heads, n_blocks); `PageWriter` puts the checksums in
+    table: Table
 
     @property
     def nbytes(self) -> int:
@@ -102,10 +104,3 @@ class PageWriter:
                     for shard, offset, data, first in mine:
                         self._files[shard].write(offset, data, first)
                         self.written_bytes += data.nbytes
-
-
-def runs_of(entries: np.ndarray, page_bytes: int) -> list[tuple[int, int]]:
-    """Which pages lie together: (first, behind the last) of each run of STORED_PAGE (n,)."""
-    offsets, shards = entries["offset"], entries["shard"]
-    apart = (np.diff(offsets) != page_bytes) | (np.diff(shards) != 0)
-    return list(itertools.pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(entries)]))
