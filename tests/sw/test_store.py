@@ -19,6 +19,8 @@ import pytest
 from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
 from nearkv.store.space import Slots
+from nearkv.store.tables import Tables
+from nearkv.store.writer import PageWriter
 from nearkv_hw import pages
 from nearkv_hw.abi import KvType, PageLayout
 
@@ -712,6 +714,54 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         assert (tmp_path / "journal").stat().st_size == size
         assert store.n_pages(0, 0) == 0
         monkeypatch.undo()
+
+
+def test_an_interrupt_between_record_and_memory_ends_the_store_and_not_what_is_stored(
+    tmp_path, monkeypatch
+):
+    k, v = _kv(64)
+    store = KvStore(tmp_path, LAYOUT, 2)
+    store.append(0, 0, k, v)
+    real = Tables.apply
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tables, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.truncate(0, 0, 1)
+    monkeypatch.setattr(Tables, "apply", real)
+    with pytest.raises(FlashError, match="interrupted in the middle.*close it and open it again"):
+        store.append(0, 0, k, v)
+    store.close()
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.n_pages(0, 0) == 1
+        store.append(0, 0, k, v)
+
+
+def test_a_sequence_whose_pages_cannot_be_written_can_be_dropped_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
+    k, v = _kv(32)
+    with KvStore(tmp_path, LAYOUT, 2, delayed_bytes=1 << 20) as store:
+        store.append(0, 0, k, v)
+        store.flush()
+        monkeypatch.setattr(PageWriter, "write", _no_space)
+        store.append(0, 0, v, k)
+        store.append(1, 0, v, k)
+        for sequence in (0, 1):
+            with pytest.raises(FlashError, match="No space left"):
+                store.settle(sequence, 0)
+        assert store.drop(1) == 0
+        monkeypatch.undo()
+    # Closing says what it could not write; what was written before is there.
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.sequences() == [0]
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0][:32], k[1])
+
+
+def _no_space(writer, spills):
+    raise FlashError("cannot write KV pages", errno=errno.ENOSPC)
 
 
 # --- who may do what -----------------------------------------------------------------------------

@@ -268,10 +268,11 @@ class Home:
 
     # --- what is saved ------------------------------------------------------------------------------
 
-    def write_state(self, number: int, data: bytes) -> dict:
+    def write_state(self, data: bytes) -> dict:
         """Keep bytes in a file of their own; what `read_state` needs to find them."""
-        directory, name = self.directories[0], f"state-{number}"
-        directory.remove(name)
+        directory = self.directories[0]
+        number = 1 + max(self._states(), default=-1)
+        name = f"state-{number}"
         file = directory.create(name)
         try:
             file.write(0, data, what="save the state of the KV store")
@@ -307,11 +308,13 @@ class Home:
 
     def remove_states(self, but: int | None) -> None:
         """Remove saved states, all but one."""
-        directory = self.directories[0]
-        for name in directory.names():
-            head, _, number = name.partition("-")
-            if head == "state" and number.isdigit() and int(number) != but:
-                directory.remove(name)
+        for number in self._states():
+            if number != but:
+                self.directories[0].remove(f"state-{number}")
+
+    def _states(self) -> list[int]:
+        names = [name.partition("-") for name in self.directories[0].names()]
+        return [int(number) for head, _, number in names if head == "state" and number.isdigit()]
 
 
 def _header(identity: str, shard: int, page_bytes: int) -> bytes:
