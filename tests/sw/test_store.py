@@ -789,6 +789,18 @@ def test_a_closed_store_raises(tmp_path):
         assert other.n_pages(0, 0) == 1
 
 
+def test_a_store_whose_directory_is_taken_away_says_so(tmp_path):
+    store = KvStore(tmp_path / "kv", LAYOUT, 2)
+    store.append(0, 0, *_kv(32))
+    (tmp_path / "kv").rename(tmp_path / "elsewhere")
+    with pytest.raises(FlashError, match=r"removed, or another one.*kv/store\.json"):
+        store.flush()
+    with KvStore(tmp_path / "kv", LAYOUT, 2) as other:
+        with pytest.raises(FlashError, match="removed, or another one"):
+            store.close()
+        assert other.sequences() == []
+
+
 def test_what_is_not_there_raises(tmp_path):
     with KvStore(tmp_path, LAYOUT, 2) as store:
         store.append(0, 0, *_kv(64))

@@ -101,6 +101,28 @@ class Home:
         for one in (*self.files, *self._locks, *self.directories):
             one.close()
 
+    def check_in_place(self) -> None:
+        """See that what is written still has a name.
+
+        Raises
+        ------
+        FlashError
+            If a directory was removed, or another store put in its place.
+        """
+        for directory, lock in zip(self.directories, self._locks, strict=True):
+            path = directory.path / ABOUT_NAME
+            try:
+                there = os.stat(path)
+                gone = not os.path.samestat(there, os.fstat(lock.fd))
+            except OSError:
+                gone = True
+            if gone:
+                raise FlashError(
+                    "the KV store was removed, or another one put in its place, while it was in use",
+                    filename=path, remedy="what is written to it is lost when it is closed; make a "
+                    "new store and compute the sequences again",
+                )  # fmt: skip
+
     def sync_pages(self) -> None:
         for file in self.files:
             file.sync()

@@ -830,6 +830,7 @@ class KvStore:
         journal = self._home.journal
         if journal is None or not self._unsafe:
             return
+        self._home.check_in_place()
         self._home.sync_pages()
         journal.sync()
         self._unsafe = False
