@@ -28,6 +28,8 @@ from nearkv_hw.number import (
     Wide,
 )
 
+from .lifetime import Lifetime
+
 # Tiles computed at once: enough to hide numpy's call cost, few enough to stay in the cache.
 _TILES_AT_ONCE = 16
 
@@ -55,9 +57,11 @@ class ModelCard:
         self.config = config
         # Of each legal job of the last run: maxima of its tiles, int (tiles, rows).
         self.tile_maxima: list[np.ndarray] = []
+        self._lifetime = Lifetime(free=lambda: None)
 
     def close(self) -> None:
-        pass
+        """From any thread: a run under way is stopped first, see `Lifetime`."""
+        self._lifetime.close()
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
         """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
@@ -70,7 +74,20 @@ class ModelCard:
             Offsets in job memory.
         timeout_s : float, optional
             Accepted for the sake of the interface; the model always ends.
+
+        Raises
+        ------
+        ValueError
+            If the card is closed.
+        ClosedError
+            If it was closed meanwhile.
+        RuntimeError
+            If it runs in another thread, or belongs to the parent process.
         """
+        with self._lifetime.use():
+            self._execute(kv, job, queue, n_jobs, summary)
+
+    def _execute(self, kv, job, queue, n_jobs, summary) -> None:
         failed = kv_beats = partial_beats = kv_bursts = 0
         self.tile_maxima = []
         # A queue or a summary that is not aligned to beats: as the hardware takes it.
@@ -79,7 +96,7 @@ class ModelCard:
         n_jobs = 0 if error else n_jobs
         for i in range(n_jobs):
             record = abi.JOB.unpack(job[queue + i * abi.JOB.bytes :])
-            run = _Job(self.config, kv, job, record)
+            run = _Job(self.config, kv, job, record, self._lifetime.check)
             status = run.execute()
             if run.tile_maxima:
                 self.tile_maxima.append(np.concatenate(run.tile_maxima))
@@ -99,8 +116,9 @@ class ModelCard:
 class _Job:
     """One job on its way through the model."""
 
-    def __init__(self, config, kv, job, record):
+    def __init__(self, config, kv, job, record, check):
         self.config, self.kv, self.job, self.record = config, kv, job, record
+        self.check = check  # raises if the run shall end
         self.kv_beats = self.kv_bursts = self.partial_beats = 0
         self.tile_maxima: list[np.ndarray] = []
 
@@ -124,6 +142,7 @@ class _Job:
             for first, tokens in self.layout.tiles(page.page_len)
         ]
         for at in range(0, len(tiles), _TILES_AT_ONCE):
+            self.check()
             part, tile_max, saturated = self._attend(pages, tiles[at : at + _TILES_AT_ONCE])
             parts.append(part)
             run_max = np.maximum(run_max, tile_max.max(axis=0))

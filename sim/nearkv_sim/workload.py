@@ -5,7 +5,7 @@ Unlike the host's own job builder it scatters everything: pages lie in random sl
 records in random places, and every byte between them is a sentinel.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -113,6 +113,17 @@ class Memories:
         job = self.job.copy()
         card.execute(self.kv, job, self.queue, self.n_jobs, self.summary, timeout_s)
         return job
+
+    def repeated(self, times: int) -> "Memories":
+        """The same jobs over and over in one queue: a run that takes that much longer."""
+        end = self.queue + self.n_jobs * abi.JOB.bytes
+        jobs = np.tile(self.job[self.queue : end], times)
+        at = -(-len(self.job) // abi.BEAT_BYTES) * abi.BEAT_BYTES
+        job = np.concatenate([self.job, np.zeros(at - len(self.job), np.uint8), jobs])
+        return replace(
+            self, job=job, queue=at, n_jobs=self.n_jobs * times,
+            page_addresses=self.page_addresses * times,
+        )  # fmt: skip
 
     def record(self, i: int) -> dict:
         """Fields of job i."""
