@@ -19,10 +19,12 @@ from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.config import Config
 from nearkv_hw.number import (
     N_LIMBS,
+    Q_EXPONENT_BITS,
     RUN_MAX_EMPTY,
     SCALE_BITS,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
+    WEIGHT_BITS,
     Wide,
 )
 
@@ -159,8 +161,9 @@ class _Job:
         start, head_dim = self.record["q"], self.record["head_dim"]
         words = self.job[start : start + head_dim * abi.Q_RECORD.bytes]
         words = words.view("<i4").reshape(head_dim, 16)
-        self.weight = words[:, : self.rows].T.astype(np.float64)  # (rows, head_dim)
-        self.exponent = words[:, 15].astype(np.int32)
+        # (rows, head_dim); any bits are taken as the hardware takes them
+        self.weight = _low_bits(words[:, : self.rows], WEIGHT_BITS).T.astype(np.float64)
+        self.exponent = _low_bits(words[:, 15], Q_EXPONENT_BITS)
 
     def _load_pages(self) -> list[_Page]:
         pages = []
@@ -222,7 +225,7 @@ class _Job:
             raw, self.record["score_mantissa"],
             (self.record["score_shift"] - exponent)[:, :, None, None],
         )  # fmt: skip
-        saturated = (beyond & keep_k)[:, :, : self.record["group_size"]].any()
+        saturated = (beyond & keep_k).any()
         score = score.swapaxes(1, 2).reshape(len(tiles), self.rows, tile_tokens)
         p, tile_max, tile_sum, tile_wide = softmax.model(score, keep[:, None])
 
@@ -262,6 +265,11 @@ class _Job:
         start = self.record["partial"] + abi.PARTIAL_HEADER.bytes
         self.job[start : start + len(padded)] = padded
         self.partial_beats += len(padded) // abi.BEAT_BYTES
+
+
+def _low_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """The low bits of int32 values as signed numbers."""
+    return values << (32 - bits) >> (32 - bits)
 
 
 assert N_LIMBS * 4 == abi.WIDE_BYTES

@@ -101,7 +101,7 @@ def test_thousands_of_sequences_need_a_handful_of_descriptors(tmp_path):
             before = len(os.listdir("/proc/self/fd"))
             for sequence in range(2000):
                 store.append(sequence, 0, k, v)
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert len(os.listdir("/proc/self/fd")) <= before
             np.testing.assert_array_equal(_read(store, 0, 1999, 1)[0], k[1])
         with KvStore(tmp_path, LAYOUT, 2) as store:
             assert len(store.sequences()) == 2000

@@ -230,7 +230,7 @@ def _constants() -> str:
         **{
             name: getattr(number, name)
             for name in (
-                "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_MIN", "Q_EXPONENT_MAX", "RAW_SHIFT",
+                "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_BITS", "RAW_SHIFT",
                 "SCALE_BITS", "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
                 "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
                 "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",

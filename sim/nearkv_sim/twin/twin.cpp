@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -94,6 +95,11 @@ uint64_t elements_bytes(const abi::Job& job) {
 
 int tile_tokens(const abi::Job& job) { return std::min<int>(job.page_tokens, TILE_TOKENS); }
 
+// The low bits as a signed number: what the hardware takes of a field that has more.
+int32_t low_bits(int32_t value, int bits) {
+    return static_cast<int32_t>(uint32_t(value) << (32 - bits)) >> (32 - bits);
+}
+
 void reset(Sums& sums, const abi::Job& job) {
     for (int i = 0; i < rows_of(job); i++) {
         sums.run_max[i] = RUN_MAX_EMPTY;
@@ -150,6 +156,22 @@ struct Worker {
     Sums sums;
     Query query;
     int query_job;  // whose query this is
+};
+
+// While it lives, this thread rounds to nearest and takes subnormal numbers for what they are, whatever
+// its owner has set: the paths round with floating point additions, and torch.set_flush_denormal or a
+// library that was compiled with -ffast-math changes what these give. A new thread begins with its
+// creator's settings.
+class DefaultArithmetic {
+  public:
+    DefaultArithmetic() {
+        fegetenv(&before_);
+        fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultArithmetic() { fesetenv(&before_); }
+
+  private:
+    fenv_t before_;
 };
 
 class Card {
@@ -249,6 +271,7 @@ class Card {
     }
 
     void work(Worker& worker) {
+        DefaultArithmetic during;
         while (Clock::now() < deadline_) {
             size_t i = next_unit_.fetch_add(1);
             if (i >= units_.size()) {
@@ -312,22 +335,21 @@ class Card {
 
     void load_query(const Job& job, Query& query) const {
         const abi::Job& fields = job.fields;
-        query.head_dim = fields.head_dim, query.rows = job.rows, query.group_size = fields.group_size;
+        query.head_dim = fields.head_dim, query.rows = job.rows;
         query.kv_type = fields.kv_type, query.page_tokens = fields.page_tokens;
         query.mantissa = fields.score_mantissa;
         query.shift = fields.score_shift;
-        query.largest_exponent = Q_EXPONENT_MIN;
+        query.largest_exponent = INT32_MIN;
         query.weighted_rows = 0;
         std::fill_n(query.weight_sum, job.rows, 0.0);
         for (int r = 0; r < fields.head_dim; r++) {
             abi::QRecord record;
             memcpy(&record, job_ + fields.q + r * sizeof record, sizeof record);
-            int exponent = std::clamp(record.exponent, Q_EXPONENT_MIN, Q_EXPONENT_MAX);
+            const int exponent = low_bits(record.exponent, Q_EXPONENT_BITS);
             query.exponent[r] = exponent;
             query.largest_exponent = std::max(query.largest_exponent, exponent);
             for (int i = 0; i < job.rows; i++) {
-                constexpr int drop = 32 - WEIGHT_BITS;
-                query.weight[i][r] = static_cast<int32_t>(uint32_t(record.weight[i]) << drop) >> drop;
+                query.weight[i][r] = low_bits(record.weight[i], WEIGHT_BITS);
                 query.weight_52[i][r] = static_cast<int64_t>(query.weight[i][r]) & ((int64_t(1) << 52) - 1);
                 query.weight_sum[i] += query.weight[i][r];
                 if (query.weight[i][r] != 0) query.weighted_rows = std::max(query.weighted_rows, i + 1);
