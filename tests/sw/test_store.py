@@ -670,6 +670,25 @@ def test_a_journal_is_written_anew_when_it_has_grown_far_beyond_its_pages(tmp_pa
             store.drop(9)
 
 
+def test_blocks_of_a_journal_that_was_written_anew_are_used_again(tmp_path, monkeypatch):
+    """They once had an owner too many until the journal's end, and a store could not be opened."""
+    monkeypatch.setattr("nearkv.store.journal.COMPACT_BYTES", 0)
+    k, v = _kv(96)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, k, v)
+        for _ in range(30):
+            store.append(1, 0, k, v)
+            store.drop(1)
+        store.flush()
+        assert (tmp_path / "journal").stat().st_size < 1000
+        monkeypatch.undo()
+        store.drop(0)
+        store.append(2, 0, v, k)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.sequences() == [2]
+        np.testing.assert_array_equal(_read(store, 0, 2, 1)[0], v[1])
+
+
 def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     k, v = _kv(32)
     real = os.pwrite

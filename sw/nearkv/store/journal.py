@@ -57,7 +57,7 @@ class Kind(IntEnum):
     DROP = 4  # a sequence is forgotten
     SAVE = 5  # a snapshot of tables, and the file that was saved with it
     RESTORE = 6  # all tables become the snapshot's
-    BLOCKS = 7  # blocks that CHANGE and SAVE behind it name; written anew only
+    BLOCKS = 7  # blocks that a SAVE and a CHANGE behind it name; written anew only
 
 
 class Entry(NamedTuple):

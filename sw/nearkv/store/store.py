@@ -858,20 +858,20 @@ class KvStore:
         for layer, blocks in self._tables.layers.items():
             used = blocks.used()
             records.append((Kind.BLOCKS, encode_blocks(layer, used, blocks.pages[:, used])))
+        if (snapshot := self._tables.snapshot) is not None:
+            records.append((Kind.SAVE, encode_save(snapshot.about, snapshot.tables)))
         changes = [
             Change(layer, sequence, 0, ids)
             for (sequence, layer), ids in self._tables.current().items()
         ]
-        records.append((Kind.CHANGE, encode_change(changes)))
-        if (snapshot := self._tables.snapshot) is not None:
-            records.append((Kind.SAVE, encode_save(snapshot.about, snapshot.tables)))
+        records.append((Kind.CHANGE, encode_change(changes)))  # always there, and the last
         journal.rewrite(records)
 
     def _replay(self) -> None:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names yet
+        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names before the next CHANGE
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
                 if kind == Kind.APPEND:
@@ -883,6 +883,9 @@ class KvStore:
                     fresh.append((layer, ids))
                 elif kind == Kind.CHANGE:
                     tables.apply(*values)
+                    for layer, ids in fresh:
+                        tables.blocks(layer).disown(ids)
+                    fresh.clear()
                 elif kind == Kind.DROP:
                     tables.drop(*values)
                 elif kind == Kind.SAVE:
@@ -893,8 +896,6 @@ class KvStore:
                     tables.restore()
             except (ValueError, IndexError) as error:
                 raise journal.damaged(at, str(error)) from None
-        for layer, ids in fresh:
-            tables.blocks(layer).disown(ids)
         self._home.check_identity()
         nothing = np.zeros(0, STORED_PAGE)
         used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]
