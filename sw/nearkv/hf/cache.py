@@ -328,7 +328,8 @@ class _Layer(CacheLayerMixin):
         self._faults.clear()
         if self.is_initialized:
             for sequence in range(self.batch_size):
-                self._store.truncate(sequence, self._index, 0)
+                if self._store.n_pages(sequence, self._index):
+                    self._store.truncate(sequence, self._index, 0)
             self._tail_tokens = [0] * self.batch_size
         self._positions = self._pending = 0
 
@@ -446,7 +447,8 @@ class _Layer(CacheLayerMixin):
         log.warning("row %d of the batch is dropped: %s", sequence, error)
         self._faults[sequence] = error
         self._attention.discard()  # reads of its files may be on their way
-        self._store.drop(sequence)
+        if sequence in self._store.sequences():
+            self._store.drop(sequence)
 
     def _attend_host(self, rows, k, v, valid, n_new, scale):
         """Tail and new tokens: out (batch, kv heads, rows, head_dim), lse_ln (without the last)."""
