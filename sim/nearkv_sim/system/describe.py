@@ -394,10 +394,12 @@ def _file_of(kind: str, name: str, folder: Path) -> Path:
     if name in (known := names(kind)):
         return HERE / kind / f"{name}.toml"
     path = folder / name
-    if path.suffix != ".toml" or not os.path.isfile(path):  # no error, whatever the name is
+    if path.suffix != ".toml":
         raise ValueError(
             f"no {kind[:-1]} {name!r}; give the path of a .toml file, or one of: {', '.join(known)}"
         )
+    if not os.path.isfile(path):  # no error, whatever the name is
+        raise ValueError(f"no {kind[:-1]} {str(path)!r}: there is no such file")
     return path
 
 
