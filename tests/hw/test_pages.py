@@ -83,7 +83,7 @@ def test_patterns_of_all_families_agree():
     for kv_type in KvType:
         a = pages.to_patterns(x, kv_type)
         np.testing.assert_array_equal(a, pages.to_patterns(torch.from_numpy(x), kv_type))
-        np.testing.assert_array_equal(a, pages.to_patterns(a, kv_type))
+        np.testing.assert_array_equal(a, pages.to_patterns(a, kv_type, patterns=True))
         np.testing.assert_array_equal(pages.to_patterns(pages.to_float32(a, kv_type), kv_type), a)
     assert pages.to_patterns(np.float32([1e5]), KvType.FP16) == 0x7C00
 

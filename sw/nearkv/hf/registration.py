@@ -48,12 +48,12 @@ def _register() -> None:
 
 
 def _attention(*args, **kwargs):
-    from .cache import attention_forward
+    from .attention import attention_forward
 
     return attention_forward(*args, **kwargs)
 
 
 def _mask(*args, **kwargs):
-    from .cache import padding_mask
+    from .attention import mask_function
 
-    return padding_mask(*args, **kwargs)
+    return mask_function(*args, **kwargs)

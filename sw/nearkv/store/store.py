@@ -520,7 +520,7 @@ class KvStore:
         done = int(self.stored(sequence, layer)[0]["page_len"].sum())
         out = []
         for name, x in (("K", k), ("V", v)):
-            patterns = pages.to_patterns(x, kv_type)
+            patterns = pages.to_patterns(x, kv_type, patterns=True)
             at = pages.first_non_finite(patterns, kv_type)
             if at is not None:
                 head, token, channel = at
