@@ -11,7 +11,7 @@ import sys
 import google_crc32c
 import numpy as np
 
-from .abi import BLOCK_TOKENS, KvType, PageLayout, Record
+from .abi import BLOCK_TOKENS, KvType, PageLayout, Record, check_head_dim
 from .number import KV_FORMATS
 
 
@@ -56,8 +56,19 @@ def default_kv_dtype(dtype) -> str:
 
 
 def page_channels(head_dim: int) -> int:
-    """Channels that a page has for heads of this size: filled up with zeros, which changes no score."""
-    return -(-head_dim // BLOCK_TOKENS) * BLOCK_TOKENS
+    """Channels that a page has for heads of this size: filled up with zeros, which change no score.
+
+    Raises
+    ------
+    ValueError
+        If no page has room for such heads.
+    """
+    channels = -(-head_dim // BLOCK_TOKENS) * BLOCK_TOKENS
+    try:
+        check_head_dim(channels)
+    except ValueError as error:
+        raise ValueError(f"heads of {head_dim} channels fit no page: {error}") from None
+    return channels
 
 
 def is_torch(x) -> bool:
@@ -116,7 +127,8 @@ def to_patterns(x, kv_type: KvType, *, patterns: bool = False) -> np.ndarray:
     if kv_type == KvType.FP16:
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
@@ -136,6 +148,19 @@ def first_non_finite(patterns: np.ndarray, kv_type: KvType) -> tuple[int, ...] |
     if not bad.any():
         return None
     return tuple(int(i) for i in np.argwhere(bad)[0])
+
+
+def cause_of_non_finite(x, at: tuple[int, ...], kv_type: KvType) -> str:
+    """Why element `at` of x has become Inf or NaN in this type, and what to do about it.
+
+    x : as for `to_patterns`, before it was rounded
+    """
+    value = None if x.dtype == np.uint16 else float(x[at])
+    if value is None or not np.isfinite(value):
+        return "the model computed it; nothing was written"
+    if kv_type == KvType.BF16:
+        return f"{value} is beyond bf16 (3.39e38); scale K and V down; nothing was written"
+    return f"{value} is beyond fp16 (65504); store K and V as bf16: kv_dtype='bf16'"
 
 
 def pack(layout: PageLayout, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:

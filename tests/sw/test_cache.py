@@ -290,7 +290,11 @@ def _refused(tmp_path, match, card="model", **changes):
 
 
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
-    _refused(tmp_path, "llama with head_dim 260 cannot use nearkv: .*up to 256", head_dim=260)
+    _refused(
+        tmp_path,
+        "llama cannot use nearkv: heads of 260 channels fit no page: .*up to 256",
+        head_dim=260,
+    )
     _refused(tmp_path, "layers of sliding_attention; .* full attention only", sliding_window=64)
     _refused(tmp_path, "soft-capped scores.*attn_logit_softcapping", attn_logit_softcapping=30.0)
     with nearkv.open_card("model", config="tiny") as tiny:
@@ -305,6 +309,24 @@ def test_beams_are_refused_with_the_remedy(model, cache):
 def test_masks_of_four_dimensions_are_refused(model, cache):
     with pytest.raises(NotImplementedError, match="causal attention with padding"):
         _logits(model, cache, _ids(1, 4), "nearkv", torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("head_dim", [20, 80, 112])
+def test_heads_of_any_size_are_filled_up_with_zeros(card, tmp_path, rounded_cache, head_dim):
+    model = _model(_config(hidden_size=64, head_dim=head_dim))
+    with NearStorageCache(model.config, tmp_path, card, page_tokens=32) as cache:
+        assert cache.store.layout.head_dim == -(-head_dim // 32) * 32
+        ids, mask = _ids(2, 70), torch.ones(2, 70, dtype=torch.long)
+        ids[1, :30], mask[1, :30] = 0, 0
+        _same(rounded_cache, model, cache, ids, 10, attention_mask=mask)
+        cache.reset()
+        reference = rounded_cache(model.config)
+        for attention, of in (("nearkv", cache), ("sdpa", reference)):
+            _logits(model, of, ids, attention, mask)
+            of.crop(-21)  # takes a page back
+        ours = _logits(model, cache, ids[:, 49:], "nearkv", mask)
+        theirs = _logits(model, reference, ids[:, 49:], "sdpa", mask)
+        assert (ours - theirs).abs().max() <= LOGIT_BOUND * theirs.abs().max()
 
 
 def test_another_batch_needs_another_cache(model, cache):

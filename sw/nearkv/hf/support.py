@@ -89,9 +89,7 @@ def layout_for(config, head_dim: int, page_tokens: int, kv_type: KvType) -> Page
     try:
         return PageLayout(pages.page_channels(head_dim), page_tokens, kv_type)
     except ValueError as error:
-        raise ValueError(
-            f"model {name_of(config)} with head_dim {head_dim} cannot use nearkv: {error}"
-        ) from None
+        raise ValueError(f"model {name_of(config)} cannot use nearkv: {error}") from None
 
 
 def class_problem(model_class) -> str | None:
