@@ -60,7 +60,7 @@ class Drive:
         fates, held = {}, []  # by (ring, key); (due, key, result)
 
         def ask(fd, offset, nbytes):
-            name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
+            name = file_name(f"/proc/self/fd/{fd}")
             self.reads.append((name, offset, nbytes))
             return self.fate(name, offset, nbytes) or {}
 
@@ -96,9 +96,58 @@ class Drive:
         monkeypatch.setattr(Uring, "completions", faulty_completions)
 
 
+def file_name(path) -> str:
+    """The name of an open file of a store, as `Drive` tells it; files without one have a number."""
+    return os.path.basename(os.readlink(path).removesuffix(" (deleted)"))
+
+
+def places(store, sequence) -> set[tuple[str, int]]:
+    """(file name, offset) of every page that a sequence has by now."""
+    store.flush()
+    names = [file_name(path) for path in store.page_files()]
+    return {
+        (names[entry["shard"]], int(entry["offset"]))
+        for layer in store.layers(sequence)
+        for entry in store.stored(sequence, layer).reshape(-1)
+    }
+
+
+class Faults(dict):
+    """{sequence: fate}, for `Drive`: what befalls reads of the pages that a sequence has by then."""
+
+    def __init__(self, store=None):
+        self.store = store
+        self._places = {}
+
+    def __setitem__(self, sequence, fate):
+        self._places[sequence] = places(self.store, sequence)
+        super().__setitem__(sequence, fate)
+
+    def __call__(self, name, offset, nbytes):
+        for sequence, fate in list(self.items()):
+            if sequence not in self.store.sequences():
+                continue  # dropped: its places are somebody else's
+            page_bytes = self.store.layout.page_bytes
+            touched = ((name, at) for at in range(offset, offset + nbytes, page_bytes))
+            if any(place in self._places[sequence] for place in touched):
+                return fate
+        return None
+
+
 @pytest.fixture
 def drive(monkeypatch):
     return Drive(monkeypatch)
+
+
+@pytest.fixture
+def faults_of(drive):
+    """`faults_of(store)` is a dict {sequence: fate} of what befalls reads of its pages."""
+
+    def make(store=None):
+        drive.fate = Faults(store)
+        return drive.fate
+
+    return make
 
 
 @pytest.fixture(params=["uring", "threads"])

@@ -221,7 +221,7 @@ def expected(model, rounded_cache):
 def test_cards_splits_and_spills_change_no_token(
     model, expected, tmp_path, monkeypatch, cards, options
 ):
-    monkeypatch.setattr("nearkv.store.store.EXTENT_BYTES", 16 << 10)
+    monkeypatch.setattr("nearkv.store.space.READ_BYTES", 16 << 10)
     ids, mask, theirs = expected
     with NearStorageCache(model.config, tmp_path, ["model"] * cards, **options) as cache:
         ours = _generate(model, cache, ids, "nearkv", 30, attention_mask=mask)
@@ -359,7 +359,12 @@ def test_a_full_disk_while_generating_is_named(model, cache, monkeypatch):
 def test_pages_disappear_with_the_cache(model, card, tmp_path):
     cache = NearStorageCache(model.config, tmp_path, card, page_tokens=32)
     _logits(model, cache, _ids(1, 40), "nearkv")
-    assert len(list(tmp_path.glob("nearkv-*/*.kv"))) == 1
+    (path,) = cache.store.page_files()
+    assert os.path.getsize(path) > 4096
+    assert list(tmp_path.iterdir()) == []  # it never had a name
+    fd = int(path.name)
+    inode = os.fstat(fd).st_ino
     del cache
     gc.collect()
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        assert os.fstat(fd).st_ino == inode

@@ -5,15 +5,20 @@ import errno
 import os
 from pathlib import Path
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
-from nearkv.store import store as store_module
+from nearkv.store.space import Slots
 from nearkv_hw import pages
 from nearkv_hw.abi import KvType, PageLayout
 
@@ -34,39 +39,76 @@ def _read(store, layer, sequence, head):
 
 def test_what_was_appended_is_read_back(tmp_path):
     with KvStore(tmp_path, LAYOUT, 2) as store:
-        per_extent = store.extent_pages
-        k, v = _kv((per_extent + 3) * 32)  # into a second extent
+        k, v = _kv(20 * 32)
         for a, b in ((0, 64), (64, 96), (96, k.shape[1])):
             for layer in (0, 5):
                 for sequence in (0, 9):
                     store.append(sequence, layer, k[:, a:b] + layer, v[:, a:b] - sequence)
         for layer in (0, 5):
             for sequence in (0, 9):
-                assert store.n_pages(sequence, layer) == per_extent + 3
+                assert store.n_pages(sequence, layer) == 20
                 for head in range(2):
                     got_k, got_v = _read(store, layer, sequence, head)
                     np.testing.assert_array_equal(got_k, k[head] + np.float16(layer))
                     np.testing.assert_array_equal(got_v, v[head] - np.float16(sequence))
-        numbers = np.arange(2, 2 + per_extent)
-        reads = store.reads(PageId(5, 9, 1, 2), numbers, 4096)
-        assert [read.nbytes // LAYOUT.page_bytes for read in reads] == [per_extent - 2, 2]
-        assert reads[1].page == PageId(5, 9, 1, per_extent)
-        assert reads[1].kv_offset == 4096 + (per_extent - 2) * LAYOUT.page_bytes
+        numbers = np.array([3, 4, 5, 6, 10, 11])
+        reads = store.reads(PageId(5, 9, 1, 0), numbers, 4096)
+        assert [read.nbytes // LAYOUT.page_bytes for read in reads] == [4, 2]
+        assert [read.page for read in reads] == [PageId(5, 9, 1, 3), PageId(5, 9, 1, 10)]
+        assert reads[1].kv_offset == 4096 + 4 * LAYOUT.page_bytes
         assert all(read.offset % 4096 == 0 for read in reads)
 
 
-def test_extents_are_preallocated_and_at_least_one_mib(tmp_path):
-    with KvStore(tmp_path, PageLayout(96, 128), 3) as store:
-        store.append(0, 0, *_kv(128, 3, store.layout))
-        size = (tmp_path / "sequence-000000.kv").stat()
-        assert size.st_size == 3 * store.extent_pages * store.layout.page_bytes
-        assert size.st_size >= 3 << 20
-        assert size.st_blocks * 512 >= size.st_size
-        offsets = store.stored(0, 0)["offset"][:, 0]
-        assert np.diff(offsets).min() >= 1 << 20
+def test_pages_of_a_head_lie_together_and_little_space_is_reserved_ahead(tmp_path):
+    layout = PageLayout(64, 128)
+    with KvStore(tmp_path, layout, 3) as store:
+        k, v = _kv(128, 3, layout)
+        for _ in range(200):  # as decoding does it, page by page, two layers in turn
+            for layer in (0, 1):
+                store.append(0, layer, k, v)
+        file = tmp_path / "pages-0.kv"
+        assert file.stat().st_blocks * 512 <= 1.3 * store.bytes_written
+        for layer in (0, 1):
+            reads = store.reads(PageId(layer, 0, 1, 0), np.arange(200), 0)
+            # Runs grow with the sequence: to 1 MiB by the time it has 4 MiB.
+            assert len(reads) <= 24
+            assert max(read.nbytes for read in reads) >= 1 << 20
+        store.append(1, 0, *(x.repeat(60, axis=1) for x in (k, v)))
+        (read,) = store.reads(PageId(0, 1, 2, 0), np.arange(60), 0)
+        assert read.nbytes == 60 * layout.page_bytes
 
 
-def test_a_ragged_page_ends_its_span(tmp_path):
+def test_64_sequences_of_1000_tokens_take_little_more_than_their_pages(tmp_path):
+    layout = PageLayout(64, 128)
+    with KvStore(tmp_path, layout, 3) as store:
+        k, v = _kv(896, 3, layout)
+        for sequence in range(64):
+            store.append(sequence, 0, k[:, :640], v[:, :640])
+            for at in (640, 768):
+                store.append(sequence, 0, k[:, at : at + 128], v[:, at : at + 128])
+        on_disk = sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir())
+        assert on_disk <= 1.3 * 64 * 7 * 3 * layout.page_bytes
+
+
+def test_thousands_of_sequences_need_a_handful_of_descriptors(tmp_path):
+    k, v = _kv(32)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, limits[1]), limits[1]))
+    try:
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            before = len(os.listdir("/proc/self/fd"))
+            for sequence in range(2000):
+                store.append(sequence, 0, k, v)
+            assert len(os.listdir("/proc/self/fd")) == before
+            np.testing.assert_array_equal(_read(store, 0, 1999, 1)[0], k[1])
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            assert len(store.sequences()) == 2000
+            np.testing.assert_array_equal(_read(store, 0, 1234, 1)[0], k[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_ragged_page_ends_its_table(tmp_path):
     with KvStore(tmp_path, LAYOUT, 2) as store:
         k, v = _kv(40)
         with pytest.raises(ValueError, match="written full: 32 tokens each, not 40"):
@@ -142,13 +184,24 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
 
 def test_no_permission_to_write_is_named(tmp_path, monkeypatch):
     # Root may write anywhere, so the refusal is staged.
-    def refuse(*args, **kwargs):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    real = os.open
 
-    monkeypatch.setattr(store_module.tempfile, "mkdtemp", refuse)
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(FlashError, match="Permission denied") as caught:
         KvStore(tmp_path, LAYOUT, 2, temporary=True)
     assert caught.value.errno == errno.EACCES
+
+
+def test_a_missing_parent_is_not_made(tmp_path):
+    for temporary in (False, True):
+        with pytest.raises(FlashError, match="there is no .*nosuch; is the drive mounted"):
+            KvStore(tmp_path / "nosuch" / "kv", LAYOUT, 2, temporary=temporary)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_what_is_stored(tmp_path, monkeypatch):
@@ -159,22 +212,24 @@ def test_a_full_disk_leaves_what_is_stored(tmp_path, monkeypatch):
         k, v = _kv(64)
         store.append(0, 0, k, v)
         monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(FlashError, match="no room for 2 MiB.*layer 1.*No space left") as caught:
+        with pytest.raises(FlashError, match="no room for .*layer 1.*No space left") as caught:
             store.append(0, 1, k, v)
         assert caught.value.errno == errno.ENOSPC
         assert store.n_pages(0, 1) == 0
-        store.append(0, 0, k, v)  # its extents have room
-        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], np.concatenate([k[1], k[1]]))
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], k[1])
+        monkeypatch.undo()
+        store.append(0, 1, v, k)
+        np.testing.assert_array_equal(_read(store, 1, 0, 1)[0], v[1])
 
 
 def test_a_file_size_limit_is_noticed_by_the_preallocation(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with KvStore(tmp_path, LAYOUT, 2) as store:
         store.append(0, 0, *_kv(32))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
         try:
             with pytest.raises(FlashError, match="no room") as caught:
-                store.append(0, 1, *_kv(32))
+                store.append(0, 1, *_kv(32 * 80))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert caught.value.errno == errno.EFBIG
@@ -194,13 +249,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", mount], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk):
-    with KvStore(small_disk, LAYOUT, 2, temporary=True) as store:
-        k, v = _kv(64)
+@pytest.mark.parametrize("temporary", [True, False])
+def test_a_disk_that_is_really_full(small_disk, temporary):
+    path = small_disk if temporary else small_disk / "kv"
+    with KvStore(path, LAYOUT, 2, temporary=temporary) as store:
+        k, v = _kv(32 * 100)
         store.append(0, 0, k, v)
-        with pytest.raises(FlashError, match="No space left on device"):
-            store.append(0, 1, k, v)
+        for _ in range(2):
+            with pytest.raises(FlashError, match="No space left on device"):
+                store.append(1, 1, k, v)
         np.testing.assert_array_equal(_read(store, 0, 0, 1)[1], v[1])
+        store.drop(0)  # what is freed can be used, although the journal was not flushed since
+        store.append(1, 1, v, k)
+        np.testing.assert_array_equal(_read(store, 1, 1, 1)[1], k[1])
 
 
 def test_without_o_direct_pages_go_through_the_page_cache_and_it_is_said_once(
@@ -208,10 +269,10 @@ def test_without_o_direct_pages_go_through_the_page_cache_and_it_is_said_once(
 ):
     real = os.open
 
-    def no_direct(path, flags, *rest):
+    def no_direct(path, flags, *rest, **named):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *rest)
+        return real(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", no_direct)
     with KvStore(tmp_path, LAYOUT, 2) as store:
@@ -222,36 +283,69 @@ def test_without_o_direct_pages_go_through_the_page_cache_and_it_is_said_once(
     assert sum("no O_DIRECT" in record.message for record in caplog.records) == 1
 
 
-def test_dropped_sequences_give_their_files_back(tmp_path):
-    with KvStore(tmp_path, LAYOUT, 2) as store:
+@pytest.mark.parametrize("temporary", [True, False])
+def test_dropped_sequences_give_their_space_back(tmp_path, temporary):
+    with KvStore(tmp_path, LAYOUT, 2, temporary=temporary) as store:
+        (file,) = store.page_files()
         for sequence in range(2):
-            store.append(sequence, 0, *_kv(32))
-        store.drop(0)
-        store.drop(7)
+            store.append(sequence, 0, *_kv(32 * 64))
+        used = os.stat(file).st_blocks
+        assert store.drop(0) == 0
+        store.flush()
+        assert os.stat(file).st_blocks <= 0.6 * used
+        with pytest.raises(FlashError, match="no sequence 7"):
+            store.drop(7)
         assert store.n_pages(0, 0) == 0
-        assert sorted(path.name for path in tmp_path.glob("*.kv")) == ["sequence-000001.kv"]
+        size = os.stat(file).st_size
+        store.append(2, 0, *_kv(32 * 64))
+        assert os.stat(file).st_size == size  # in the same place
+        np.testing.assert_array_equal(_read(store, 0, 1, 1)[0], _kv(32 * 64)[0][1])
 
 
-def test_a_temporary_store_leaves_nothing(tmp_path):
+def test_a_temporary_store_never_has_a_name(tmp_path):
+    store = KvStore(tmp_path, LAYOUT, 2, temporary=True)
+    store.append(0, 0, *_kv(32))
+    assert list(tmp_path.iterdir()) == []
+    (file,) = store.page_files()
+    assert os.stat(file).st_nlink == 0
+    store.close()
+    store.close()
+    assert not file.exists()
+
+
+def test_a_temporary_store_beside_a_persistent_one_touches_nothing(tmp_path):
+    KvStore(tmp_path / "nearkv-kept", LAYOUT, 2).close()
+    before = sorted(tmp_path.rglob("*"))
+    KvStore(tmp_path, LAYOUT, 2, temporary=True).close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_system_without_nameless_files(tmp_path, monkeypatch):
+    real = os.open
+
+    def no_tmpfile(path, flags, *rest, **named):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", no_tmpfile)
     with KvStore(tmp_path, LAYOUT, 2, temporary=True) as store:
         store.append(0, 0, *_kv(32))
-        assert store.directory.parent == tmp_path
-    store.close()
-    assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], _kv(32)[0][1])
 
 
-def test_what_a_killed_process_left_is_swept_up(tmp_path):
+def test_a_killed_process_leaves_nothing_of_a_temporary_store(tmp_path):
     code = (
-        "import os, sys; from nearkv.store import KvStore; from nearkv_hw.abi import PageLayout\n"
-        "KvStore(sys.argv[1], PageLayout(64), 1, temporary=True); os._exit(0)"
+        "import os, signal, sys, numpy as np; from nearkv.store import KvStore\n"
+        "from nearkv_hw.abi import PageLayout\n"
+        "store = KvStore(sys.argv[1], PageLayout(64), 1, temporary=True)\n"
+        "store.append(0, 0, *np.ones((2, 1, 128, 64), np.float16))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    with KvStore(tmp_path, LAYOUT, 2, temporary=True) as alive:
-        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
-        (tmp_path / "nearkv-unrelated").mkdir()
-        assert len(list(tmp_path.iterdir())) == 3
-        with KvStore(tmp_path, LAYOUT, 2, temporary=True) as store:
-            names = {alive.directory.name, store.directory.name, "nearkv-unrelated"}
-            assert {path.name for path in tmp_path.iterdir()} == names
+    done = subprocess.run([sys.executable, "-c", code, tmp_path])
+    assert done.returncode == -9
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_has_one_user(tmp_path):
@@ -261,7 +355,7 @@ def test_a_store_has_one_user(tmp_path):
     KvStore(tmp_path, LAYOUT, 2).close()
 
 
-def test_truncated_spans_are_written_again(tmp_path):
+def test_truncated_tables_are_written_again(tmp_path):
     with KvStore(tmp_path, LAYOUT, 2) as store:
         first, second = _kv(96), _kv(64, seed=1)
         store.append(0, 0, *first)
@@ -289,43 +383,548 @@ def test_a_store_is_reopened_with_its_pages(tmp_path):
         KvStore(tmp_path, PageLayout(64, 64), 2)
 
 
-@pytest.mark.parametrize("lost_bytes", [1, 64, 100, 129])
-def test_reopening_stops_at_a_torn_index(tmp_path, lost_bytes):
+def test_truncating_and_dropping_last(tmp_path):
+    k, v = _kv(96)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        for sequence in range(3):
+            store.append(sequence, 0, k, v)
+        store.truncate(0, 0, 1)
+        store.drop(1)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.sequences() == [0, 2]
+        assert store.n_pages(0, 0) == 1
+        np.testing.assert_array_equal(_read(store, 0, 2, 1)[0], k[1])
+
+
+# --- sharing -----------------------------------------------------------------------------------
+
+
+def test_a_shared_prefix_is_stored_once_and_outlives_its_first_owner(tmp_path):
+    prefix, own = _kv(128), [_kv(64, seed=s) for s in range(8)]
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        for layer in (0, 1):
+            store.append(0, layer, *prefix)
+        written = store.bytes_written
+        store.arrange(dict.fromkeys(range(1, 8), 0))
+        assert store.bytes_written == written
+        assert store.n_blocks(0) == store.n_blocks(1) == 4
+        for sequence in range(8):
+            for layer in (0, 1):
+                store.append(sequence, layer, *own[sequence])
+        assert store.n_blocks(1) == 4 + 8 * 2
+        store.drop(0)
+        store.truncate(1, 0, 2)
+        store.append(1, 0, *own[3])
+        store.flush()
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        for sequence in range(2, 8):
+            expected = np.concatenate([prefix[0][1], own[sequence][0][1]])
+            np.testing.assert_array_equal(_read(store, 1, sequence, 1)[0], expected)
+        expected = np.concatenate([prefix[0][0][:64], own[3][0][0]])
+        np.testing.assert_array_equal(_read(store, 0, 1, 0)[0], expected)
+        for sequence in range(1, 8):
+            store.drop(sequence)
+        assert store.n_blocks(0) == store.n_blocks(1) == 0
+
+
+def test_sequences_change_places_all_at_once(tmp_path):
+    kept = [_kv(64, seed=s)[0] for s in range(3)]
+    with KvStore(tmp_path, LAYOUT, 2, delayed_bytes=1 << 20) as store:
+        for sequence in range(3):
+            for layer in (0, 1):
+                store.append(sequence, layer, kept[sequence], kept[sequence])
+        epoch = store.epoch
+        store.arrange({0: 0, 1: 1})
+        assert store.epoch == epoch
+        store.arrange({0: 2, 1: 0, 2: 0}, layer=1)
+        for sequence, source in ((0, 2), (1, 0), (2, 0)):
+            np.testing.assert_array_equal(_read(store, 1, sequence, 1)[0], kept[source][1])
+            np.testing.assert_array_equal(_read(store, 0, sequence, 1)[0], kept[sequence][1])
+        store.arrange({5: 1}, n_pages=1)
+        assert (store.n_pages(5, 0), store.n_pages(5, 1)) == (1, 1)
+        with pytest.raises(FlashError, match="no sequence 9"):
+            store.arrange({0: 9})
+        with pytest.raises(ValueError, match="numbered from 0"):
+            store.arrange({-1: 0})
+
+
+def test_a_sequence_that_grows_beside_its_copy_does_not_disturb_it(tmp_path):
+    k, v = _kv(96)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, k, v)
+        store.arrange({1: 0})
+        store.truncate(0, 0, 2)
+        store.append(0, 0, v[:, :32], k[:, :32])
+        np.testing.assert_array_equal(_read(store, 0, 1, 1)[0], k[1])
+        expected = np.concatenate([k[1, :64], v[1, :32]])
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], expected)
+
+
+def test_erased_pages_are_gone_from_the_drive_unless_others_own_them(tmp_path):
+    k, v = _kv(96)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, k, v)
+        store.arrange({1: 0}, n_pages=1)
+        path = tmp_path / "pages-0.kv"
+        secret = np.full(64, k[1, 90, 3]).tobytes()  # a K row of block 2, where it is repeated
+        store.append(2, 0, *(np.full((2, 32, 64), 3.25, np.float16),) * 2)
+        secret = np.full(512, 3.25, np.float16).tobytes()
+        assert secret in path.read_bytes()
+        assert store.drop(2, erase=True) == 0
+        assert secret not in path.read_bytes()
+        assert store.drop(0, erase=True) == 2
+        np.testing.assert_array_equal(_read(store, 0, 1, 1)[0], k[1, :32])
+
+
+# --- snapshots ---------------------------------------------------------------------------------
+
+
+def test_a_snapshot_keeps_its_pages_whatever_becomes_of_the_sequences(tmp_path):
+    k, v = _kv(96)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.saved() is None
+        with pytest.raises(FlashError, match="nothing was saved"):
+            store.restore()
+        store.append(0, 0, k, v)
+        store.append(4, 0, v, k)
+        store.save(b"first")
+        store.truncate(0, 0, 1)
+        store.append(0, 0, *_kv(64, seed=5))
+        store.drop(4)
+        store.append(6, 0, k, v)
+    for _ in range(2):  # opening and using it does not change what is saved
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            assert store.sequences() == [0, 6] if not _ else [0, 4]
+            assert store.saved() == b"first"
+            store.restore()
+            assert store.sequences() == [0, 4]
+            np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], k[1])
+            np.testing.assert_array_equal(_read(store, 0, 4, 1)[0], v[1])
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.drop(4)
+        store.save(b"second" * 1000)
+        assert store.n_blocks(0) == 3
+        assert [path.name for path in tmp_path.glob("state-*")] == ["state-1"]
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.saved() == b"second" * 1000
+        (tmp_path / "state-1").write_bytes(b"third")
+        with pytest.raises(FlashError, match="saved with the store is damaged.*state-1"):
+            store.saved()
+    with KvStore(tmp_path, LAYOUT, 2, temporary=True) as store:
+        with pytest.raises(ValueError, match="temporary store cannot be saved"):
+            store.save(b"")
+
+
+# --- what a reopened store believes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 40, 100])
+def test_a_torn_tail_is_cut_off_and_that_is_said(tmp_path, lost_bytes, caplog):
+    k, v = _kv(32)
+    store = KvStore(tmp_path, LAYOUT, 2)
+    store.append(0, 0, k, v)
+    store.flush()
+    store.append(0, 0, v, k)
+    journal = tmp_path / "journal"
+    data = journal.read_bytes()  # as a killed process leaves it: nothing is flushed any more
+    end = (tmp_path / "journal.end").read_bytes()
+    store.close()
+    journal.write_bytes(data[:-lost_bytes])
+    (tmp_path / "journal.end").write_bytes(end)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        (notice,) = store.notices
+        assert "journal" in notice
+        assert "cut off" in notice
+        assert notice in caplog.text
+        assert store.n_pages(0, 0) == 1
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], k[1])
+        store.append(0, 0, k, v)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.notices == []
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], np.concatenate([k[1], k[1]]))
+
+
+def test_a_journal_that_ends_before_what_was_flushed_is_refused(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        sizes = [(tmp_path / "journal").stat().st_size]
+        for _ in range(3):
+            store.append(0, 0, *_kv(32))
+            sizes.append((tmp_path / "journal").stat().st_size)
+    for size in (sizes[2], sizes[2] + 7, sizes[0], 3, 0):
+        data = (tmp_path / "journal").read_bytes()
+        os.truncate(tmp_path / "journal", size)
+        with pytest.raises(FlashError, match=r"journal.*flushed.*put the file back|damaged"):
+            KvStore(tmp_path, LAYOUT, 2)
+        assert (tmp_path / "journal").stat().st_size == size  # nothing was touched
+        (tmp_path / "journal").write_bytes(data)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.n_pages(0, 0) == 3
+
+
+def test_any_changed_byte_of_what_describes_the_store_is_named(tmp_path):
     k, v = _kv(32)
     with KvStore(tmp_path, LAYOUT, 2) as store:
-        for _ in range(3):
-            store.append(0, 0, k, v)
-    index = tmp_path / "sequence-000000.index"
-    os.truncate(index, index.stat().st_size - lost_bytes)
-    left = 2 if lost_bytes <= 128 else 1
-    with KvStore(tmp_path, LAYOUT, 2) as store:
-        assert store.n_pages(0, 0) == left
-        store.read_pages(PageId(0, 0, 1, 0), left)
-        store.append(0, 0, v, k)
-    with KvStore(tmp_path, LAYOUT, 2) as store:
-        np.testing.assert_array_equal(
-            _read(store, 0, 0, 1)[0], np.concatenate([k[1]] * left + [v[1]])
-        )
+        for sequence in range(3):
+            store.append(sequence, 0, k, v)
+        store.save(b"state")
+    rng = np.random.default_rng(0)
+    for name in ("journal", "store.json", "pages-0.kv"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        size = 4096 if name == "pages-0.kv" else len(whole)
+        for at in [0, size - 1, *rng.integers(0, size, 25).tolist()]:
+            changed = bytearray(whole)
+            changed[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            with pytest.raises((FlashError, ValueError), match=name):
+                KvStore(tmp_path, LAYOUT, 2)
+            assert path.read_bytes() == changed
+        path.write_bytes(whole)
+    KvStore(tmp_path, LAYOUT, 2).close()
 
 
-def test_reopening_without_a_page_file_names_it(tmp_path):
+def test_records_cannot_be_missing_repeated_or_exchanged(tmp_path):
+    journal = tmp_path / "journal"
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        edges = [0, journal.stat().st_size]
+        for _ in range(4):
+            store.append(0, 0, *_kv(32))
+            edges.append(journal.stat().st_size)
+    whole = journal.read_bytes()
+    records = [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    for order in ([0, 1, 3, 4], [0, 1, 2, 2, 3, 4], [0, 1, 3, 2, 4], [1, 2, 3, 4], [0, 1, 2, 4]):
+        journal.write_bytes(b"".join(records[i] for i in order))
+        with pytest.raises(FlashError, match="journal"):
+            KvStore(tmp_path, LAYOUT, 2)
+    journal.write_bytes(whole)
+    KvStore(tmp_path, LAYOUT, 2).close()
+
+
+@pytest.mark.parametrize(
+    "name", ["journal", "journal.end", "pages-0.kv", "pages-1.kv", "store.json"]
+)
+def test_a_missing_or_exchanged_file_is_named_and_nothing_is_made_in_its_place(tmp_path, name):
+    for path in (tmp_path / "a", tmp_path / "b"):
+        with KvStore(path, LAYOUT, 2, n_shards=2) as store:
+            store.append(0, 0, *_kv(32 * 100))
+    file = tmp_path / "a" / name
+    file.rename(tmp_path / "away")
+    with pytest.raises(FlashError, match=name):
+        KvStore(tmp_path / "a", LAYOUT, 2, n_shards=2)
+    assert not file.exists()
+    if name != "journal.end":  # a mark says nothing of which store it belongs to, only how far
+        file.write_bytes((tmp_path / "b" / name).read_bytes())
+        with pytest.raises(FlashError, match=name.split(".")[0]):
+            KvStore(tmp_path / "a", LAYOUT, 2, n_shards=2)
+        file.unlink()
+    (tmp_path / "away").rename(file)
+    with KvStore(tmp_path / "a", LAYOUT, 2, n_shards=2) as store:
+        assert store.n_pages(0, 0) == 100
+
+
+def test_page_files_that_changed_places_are_told_apart(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2, n_shards=2) as store:
+        store.append(0, 0, *_kv(32 * 100))
+    one, two = tmp_path / "pages-0.kv", tmp_path / "pages-1.kv"
+    one.rename(tmp_path / "x")
+    two.rename(one)
+    (tmp_path / "x").rename(two)
+    with pytest.raises(FlashError, match="not the page file of shard 0.*it is shard 1"):
+        KvStore(tmp_path, LAYOUT, 2, n_shards=2)
+
+
+def test_a_store_that_was_killed_while_it_was_made_is_made_again(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2):
+        pass
+    (tmp_path / "store.json").write_bytes(b"")
     with KvStore(tmp_path, LAYOUT, 2) as store:
         store.append(0, 0, *_kv(32))
-    (tmp_path / "sequence-000000.kv").unlink()
-    with pytest.raises(FlashError, match=r"sequence-000000\.kv.*No such file"):
+    (tmp_path / "store.json").write_bytes(b"")  # but not one that has pages
+    with pytest.raises(FlashError, match=r"no store\.json that belongs to them"):
         KvStore(tmp_path, LAYOUT, 2)
 
 
-def test_an_index_entry_is_written_after_its_pages(tmp_path, monkeypatch):
+def test_a_journal_is_written_anew_when_it_has_grown_far_beyond_its_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr("nearkv.store.journal.COMPACT_BYTES", 4096)
+    k, v = _kv(32)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(1, 3, k, v)
+        store.arrange({2: 1})
+        store.save(b"kept")
+        for i in range(100):
+            store.append(0, 0, k, v)
+            store.drop(0)
+            if i % 30 == 0:
+                store.flush()
+        store.append(2, 3, v, k)
+    assert (tmp_path / "journal").stat().st_size < 4096
+    assert not (tmp_path / "journal.new").exists()
+    for _ in range(2):
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            assert store.sequences() == [1, 2]
+            np.testing.assert_array_equal(_read(store, 3, 2, 0)[0], np.concatenate([k[0], v[0]]))
+            assert store.saved() == b"kept"
+            store.append(9, 0, k, v)
+            store.drop(9)
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    k, v = _kv(32)
+    real = os.pwrite
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, k, v)
+
+        def full(fd, data, offset):
+            if os.readlink(f"/proc/self/fd/{fd}").endswith("journal"):
+                if len(data) > 10:
+                    return real(fd, data[:10], offset)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(fd, data, offset)
+
+        def short(fd, data, offset):
+            if os.readlink(f"/proc/self/fd/{fd}").endswith("journal"):
+                monkeypatch.setattr(os, "pwrite", fail)
+                return real(fd, data[:10], offset)
+            return real(fd, data, offset)
+
+        def fail(fd, data, offset):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "pwrite", short)
+        with pytest.raises(FlashError, match="write the journal.*No space left"):
+            store.append(0, 0, v, k)
+        assert store.n_pages(0, 0) == 1
+        monkeypatch.setattr(os, "pwrite", real)
+        store.append(0, 0, k, v)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], np.concatenate([k[1], k[1]]))
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with KvStore(tmp_path, LAYOUT, 2) as store:
+        size = (tmp_path / "journal").stat().st_size
         monkeypatch.setattr(os, "pwrite", fail)
         with pytest.raises(FlashError, match="cannot write KV pages.*kv head 0.*Input/output"):
             store.append(0, 0, *_kv(32))
-        assert (tmp_path / "sequence-000000.index").stat().st_size == 0
+        assert (tmp_path / "journal").stat().st_size == size
         assert store.n_pages(0, 0) == 0
+        monkeypatch.undo()
+
+
+# --- who may do what -----------------------------------------------------------------------------
+
+
+def test_a_closed_store_raises(tmp_path):
+    store = KvStore(tmp_path, LAYOUT, 2)
+    store.append(0, 0, *_kv(32))
+    store.close()
+    store.close()
+    assert store.closed
+    with KvStore(tmp_path, LAYOUT, 2) as other:
+        for call in (
+            lambda: store.append(0, 0, *_kv(32)),
+            lambda: store.stored(0, 0),
+            lambda: store.n_pages(0, 0),
+            lambda: store.read_pages(PageId(0, 0, 0, 0), 1),
+            lambda: store.truncate(0, 0, 0),
+            lambda: store.drop(0),
+            store.flush,
+            store.sequences,
+        ):
+            with pytest.raises(FlashError, match="the KV store is closed"):
+                call()
+        assert other.n_pages(0, 0) == 1
+
+
+def test_what_is_not_there_raises(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, *_kv(64))
+        with pytest.raises(FlashError, match="3 pages of layer 0, sequence 0.*the store has 2"):
+            store.stored(0, 0, 3)
+        with pytest.raises(FlashError, match="1 pages of layer 0, sequence 4.*the store has 0"):
+            store.stored(4, 0, 1)
+        for call in (store.layers, lambda s: store.truncate(s, 0, 0), lambda s: store.blocks(s, 0)):
+            with pytest.raises(FlashError, match="no sequence 4"):
+                call(4)
+        with pytest.raises(FlashError, match="the store has 2"):
+            store.read_pages(PageId(0, 0, 0, 1), 2)
+        assert store.stored(4, 0).shape == (2, 0)
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+def test_a_forked_process_has_no_store_and_its_end_disturbs_nothing(tmp_path, temporary):
+    code = """if True:
+        import os, sys, gc
+        import numpy as np
+        from nearkv.io import FlashError, PageId
+        from nearkv.store import KvStore
+        from nearkv_hw.abi import PageLayout
+        k = np.ones((2, 32, 64), np.float16)
+        store = KvStore(sys.argv[1], PageLayout(64, 32), 2, temporary=sys.argv[2] == "True",
+                        delayed_bytes=1 << 20)
+        store.append(0, 0, k, k)
+        child = os.fork()
+        if not child:
+            try:
+                store.append(0, 0, k, k)
+            except FlashError as error:
+                assert "which was forked from it" in str(error)
+            else:
+                os._exit(1)
+            store.close()
+            del store
+            gc.collect()
+            sys.exit(0)  # finalizers and all
+        assert os.waitpid(child, 0)[1] == 0
+        store.append(0, 0, k, k)
+        assert store.n_pages(0, 0) == 2
+        store.read_pages(PageId(0, 0, 0, 0), 2)
+        store.close()
+    """
+    subprocess.run([sys.executable, "-c", code, tmp_path, str(temporary)], check=True)
+    if not temporary:
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            assert store.n_pages(0, 0) == 2
+
+
+def test_a_forked_process_that_lives_on_does_not_hold_the_lock(tmp_path):
+    store = KvStore(tmp_path, LAYOUT, 2)
+    child = os.fork()
+    if not child:
+        while os.getppid() != 1:
+            time.sleep(0.01)
+        os._exit(0)
+    try:
+        store.close()
+        KvStore(tmp_path, LAYOUT, 2).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_files_are_this_users_alone_whatever_the_umask(tmp_path):
+    for umask in (0, 0o277):
+        before = os.umask(umask)
+        path = tmp_path / f"kv{umask}"
+        try:
+            with KvStore(path, LAYOUT, 2) as store:
+                store.append(0, 0, *_kv(32))
+                store.save(b"")
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("name", ["journal", "journal.end", "pages-0.kv", "store.json", "state-0"])
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "directory", "fifo"])
+def test_no_planted_link_is_followed(tmp_path, name, kind):
+    store = tmp_path / "kv"
+    with KvStore(store, LAYOUT, 2) as one:
+        one.append(0, 0, *_kv(32))
+        one.save(b"secret")
+    victim = tmp_path / "victim"
+    victim.write_bytes((store / name).read_bytes())
+    os.chmod(victim, 0o600)
+    (store / name).unlink()
+    if kind == "symbolic":
+        (store / name).symlink_to(victim)
+    elif kind == "hard":
+        os.link(victim, store / name)
+    elif kind == "directory":
+        (store / name).mkdir()
+    else:
+        os.mkfifo(store / name)
+    before = victim.read_bytes()
+    with pytest.raises(FlashError, match=name):
+        with KvStore(store, LAYOUT, 2) as one:
+            one.saved()
+    assert victim.read_bytes() == before
+
+
+def test_a_link_planted_before_a_store_is_made_is_not_followed(tmp_path):
+    store, victim = tmp_path / "kv", tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    for name in ("store.json", "journal", "pages-0.kv", "journal.end"):
+        store.mkdir()
+        (store / name).symlink_to(victim)
+        with pytest.raises(FlashError, match="symbolic link"):
+            KvStore(store, LAYOUT, 2)
+        assert victim.read_bytes() == b"precious"
+        assert [path.name for path in store.iterdir()] == [name]
+        (store / name).unlink()
+        store.rmdir()
+
+
+def test_threads_take_turns(tmp_path):
+    """Two threads in `append` once shared a staging buffer: pages were wrong with valid checksums."""
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        errors = []
+
+        def work(sequence):
+            try:
+                for at in range(20):
+                    x = np.full((2, 32, 64), sequence * 100 + at, np.float16)
+                    store.append(sequence, 0, x, x)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        for sequence in range(4):
+            got = _read(store, 0, sequence, 1)[0].reshape(20, -1)
+            expected = np.broadcast_to(sequence * 100 + np.arange(20)[:, None], got.shape)
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_a_call_that_waits_too_long_for_another_says_so(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2, timeout_s=0.05) as store:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold():
+            with store._turn("to hold it"):
+                entered.set()
+                leave.wait(20)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert entered.wait(20)
+        try:
+            with pytest.raises(FlashError, match="waited 0.05 s for another call on this store"):
+                store.append(0, 0, *_kv(32))
+        finally:
+            leave.set()
+            thread.join()
+
+
+# --- free space, by itself -----------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 1 << 30)), max_size=60))
+def test_slots_are_never_given_to_two(steps):
+    slots, taken = Slots(), {}
+    for count, choice in steps:
+        if choice % 3 and taken:
+            first = sorted(taken)[choice % len(taken)]
+            slots.give(first, taken.pop(first))
+            continue
+        first = slots.take(count)
+        mine = range(first, first + count)
+        assert not any(set(mine) & set(range(a, a + n)) for a, n in taken.items())
+        taken[first] = count
+    used = [slot for first, count in taken.items() for slot in range(first, first + count)]
+    assert slots.end - slots.n_free == len(used)
+    again = Slots(used)
+    assert again.end - again.n_free == len(used)
+    first = again.take(3)
+    assert not {first, first + 1, first + 2} & set(used)
 
 
 def _flip(path: Path, offset: int) -> None:

@@ -226,7 +226,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     if args.cards == 1:
         ways["two cards"] = PageAttention(cards(2), store, **ring)
     counters = {name: [] for name in ways}
-    paths = sorted(store.directory.glob("*.kv"))
+    paths = store.page_files()
     file_bytes = sum(os.path.getsize(path) for path in paths)
     new = rng.standard_normal((args.kv_heads, args.page_tokens, args.head_dim))
     new = new.astype(np.float16).view(np.uint16)

@@ -161,7 +161,7 @@ def run(args) -> int:
     with KvStore(directory, layout, 8, temporary=True) as store:
         per_layer = 8 * args.context * 4 * args.head_dim
         fill(store, 1, max(1, (args.mib << 20) // per_layer), args.context)
-        paths = sorted(store.directory.glob("*.kv"))
+        paths = store.page_files()
         nbytes = sum(os.path.getsize(path) for path in paths)
         memory = KvMemory(args.ring_mib << 20)
         batches = ring_reads(store, memory.nbytes)

@@ -148,7 +148,8 @@ class Batch:
         log.warning("row %d of the batch is dropped: %s", row, error)
         self.faults[row] = error
         self.attention.discard()  # reads of its pages may be on their way
-        self.store.drop(row)
+        if row in self.store.sequences():
+            self.store.drop(row)
 
     # --- padding ------------------------------------------------------------------------------
 
@@ -382,7 +383,8 @@ class Layer(CacheLayerMixin):
         """Forget every token."""
         if self.is_initialized:
             for row in range(self.batch_size):
-                self._batch.store.truncate(row, self.index, 0)
+                if self._batch.store.n_pages(row, self.index):
+                    self._batch.store.truncate(row, self.index, 0)
             self._tail_tokens = [0] * self.batch_size
         self.positions, self._pending = 0, None
 

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a store lives: its directories, its page files, and the one process that owns them.
+
+A persistent store:
+
+    store.json     which store this is, in each of its directories; locked by the process that has it
+    pages-N.kv     the pages of shard N: a header of 4096 bytes, then a slot for each page
+    journal        in the first directory (`journal.py`), with its mark `journal.end`
+    state-N        what was saved with the snapshot, in the first directory
+
+A temporary store has page files without names and nothing else, so that nothing is left of it whatever
+ends its process.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+from pathlib import Path
+import struct
+import time
+from typing import Any
+import uuid
+
+import google_crc32c
+
+from nearkv_hw.abi import PAGE_ALIGN_BYTES
+
+from ..io import Directory, File, FlashError
+from .journal import END_NAME, NAME, NEW_NAME, Journal
+
+ABOUT_NAME = "store.json"
+HEADER_BYTES = PAGE_ALIGN_BYTES
+_HEADER = struct.Struct("<8s16sII")  # magic, store, shard, page_bytes
+_MAGIC = b"nkv-page"
+_FORMAT = 2
+# A process that was just forked from the owner has the lock until its first instructions.
+_LOCK_S = 0.5
+
+
+class Home:
+    """The directories and files of one store, open.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        One directory for all shards, or one for each.
+    about : dict
+        What the store must be like (layout, heads, shards), compared with what is there.
+    temporary : bool
+
+    Attributes
+    ----------
+    directories : list of Directory
+    files : list of File, by shard
+    journal : Journal or None
+        None of a temporary store.
+    is_new : bool
+        Whether there was no store before.
+
+    Raises
+    ------
+    FlashError
+        If a directory cannot be written to, a file of the store is missing, damaged or not this
+        user's, or another process has the store.
+    ValueError
+        If there is a store of another kind.
+    """
+
+    def __init__(self, paths: Sequence[Path], about: dict[str, Any], *, temporary: bool):
+        self.directories: list[Directory] = []
+        self.files: list[File] = []
+        self.journal: Journal | None = None
+        self.is_new = True
+        self._locks: list[File] = []
+        self._made: list[Directory] = []  # in which there was no description before
+        try:
+            for path in paths:
+                self.directories.append(Directory(path))
+            if temporary:
+                for shard in range(about["n_shards"]):
+                    file = self._directory_of(shard).temporary(f"pages-{shard}.kv", direct=True)
+                    self.files.append(file)
+            else:
+                self._open_persistent(about)
+        except BaseException:
+            for directory in self._made:
+                directory.remove(ABOUT_NAME)
+            self.close()
+            raise
+
+    def _directory_of(self, shard: int) -> Directory:
+        return self.directories[shard % len(self.directories)]
+
+    def close(self) -> None:
+        """Close everything, the locks last."""
+        if self.journal is not None:
+            self.journal.close()
+        for one in (*self.files, *self._locks, *self.directories):
+            one.close()
+
+    def sync_pages(self) -> None:
+        for file in self.files:
+            file.sync()
+
+    # --- persistent stores ------------------------------------------------------------------------
+
+    def _open_persistent(self, about) -> None:
+        found = []
+        for directory in self.directories:
+            found.append(self._lock(directory))
+        if found[0] is None:
+            self._create(about, found)
+            return
+        self.is_new = False
+        identity = found[0].get("store")
+        for position, (directory, theirs) in enumerate(zip(self.directories, found, strict=True)):
+            mine = {"format": _FORMAT, "store": identity, **about, "directory": position}
+            if theirs is None:
+                raise FlashError(
+                    f"{ABOUT_NAME} is missing", filename=directory.path,
+                    remedy="this directory does not belong to the store in "
+                    f"{self.directories[0].path}; name its directories in their order",
+                )  # fmt: skip
+            if theirs != mine:
+                self._explain(directory, theirs, mine)
+        self.journal = Journal.open(self.directories[0])
+        for shard in range(about["n_shards"]):
+            file = self._directory_of(shard).open(f"pages-{shard}.kv", direct=True)
+            self.files.append(file)
+            self._check_header(file, identity, shard, about["page_bytes"])
+
+    def check_identity(self) -> None:
+        """Compare store.json with what the journal, which has been read, says.
+
+        Raises
+        ------
+        FlashError
+            If they differ: one of them is damaged.
+        """
+        assert self.journal is not None
+        about, _ = _parse(self._locks[0])
+        about = {name: value for name, value in about.items() if name != "directory"}
+        if about != self.journal.about:
+            raise FlashError(
+                f"{ABOUT_NAME} and the journal describe different stores", filename=self.journal.path,
+                remedy="one of them is damaged or was exchanged; put it back from a copy",
+            )  # fmt: skip
+
+    def _explain(self, directory: Directory, theirs: dict, mine: dict) -> None:
+        """Raise what is wrong with a description that is not as expected."""
+        path = directory.path / ABOUT_NAME
+        if theirs.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path} is of a store of format {theirs.get('format')}, and this version of nearkv "
+                f"reads format {_FORMAT}; choose another directory"
+            )
+        if theirs["store"] != mine["store"]:
+            raise FlashError(
+                "the directories belong to different stores", filename=path,
+                remedy=f"it has {theirs['store']}, the first has {mine['store']}; name the directories "
+                "of one store, in their order",
+            )  # fmt: skip
+        differ = {name for name in {*theirs, *mine} if theirs.get(name) != mine.get(name)}
+        was = {name: theirs.get(name) for name in sorted(differ)}
+        now = {name: mine.get(name) for name in sorted(differ)}
+        raise ValueError(
+            f"{directory.path} holds a store with {was}, not {now}; choose another directory"
+        )
+
+    def _lock(self, directory: Directory) -> dict | None:
+        """Take a directory for this process; its description, None if it has none yet."""
+        if not directory.exists(ABOUT_NAME):
+            with contextlib.suppress(FlashError):  # somebody else was faster
+                directory.create(ABOUT_NAME).close()
+                self._made.append(directory)
+        file = directory.open(ABOUT_NAME)
+        self._locks.append(file)
+        patience = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < patience:
+                    time.sleep(0.01)
+                    continue
+                raise FlashError(
+                    "the KV store is in use by another process or cache", filename=directory.path,
+                    remedy="close it there, or choose another directory",
+                ) from None  # fmt: skip
+        if not file.nbytes:
+            return None
+        return _parse(file)[0]
+
+    def _create(self, about: dict, found: list[dict | None]) -> None:
+        """Make a store. Its first description is written last, so half of one is none."""
+        for directory, theirs in zip(self.directories, found, strict=True):
+            self._clear(directory, theirs)
+        identity = uuid.uuid4().hex
+        page_bytes = about["page_bytes"]
+        for shard in range(about["n_shards"]):
+            file = self._directory_of(shard).create(f"pages-{shard}.kv", direct=True)
+            self.files.append(file)
+            with mmap.mmap(-1, HEADER_BYTES) as header:
+                header[:] = _header(identity, shard, page_bytes)
+                file.write(0, header)
+            file.sync()
+        about = {"format": _FORMAT, "store": identity, **about}
+        self.journal = Journal.create(self.directories[0], about)
+        for position in reversed(range(len(self.directories))):
+            text = json.dumps(about | {"directory": position}, indent=1)
+            check = google_crc32c.value(text.encode())
+            file = self._locks[position]
+            file.write(0, f"{text}\n{check:08x}\n".encode(), what="write the store's description")
+            file.sync()
+            self.directories[position].sync()
+
+    def _clear(self, directory: Directory, about: dict | None) -> None:
+        """Remove what a process left that was killed while it made a store here.
+
+        Raises
+        ------
+        FlashError
+            If it may be more than that.
+        """
+        names = directory.names()
+        page_files = [name for name in names if name.startswith("pages-") and name.endswith(".kv")]
+        left = [*page_files, *(name for name in (NAME, NEW_NAME, END_NAME) if name in names)]
+        for name in left:
+            file = directory.open(name)
+            empty = file.nbytes <= HEADER_BYTES
+            file.close()
+            if not empty or any(other.startswith("state-") for other in names):
+                raise FlashError(
+                    f"there are pages or a journal, but no {ABOUT_NAME} that belongs to them",
+                    filename=file.path,
+                    remedy="put it back from a copy, name the store's directories in their order, or "
+                    "choose another directory",
+                )  # fmt: skip
+        for name in left:
+            directory.remove(name)
+        if about is not None:
+            self._locks[self.directories.index(directory)].cut(0)
+
+    def _check_header(self, file: File, identity: str, shard: int, page_bytes: int) -> None:
+        with mmap.mmap(-1, HEADER_BYTES) as memory:
+            try:
+                got = os.preadv(file.fd, [memory], 0)
+            except OSError as error:
+                raise FlashError(
+                    "cannot read a page file", errno=error.errno, filename=file.path
+                ) from error
+            data = memory[:got]
+        if data == _header(identity, shard, page_bytes):
+            return
+        what = "its header is damaged"
+        check = struct.pack("<I", google_crc32c.value(data[: _HEADER.size]))
+        if len(data) == HEADER_BYTES and data[_HEADER.size :][:4] == check:
+            _, theirs, number, _ = _HEADER.unpack_from(data)
+            what = f"it is shard {number} of store {theirs.hex()}"
+        raise FlashError(
+            f"not the page file of shard {shard} of store {identity}: {what}", filename=file.path,
+            remedy="put the right file back, or delete the store and compute its sequences again",
+        )  # fmt: skip
+
+    # --- what is saved ------------------------------------------------------------------------------
+
+    def write_state(self, number: int, data: bytes) -> dict:
+        """Keep bytes in a file of their own; what `read_state` needs to find them."""
+        directory, name = self.directories[0], f"state-{number}"
+        directory.remove(name)
+        file = directory.create(name)
+        try:
+            file.write(0, data, what="save the state of the KV store")
+            file.sync()
+        except FlashError:
+            directory.remove(name)
+            raise
+        finally:
+            file.close()
+        directory.sync()
+        return {"number": number, "bytes": len(data), "crc": google_crc32c.value(data)}
+
+    def read_state(self, about: dict) -> bytes:
+        """The bytes that `write_state` kept.
+
+        Raises
+        ------
+        FlashError
+            If the file is missing or damaged.
+        """
+        file = self.directories[0].open(f"state-{about['number']}")
+        try:
+            data = file.read(0, about["bytes"] + 1)
+        finally:
+            file.close()
+        if len(data) != about["bytes"] or google_crc32c.value(data) != about["crc"]:
+            raise FlashError(
+                "what was saved with the store is damaged", filename=file.path,
+                remedy="put the file back from a copy, or delete the store and compute its sequences "
+                "again",
+            )  # fmt: skip
+        return data
+
+    def remove_states(self, but: int | None) -> None:
+        """Remove saved states, all but one."""
+        directory = self.directories[0]
+        for name in directory.names():
+            head, _, number = name.partition("-")
+            if head == "state" and number.isdigit() and int(number) != but:
+                directory.remove(name)
+
+
+def _header(identity: str, shard: int, page_bytes: int) -> bytes:
+    head = _HEADER.pack(_MAGIC, bytes.fromhex(identity), shard, page_bytes)
+    head += struct.pack("<I", google_crc32c.value(head))
+    return head.ljust(HEADER_BYTES, b"\0")
+
+
+def _parse(file: File) -> tuple[dict, str]:
+    """The description in a store.json.
+
+    Raises
+    ------
+    FlashError
+        If it is damaged.
+    """
+    data = file.read(0, 1 << 16)
+    try:
+        text = data.decode()
+        body, _, check = text.rstrip("\n").rpartition("\n")
+        about = json.loads(body if len(check) == 8 and body else text)
+        if about.get("format") == _FORMAT and int(check, 16) != google_crc32c.value(body.encode()):
+            raise ValueError("its checksum differs")
+        return about, text
+    except (ValueError, AttributeError) as error:
+        raise FlashError(
+            f"the description of the KV store is damaged: {error}", filename=file.path,
+            remedy="put it back from a copy, or delete the store and compute its sequences again",
+        ) from None  # fmt: skip
