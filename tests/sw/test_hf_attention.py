@@ -20,7 +20,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from nearkv import NearStorageCache
-from nearkv.hf.attention import Handle, Padding
+from nearkv.hf.attention import Handle, OtherMask, Padding, attention_forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOGIT_BOUND = 2 * 2.0**-11  # as in test_cache.py
@@ -208,8 +208,6 @@ def test_training_without_our_cache_has_the_gradients_of_sdpa(model):
 
 
 def test_sinks_are_refused_with_any_cache(model):
-    from nearkv.hf.attention import attention_forward
-
     q = torch.zeros(1, 4, 3, 32)
     with pytest.raises(NotImplementedError, match="attention sinks"):
         attention_forward(model, q, q, q, None, s_aux=torch.zeros(4))
@@ -270,11 +268,15 @@ def test_custom_masks_are_refused(model, cache):
 
     config = copy.deepcopy(model.config)
     config._attn_implementation = "nearkv"
-    embeds = torch.zeros(1, 20, 64)
+    embeds, x, q = torch.zeros(1, 20, 64), torch.zeros(1, 2, 20, 32), torch.zeros(1, 4, 20, 32)
     for options in ({"or_mask_function": prefix}, {"and_mask_function": prefix},
                     {"block_sequence_ids": torch.zeros(1, 20, dtype=torch.long)}):  # fmt: skip
+        mask = create_causal_mask(config, embeds, None, cache, **options)
+        assert isinstance(mask, OtherMask)
         with pytest.raises(NotImplementedError, match="asks for another mask"):
-            create_causal_mask(config, embeds, None, cache, **options)
+            attention_forward(model, q, *cache.update(x, x, 0), mask)
+        with pytest.raises(RuntimeError, match="asks for another mask"):
+            mask[0]
     model.set_attn_implementation("nearkv")
     for mask in (torch.ones(1, 1, 20, 20, dtype=torch.bool), torch.zeros(1, 1, 20, 20)):
         with pytest.raises(NotImplementedError, match="no 4-dimensional masks"), torch.no_grad():
@@ -292,8 +294,6 @@ def test_packed_sequences_behind_our_cache_are_what_sdpa_makes_of_them(model, ca
 
 
 def test_an_attention_function_cannot_mix_layers_or_caches(model, cache):
-    from nearkv.hf.attention import attention_forward
-
     x = torch.zeros(1, 2, 3, 32)
     q = torch.zeros(1, 4, 3, 32)
     module = model.model.layers[0].self_attn

@@ -81,6 +81,20 @@ class Padding(_Marked):
         )
 
 
+class OtherMask(_Marked):
+    """Stands for a mask that a NearStorageCache does not know.
+
+    A model may build masks that none of its layers uses, so nothing is wrong before one is used.
+    """
+
+    @classmethod
+    def _complaint(cls) -> str:
+        return (
+            "NearStorageCache knows causal attention with padding, and this model asks for another "
+            "mask (a window, chunks, a prefix, blocks, or no causality); use another cache"
+        )
+
+
 def _name_of(func) -> str:
     return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
 
@@ -91,21 +105,13 @@ def mask_function(*args, **kwargs) -> torch.Tensor | None:
     Returns
     -------
     `Padding` for a NearStorageCache, or None if all its positions are tokens: causality needs no
-    mask. For anything else what "sdpa" gets.
-
-    Raises
-    ------
-    NotImplementedError
-        If a NearStorageCache is used with attention that is not plainly causal.
+    mask. `OtherMask` if it were more than that. For any other cache what "sdpa" gets.
     """
     kv_length = kwargs.get("kv_length")
     if not isinstance(kv_length, Length):
         return sdpa_mask(*args, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-        raise NotImplementedError(
-            "NearStorageCache knows causal attention with padding, and this model asks for another "
-            "mask (a window, chunks, a prefix, blocks, or no causality); use another cache"
-        )
+        return torch.empty(0).as_subclass(OtherMask)
     attention_mask = kwargs.get("attention_mask")
     if attention_mask is None:
         return None
@@ -134,7 +140,7 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
             "attn_implementation"
         )
     if not isinstance(key, Handle) and not isinstance(value, Handle):
-        if isinstance(attention_mask, Padding):
+        if isinstance(attention_mask, _Marked):
             raise RuntimeError(
                 "the mask was made for a NearStorageCache, but K and V do not come from it; this "
                 "model needs another cache"
@@ -168,6 +174,8 @@ def _check_plain(module, query, mask, dropout: float, options: dict) -> None:
             raise NotImplementedError(
                 f"NearStorageCache has no {name}, which this model uses; use another cache"
             )
+    if isinstance(mask, OtherMask):
+        raise NotImplementedError(OtherMask._complaint())
     if mask is not None and not isinstance(mask, Padding):
         raise NotImplementedError(
             "NearStorageCache knows causal attention with padding, no "

@@ -107,8 +107,8 @@ class NearStorageCache(Cache):
         config = decoder_config(config)
         if kv_type is None:
             kv_type = pages.parse_kv_type(pages.default_kv_dtype(config.dtype))
-        head_dim, n_kv_heads = check_model(config)
-        layout = layout_for(config, head_dim, page_tokens, kv_type)
+        shape = check_model(config)
+        layout = layout_for(config, shape.head_dim, page_tokens, kv_type)
         self.cards, owned = open_cards(card)
         try:
             for one in self.cards:
@@ -117,9 +117,9 @@ class NearStorageCache(Cache):
             if isinstance(weights, str):
                 if weights != "measure":
                     raise ValueError(f'weights must be numbers or "measure", not {weights!r}')
-                weights = measure_cards(self.cards, directory, layout, n_kv_heads)
+                weights = measure_cards(self.cards, directory, layout, shape.n_kv_heads)
             self.store = KvStore(
-                directory, layout, n_kv_heads, temporary=True, n_shards=len(self.cards),
+                directory, layout, shape.n_kv_heads, temporary=True, n_shards=len(self.cards),
                 weights=weights, delayed_bytes=DELAYED_BYTES, budget_bytes=budget_bytes,
             )  # fmt: skip
             self._pages = PageAttention(self.cards, self.store)
@@ -128,7 +128,7 @@ class NearStorageCache(Cache):
                 one.close()
             raise
         self._batch = Batch(
-            self._pages, head_dim, spill_pages=spill_pages, keep=beyond_budget == "keep",
+            self._pages, shape.head_dim, spill_pages=spill_pages, keep=beyond_budget == "keep",
             drop=on_fault == "drop",
         )  # fmt: skip
         self._finalizer = weakref.finalize(
@@ -138,7 +138,7 @@ class NearStorageCache(Cache):
         tokens = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
         # What a dropped row goes on with. Any token does: nobody is to read it.
         self._filler = next((token for token in tokens if isinstance(token, int)), 0)
-        layers = [Layer(self._batch, index) for index in range(config.num_hidden_layers)]
+        layers = [Layer(self._batch, index) for index in range(shape.n_layers)]
         self._batch.layers = layers
         super().__init__(layers=[*layers])
 
@@ -147,6 +147,23 @@ class NearStorageCache(Cache):
 
     def __exit__(self, *exception):
         self.close()
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """For transformers: K and V on their way to the attention "nearkv", which alone can use them.
+
+        Raises
+        ------
+        ValueError
+            If the cache is closed, or was made for another model.
+        RuntimeError
+            If layers come in another order than in the calls before, or in several threads.
+        """
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(
+                f"the cache was made for {len(self.layers)} layers, and the model has a layer "
+                f"{layer_idx}; make it with the config of this model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def figures(self) -> Figures:

@@ -6,6 +6,8 @@ to use the attention "nearkv". What neither tells (a model whose attention does 
 K, V or the mask) is refused by `attention` in the first forward pass, before anything is stored.
 """
 
+from typing import NamedTuple
+
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -18,6 +20,7 @@ _UNSUPPORTED = {
     "attn_logit_softcapping": "soft-capped scores",
     "kv_lora_rank": "multi-head latent attention",
     "attention_sinks": "attention sinks",
+    "cross_attention_layers": "cross attention",
     "alibi": "position bias (ALiBi)",
     "relative_attention_num_buckets": "relative position bias",
 }
@@ -39,8 +42,16 @@ def decoder_config(config):
     return config.get_text_config(decoder=True)
 
 
-def check_model(config) -> tuple[int, int]:
-    """Channels of a head and number of kv heads of a model that nearkv supports.
+class Shape(NamedTuple):
+    """What the cache of a model is made of."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+
+
+def check_model(config) -> Shape:
+    """The layers and heads of a model that nearkv supports.
 
     Parameters
     ----------
@@ -61,21 +72,50 @@ def check_model(config) -> tuple[int, int]:
     for model_class in _model_classes(config):
         if problem := class_problem(model_class):
             raise ValueError(f"model {name} cannot use nearkv: {problem}; {_OTHER_CACHE}")
-    for attribute, what in _UNSUPPORTED.items():
-        if getattr(config, attribute, None):
-            raise ValueError(
-                f"model {name} has {what} ({attribute}), which nearkv does not support; "
-                f"{_OTHER_CACHE}"
-            )
-    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    try:
+        for attribute, what in _UNSUPPORTED.items():
+            if any(getattr(one, attribute, None) for one in _layers(config)):
+                raise ValueError(
+                    f"model {name} has {what} ({attribute}), which nearkv does not support; "
+                    f"{_OTHER_CACHE}"
+                )
+        kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+        heads = {_heads(one) for one in _layers(config)}
+        n_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the config of model {name} does not say what its layers and heads are ({error}); "
+            f"{_OTHER_CACHE}"
+        ) from None
     if kinds:
         raise ValueError(
             f"model {name} has layers of {', '.join(sorted(kinds))}; "
             f"NearStorageCache supports full attention only: {_OTHER_CACHE}"
         )
-    n_q_heads = config.num_attention_heads
+    if len(heads) > 1:
+        raise ValueError(
+            f"model {name} has layers whose heads differ; NearStorageCache supports one size of "
+            f"heads only: {_OTHER_CACHE}"
+        )
+    ((head_dim, n_kv_heads),) = heads
+    return Shape(n_layers, n_kv_heads, head_dim)
+
+
+def _layers(config):
+    """Configs of the layers; one stands for all where they are alike."""
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _heads(config) -> tuple[int, int]:
+    """Channels of a head and number of kv heads."""
+    # Where encoder and decoder share a config, the other names mean the encoder.
+    n_q_heads = getattr(config, "decoder_attention_heads", None)
+    n_kv_heads = n_q_heads or getattr(config, "num_key_value_heads", None)
+    n_q_heads = n_q_heads or config.num_attention_heads
+    if getattr(config, "multi_query", False):
+        n_kv_heads = 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_q_heads
-    return head_dim, getattr(config, "num_key_value_heads", None) or n_q_heads
+    return head_dim, n_kv_heads or n_q_heads
 
 
 def layout_for(config, head_dim: int, page_tokens: int, kv_type: KvType) -> PageLayout:
@@ -101,8 +141,8 @@ def class_problem(model_class) -> str | None:
         )
     if not model_class._supports_sdpa:
         return (
-            f"{model_class.__name__} does not work with plain attention (_supports_sdpa is False): "
-            "it has attention sinks, soft-capped scores or the like"
+            f"{model_class.__name__} is not made for plain attention (_supports_sdpa is False), as "
+            "models with attention sinks, soft-capped scores or no attention at all are not"
         )
     return None
 
