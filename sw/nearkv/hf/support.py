@@ -73,20 +73,21 @@ def check_model(config) -> Shape:
         if problem := class_problem(model_class):
             raise ValueError(f"model {name} cannot use nearkv: {problem}; {_OTHER_CACHE}")
     try:
-        for attribute, what in _UNSUPPORTED.items():
-            if any(getattr(one, attribute, None) for one in _layers(config)):
-                raise ValueError(
-                    f"model {name} has {what} ({attribute}), which nearkv does not support; "
-                    f"{_OTHER_CACHE}"
-                )
+        layers = _layers(config)
+        unsupported = [a for a in _UNSUPPORTED if any(getattr(one, a, None) for one in layers)]
         kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
-        heads = {_heads(one) for one in _layers(config)}
+        heads = {_heads(one) for one in layers}
         n_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the config of model {name} does not say what its layers and heads are ({error}); "
             f"{_OTHER_CACHE}"
         ) from None
+    if unsupported:
+        raise ValueError(
+            f"model {name} has {_UNSUPPORTED[unsupported[0]]} ({unsupported[0]}), which nearkv does "
+            f"not support; {_OTHER_CACHE}"
+        )
     if kinds:
         raise ValueError(
             f"model {name} has layers of {', '.join(sorted(kinds))}; "
