@@ -24,6 +24,22 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def rounded_cache():
+    """transformers' own cache, holding what nearkv stores."""
+    from transformers import DynamicCache
+
+    class RoundedCache(DynamicCache):
+        def __init__(self, config, kind=torch.float16):
+            super().__init__(config=config)
+            self.kind = kind
+
+        def update(self, k, v, *args, **kwargs):
+            return super().update(*(x.to(self.kind).to(x) for x in (k, v)), *args, **kwargs)
+
+    return RoundedCache
+
+
+@pytest.fixture(scope="session")
 def card():
     with nearkv.open_card("model") as card:
         yield card

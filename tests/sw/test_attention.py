@@ -107,17 +107,65 @@ def test_attend_refuses_what_does_not_fit(card):
     q, k, v = _qkv(40)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 kv heads"):
         nearkv.attend(q, *(np.zeros((4, 3, 64)) for _ in "kv"), card=card)
-    with pytest.raises(ValueError, match="head_dim must be a multiple of 32.*not 80"):
-        nearkv.attend(*_qkv(40, head_dim=80), card=card)
+    with pytest.raises(ValueError, match="heads of 260 channels fit no page"):
+        nearkv.attend(*_qkv(40, head_dim=260), card=card)
     with nearkv.open_card("model", config="tiny") as tiny:
         with pytest.raises(ValueError, match="built for head_dim up to 64, not 128"):
             nearkv.attend(*_qkv(40, head_dim=128), card=tiny)
         _check(nearkv.attend(q, k, v, card=tiny), q, k, v)
     k[3, 1, 5] = np.nan
-    with pytest.raises(ValueError, match="K of layer 0, sequence 0, kv head 1, token 3"):
+    with pytest.raises(
+        ValueError, match="Inf or NaN in K, token 3, kv head 1, channel 5: the model computed it"
+    ):
         nearkv.attend(q, k, v, card=card)
     with pytest.raises(ValueError, match="q must be finite"):
         nearkv.attend(q * np.float16(np.inf), v, v, card=card)
+
+
+@pytest.mark.parametrize("head_dim", [1, 20, 80, 112, 250])
+def test_heads_of_any_size_are_filled_up_with_zeros(card, head_dim):
+    q, k, v = _qkv(200, 4, 2, head_dim)
+    out, lse_ln = nearkv.attend(q, k, v, card=card)
+    assert out.shape == (4, head_dim)
+    _check((out, lse_ln), q, k, v)
+    # Channels of zeros change no bit.
+    wide = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -head_dim % 32)]) for x in (q, k, v)]
+    wide_out, wide_lse = nearkv.attend(*wide, card=card, scale=head_dim**-0.5)
+    np.testing.assert_array_equal(wide_out[:, :head_dim], out)
+    np.testing.assert_array_equal(wide_lse, lse_ln)
+
+
+def test_attend_says_what_is_wrong_with_its_arrays(card, tmp_path):
+    q, k, v = _qkv(40)
+
+    def refused(match, *qkv, kind=ValueError, **options):
+        with pytest.raises(kind, match=match):
+            nearkv.attend(*qkv, card=card, directory=tmp_path / "none", **options)
+        assert not list(tmp_path.iterdir())
+
+    refused(r"q must have shape \(n_q_heads, head_dim\), not \(1, 4, 64\)", q[None], k, v)
+    refused(r"k must have shape \(kv_len, n_kv_heads, head_dim\), not \(40, 64\)", q, k[:, 0], v)
+    refused(r"v must have the shape of k, \(40, 2, 64\), not \(39, 2, 64\)", q, k, v[1:])
+    refused(r"v must have the shape of k", q, k, v[..., :32])
+    refused("need at least one head, not 4 and 0", q, k[:, :0], v[:, :0])
+    refused("need at least one head, not 0 and 2", q[:0], k, v)
+    refused("q has head_dim 64 and k 32", q, k[..., :32], v[..., :32])
+    for scale in (0, -1.0, np.nan, np.inf, 1.7e308):
+        refused("scale must be positive and below 1.2e308", q, k, v, scale=scale)
+    for x in (k.view(np.uint16), k.astype(np.int32), k > 0, torch.from_numpy(k.view(np.int16))):
+        refused("k must be floating-point numbers", q, x, v, kind=TypeError)
+        refused("v must be floating-point numbers", q, k, x, kind=TypeError)
+    refused("q must be floating-point numbers", q.astype(np.int8), k, v, kind=TypeError)
+    large = k.astype(np.float64)
+    large[3, 1, 5] = 1e5
+    refused(r"K, token 3, kv head 1, channel 5: 100000.0 is beyond fp16 \(65504\); store .* as bf16",
+            q, large, v)  # fmt: skip
+    large[3, 1, 5] = 3.4e38
+    refused(
+        r"3.4e\+38 is beyond bf16 \(3.39e38\); scale K and V down", q, v, large, kv_dtype="bf16"
+    )
+    refused(r"beyond bf16", torch.from_numpy(q), torch.from_numpy(large), torch.from_numpy(v),
+            kv_dtype="bf16")  # fmt: skip
 
 
 # --- merge -----------------------------------------------------------------------------------

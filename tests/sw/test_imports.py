@@ -18,7 +18,10 @@ _ROOT = Path(nearkv.__file__).parent
 _NEVER = ("amaranth", "pyxrt", "pynq", "nearkv_sim")
 _ONLY_CACHE = ("torch", "transformers")
 # Those that are there for what only simulation or torch can do: loaded by name, when asked for.
-_ON_DEMAND = ("nearkv.bench.", "nearkv.measure", "nearkv.hf.cache")
+_ON_DEMAND = (
+    "nearkv.bench.", "nearkv.measure", "nearkv.hf.attention", "nearkv.hf.cache",
+    "nearkv.hf.layer", "nearkv.hf.state", "nearkv.hf.support",
+)  # fmt: skip
 # Who may import whom: a package sees itself and what stands before it.
 _PACKAGES = ("nearkv_hw", "nearkv_sim", "nearkv")
 _PARTS = ("io", "store", "cards", "attention", "hf")

@@ -762,20 +762,15 @@ class KvStore:
             )
         out = []
         for name, x in (("K", k), ("V", v)):
-            patterns = pages.to_patterns(x, kv_type)
+            patterns = pages.to_patterns(x, kv_type, patterns=True)
             at = pages.first_non_finite(patterns, kv_type)
             if at is not None:
                 head, token, channel = at
-                value = float(x[at]) if getattr(x, "dtype", None) != np.uint16 else None
-                remedy = (
-                    f"{value} is beyond fp16 (65504); store K and V as bf16: kv_dtype='bf16'"
-                    if value is not None and np.isfinite(value)
-                    else "the model computed it; nothing was written"
-                )
                 done = self.n_pages(sequence, layer) * self.layout.page_tokens
                 raise ValueError(
                     f"Inf or NaN in {name} of layer {layer}, sequence {sequence}, kv head {head}, "
-                    f"token {done + token}, channel {channel}: {remedy}"
+                    f"token {done + token}, channel {channel}: "
+                    f"{pages.cause_of_non_finite(x, at, kv_type)}"
                 )
             out.append(patterns)
         return out
