@@ -51,8 +51,7 @@ from nearkv_hw.abi import PageLayout
 
 from .. import extras
 from ..arguments import existing_directory, whole
-from ..attention import Figures, PageAttention
-from ..attention.scheduler import RING_BYTES, SEGMENTS
+from ..attention import RING_BYTES, SEGMENTS, Figures, PageAttention
 from ..cards import KV_BYTES, open_cards
 from ..io import reader_kind
 from ..io.uring import refusal
@@ -246,12 +245,16 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     new = rng.standard_normal((args.kv_heads, args.page_tokens, args.head_dim))
     new = new.astype(np.float16).view(np.uint16)
 
+    def attend(attention, layer):
+        n_pages = [store.n_pages(sequence, layer) for sequence in range(args.batch)]
+        attention.attend(layer, range(args.batch), q, scale, n_pages)
+
     def step(attention, append=lambda layer: None):
         """Seconds of a step in the steady state."""
-        attention.attend(0, range(args.batch), q, scale)
+        attend(attention, 0)
         begin = time.perf_counter()
         for layer in [*range(1, args.layers), 0]:
-            attention.attend(layer, range(args.batch), q, scale)
+            attend(attention, layer)
             append(layer)
         return time.perf_counter() - begin
 
@@ -337,7 +340,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
 def _card_alone(card, store: KvStore, q, scale: float) -> float:
     """bytes/s of a card whose pages are there: runs only, of one head at a time."""
     attention = PageAttention(card, store, ahead=False, segments=1)
-    pages = min(attention.span_pages, store.n_pages(0, 0))
+    pages = min(attention.job_pages, store.n_pages(0, 0))
     only = q.repeat(store.n_kv_heads, axis=1)
     for _ in range(2):
         attention.attend(0, [0], only, scale, [pages])
