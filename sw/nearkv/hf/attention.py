@@ -134,11 +134,12 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
     NotImplementedError
         If a NearStorageCache is used with what it does not support. Nothing has been stored then.
     """
-    if kwargs.get("s_aux") is not None:  # "sdpa" would ignore them
-        raise NotImplementedError(
-            "nearkv attention has no attention sinks (s_aux); load the model with another "
-            "attn_implementation"
-        )
+    for name, what in (("s_aux", "attention sinks"), ("softcap", "soft-capped scores")):
+        if kwargs.get(name) is not None:  # not every "sdpa" refuses them
+            raise NotImplementedError(
+                f"nearkv attention has no {what} ({name}); load the model with another "
+                "attn_implementation"
+            )
     if not isinstance(key, Handle) and not isinstance(value, Handle):
         if isinstance(attention_mask, _Marked):
             raise RuntimeError(
@@ -169,7 +170,7 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
 
 def _check_plain(module, query, mask, dropout: float, options: dict) -> None:
     """Raise unless this is plain causal attention."""
-    for name in ("sliding_window", "softcap", "position_bias"):
+    for name in ("sliding_window", "position_bias"):
         if options.get(name) is not None:
             raise NotImplementedError(
                 f"NearStorageCache has no {name}, which this model uses; use another cache"
