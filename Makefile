@@ -31,7 +31,8 @@ help: ## list the targets (default)
 
 setup: $(READY) ## create .venv with the pinned versions, the simulator and the demo model
 
-$(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/nearkv_sim/twin/*)
+$(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/nearkv_sim/twin/*) \
+		$(wildcard sw/nearkv/attention/native.*)
 	@test -n "$(PYTHON)" || { echo 'make setup: needs Python 3.11 or 3.12 as python3, or' \
 	'PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@echo 'setup 1/4: .venv with $(PYTHON)'

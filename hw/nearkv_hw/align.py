@@ -9,8 +9,7 @@ import numpy as np
 from .abi import KvType
 from .fetch import EXPONENT_BITS, LANES, Block
 from .fifo import delay
-from .jobs import Q_EXPONENT_BITS
-from .number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
+from .number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS, Q_EXPONENT_BITS
 
 
 def unpack(elements, kv_type: KvType):

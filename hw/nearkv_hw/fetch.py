@@ -19,8 +19,8 @@ from amaranth.lib.wiring import In, Out
 from . import abi
 from .axi import BEAT_BITS, Burst, ReadBeat, ReadMaster
 from .fifo import Queue, delay
-from .jobs import Q_BANKS, Q_EXPONENT_BITS, Faults, Params, Tile, small_product
-from .number import EXPONENT_FLOOR, KV_FORMATS
+from .jobs import Q_BANKS, Faults, Params, Tile, small_product
+from .number import EXPONENT_FLOOR, KV_FORMATS, Q_EXPONENT_BITS
 
 LANES = abi.BLOCK_TOKENS
 EXPONENT_BITS = 12

@@ -14,10 +14,9 @@ from amaranth.lib.wiring import In, Out
 from . import abi
 from .axi import Burst, ControlArgs, ReadBeat, ReadMaster
 from .fifo import Queue
-from .number import SCALE_BITS, WEIGHT_BITS
+from .number import Q_EXPONENT_BITS, SCALE_BITS, WEIGHT_BITS
 
 Q_BANKS = 2
-Q_EXPONENT_BITS = 11
 
 
 class Params(data.Struct):

@@ -25,9 +25,9 @@ from .axi import AxiLite, Burst, Control, ReadBeat, WriteBeat, WriteMaster
 from .config import Config
 from .fetch import LANES, KvFetch
 from .fifo import Queue
-from .jobs import Q_BANKS, Q_EXPONENT_BITS, JobInfo, JobReader, Tile
+from .jobs import Q_BANKS, JobInfo, JobReader, Tile
 from .merge import V_QUEUE_CHANNELS, Merge, PartialWriter, v_layout
-from .number import RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
+from .number import Q_EXPONENT_BITS, RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
 from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
 
 RESET_CYCLES = 32  # longer than any delay line

@@ -68,6 +68,7 @@ KV_FORMATS = {KvType.FP16: KvFormat(5, 10), KvType.BF16: KvFormat(8, 7)}
 WEIGHT_BITS = 18
 WEIGHT_MAX = (1 << (WEIGHT_BITS - 1)) - 1
 Q_EXPONENT_MIN, Q_EXPONENT_MAX = -512, 511  # a channel in which every head is zero has the least
+Q_EXPONENT_BITS = 11  # as the card takes it from a query record
 ACC_BITS = 48
 
 # --- scores -------------------------------------------------------------------------------------

@@ -19,12 +19,16 @@ from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.config import Config
 from nearkv_hw.number import (
     N_LIMBS,
+    Q_EXPONENT_BITS,
     RUN_MAX_EMPTY,
     SCALE_BITS,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
+    WEIGHT_BITS,
     Wide,
 )
+
+from .lifetime import Lifetime
 
 # Tiles computed at once: enough to hide numpy's call cost, few enough to stay in the cache.
 _TILES_AT_ONCE = 16
@@ -53,9 +57,11 @@ class ModelCard:
         self.config = config
         # Of each legal job of the last run: maxima of its tiles, int (tiles, rows).
         self.tile_maxima: list[np.ndarray] = []
+        self._lifetime = Lifetime(free=lambda: None)
 
     def close(self) -> None:
-        pass
+        """From any thread: a run under way is stopped first, see `Lifetime`."""
+        self._lifetime.close()
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
         """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
@@ -68,7 +74,20 @@ class ModelCard:
             Offsets in job memory.
         timeout_s : float, optional
             Accepted for the sake of the interface; the model always ends.
+
+        Raises
+        ------
+        ValueError
+            If the card is closed.
+        ClosedError
+            If it was closed meanwhile.
+        RuntimeError
+            If it runs in another thread, or belongs to the parent process.
         """
+        with self._lifetime.use():
+            self._execute(kv, job, queue, n_jobs, summary)
+
+    def _execute(self, kv, job, queue, n_jobs, summary) -> None:
         failed = kv_beats = partial_beats = kv_bursts = 0
         self.tile_maxima = []
         # A queue or a summary that is not aligned to beats: as the hardware takes it.
@@ -77,7 +96,7 @@ class ModelCard:
         n_jobs = 0 if error else n_jobs
         for i in range(n_jobs):
             record = abi.JOB.unpack(job[queue + i * abi.JOB.bytes :])
-            run = _Job(self.config, kv, job, record)
+            run = _Job(self.config, kv, job, record, self._lifetime.check)
             status = run.execute()
             if run.tile_maxima:
                 self.tile_maxima.append(np.concatenate(run.tile_maxima))
@@ -97,8 +116,9 @@ class ModelCard:
 class _Job:
     """One job on its way through the model."""
 
-    def __init__(self, config, kv, job, record):
+    def __init__(self, config, kv, job, record, check):
         self.config, self.kv, self.job, self.record = config, kv, job, record
+        self.check = check  # raises if the run shall end
         self.kv_beats = self.kv_bursts = self.partial_beats = 0
         self.tile_maxima: list[np.ndarray] = []
 
@@ -122,6 +142,7 @@ class _Job:
             for first, tokens in self.layout.tiles(page.page_len)
         ]
         for at in range(0, len(tiles), _TILES_AT_ONCE):
+            self.check()
             part, tile_max, saturated = self._attend(pages, tiles[at : at + _TILES_AT_ONCE])
             parts.append(part)
             run_max = np.maximum(run_max, tile_max.max(axis=0))
@@ -159,8 +180,9 @@ class _Job:
         start, head_dim = self.record["q"], self.record["head_dim"]
         words = self.job[start : start + head_dim * abi.Q_RECORD.bytes]
         words = words.view("<i4").reshape(head_dim, 16)
-        self.weight = words[:, : self.rows].T.astype(np.float64)  # (rows, head_dim)
-        self.exponent = words[:, 15].astype(np.int32)
+        # (rows, head_dim); any bits are taken as the hardware takes them
+        self.weight = _low_bits(words[:, : self.rows], WEIGHT_BITS).T.astype(np.float64)
+        self.exponent = _low_bits(words[:, 15], Q_EXPONENT_BITS)
 
     def _load_pages(self) -> list[_Page]:
         pages = []
@@ -222,7 +244,7 @@ class _Job:
             raw, self.record["score_mantissa"],
             (self.record["score_shift"] - exponent)[:, :, None, None],
         )  # fmt: skip
-        saturated = (beyond & keep_k)[:, :, : self.record["group_size"]].any()
+        saturated = (beyond & keep_k).any()
         score = score.swapaxes(1, 2).reshape(len(tiles), self.rows, tile_tokens)
         p, tile_max, tile_sum, tile_wide = softmax.model(score, keep[:, None])
 
@@ -262,6 +284,11 @@ class _Job:
         start = self.record["partial"] + abi.PARTIAL_HEADER.bytes
         self.job[start : start + len(padded)] = padded
         self.partial_beats += len(padded) // abi.BEAT_BYTES
+
+
+def _low_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """The low bits of int32 values as signed numbers."""
+    return values << (32 - bits) >> (32 - bits)
 
 
 assert N_LIMBS * 4 == abi.WIDE_BYTES

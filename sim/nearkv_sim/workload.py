@@ -5,14 +5,28 @@ Unlike the host's own job builder it scatters everything: pages lie in random sl
 records in random places, and every byte between them is a sentinel.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
 from nearkv_hw import abi, pages
 from nearkv_hw.abi import KvType, PageLayout
 from nearkv_hw.config import Config
-from nearkv_hw.number import KV_FORMATS, quantize_q, score_scale
+from nearkv_hw.number import (
+    KV_FORMATS,
+    Q_EXPONENT_MAX,
+    Q_EXPONENT_MIN,
+    SCALE_BITS,
+    SCORE_SHIFT_MAX,
+    WEIGHT_BITS,
+    WEIGHT_MAX,
+    KvFormat,
+    quantize_q,
+    score_scale,
+)
+
+T = TypeVar("T")
 
 # Fields of the summary that count cycles, and so are the simulated hardware's alone.
 TIMING_FIELDS = ("cycles", "stream_cycles", "starved_cycles", "stalled_cycles")
@@ -33,7 +47,9 @@ class Job:
     page_lens : list of int, optional
         Valid tokens of each page, instead of full pages and one ragged one.
     fields : dict
-        Job fields to overwrite, for illegal jobs.
+        Job fields to overwrite, for illegal jobs and for scales that no softmax has.
+    query : bytes, optional
+        The query block, instead of what `quantize_q` makes of q.
     """
 
     q: np.ndarray
@@ -46,6 +62,7 @@ class Job:
     tail: int = 0x7FFF
     page_lens: list[int] | None = None
     fields: dict = field(default_factory=dict)
+    query: bytes | None = None
 
     @property
     def layout(self) -> PageLayout:
@@ -96,6 +113,17 @@ class Memories:
         job = self.job.copy()
         card.execute(self.kv, job, self.queue, self.n_jobs, self.summary, timeout_s)
         return job
+
+    def repeated(self, times: int) -> "Memories":
+        """The same jobs over and over in one queue: a run that takes that much longer."""
+        end = self.queue + self.n_jobs * abi.JOB.bytes
+        jobs = np.tile(self.job[self.queue : end], times)
+        at = -(-len(self.job) // abi.BEAT_BYTES) * abi.BEAT_BYTES
+        job = np.concatenate([self.job, np.zeros(at - len(self.job), np.uint8), jobs])
+        return replace(
+            self, job=job, queue=at, n_jobs=self.n_jobs * times,
+            page_addresses=self.page_addresses * times,
+        )  # fmt: skip
 
     def record(self, i: int) -> dict:
         """Fields of job i."""
@@ -195,16 +223,20 @@ def place(jobs: list[Job], rng: np.random.Generator) -> Memories:
         record = abi.JOB.pack(**{**values, **job.fields})
         result._put(result.queue + i * abi.JOB.bytes, record)
         result._put(offsets["page_table", i], entries[i])
-        result._put(offsets["q", i], query_block(job.q))
+        result._put(offsets["q", i], query_block(job.q) if job.query is None else job.query)
         result._put(offsets["partial", i], bytes(4))  # the host clears the status
     return result
 
 
 def query_block(q: np.ndarray) -> bytes:
     """The query block of a group: q is (group_size, head_dim), real and finite."""
-    weight, exponent = quantize_q(q)
-    words = np.zeros((q.shape[1], abi.Q_RECORD.bytes // 4), "<i4")
-    words[:, : len(q)] = weight.T
+    return query_records(*quantize_q(q))
+
+
+def query_records(weight: np.ndarray, exponent: np.ndarray) -> bytes:
+    """The query block of weights int (rows, head_dim) and exponents int (head_dim,)."""
+    words = np.zeros((weight.shape[1], abi.Q_RECORD.bytes // 4), "<i4")
+    words[:, : len(weight)] = weight.T
     words[:, -1] = exponent
     return words.tobytes()
 
@@ -236,7 +268,7 @@ def random_job(
     """
 
     def draw(value, choices):
-        return choices[int(rng.integers(len(choices)))] if value is None else value
+        return _one_of(rng, *choices) if value is None else value
 
     head_dim = draw(head_dim, [d for d in (64, 128) if d <= config.max_head_dim])
     group_size = draw(group_size, range(1, config.rows + 1))
@@ -266,3 +298,95 @@ def random_job(
     infinity = form.exponent_max << form.mantissa_bits
     tail = (0x7FFF, 0x8000 | infinity, infinity - 1)[int(rng.integers(3))]
     return Job(q, k, v, kv_type, page_tokens, tag=int(rng.integers(1 << 32)), tail=tail)
+
+
+def extreme_job(
+    rng: np.random.Generator,
+    config: Config,
+    *,
+    kv_type: KvType | None = None,
+    head_dim: int | None = None,
+    max_tokens: int = 160,
+) -> Job:
+    """A legal job at the ends of every range, in random combinations.
+
+    K and V: subnormal numbers, the largest finite ones, zeros, Inf and NaN now and then, in blocks,
+    rows and lanes of their own. Query exponents and weights from least to largest; scales that put
+    the scores in range, far below it and far beyond; ragged and empty pages.
+
+    Parameters
+    ----------
+    kv_type, head_dim : optional
+        What is not given is drawn.
+    max_tokens : int
+        At most so many; usually fewer.
+    """
+    if kv_type is None:
+        kv_type = _one_of(rng, *KvType)
+    if head_dim is None:
+        head_dim = _one_of(
+            rng, *(d for d in (32, 64, 96, config.max_head_dim) if d <= config.max_head_dim)
+        )
+    group_size = int(rng.integers(1, config.rows + 1))
+    page_tokens = _one_of(rng, 32, 64, 96, 128, 256)
+    left, page_lens = int(rng.integers(max_tokens + 1)), []
+    while left or not page_lens:
+        page_len = _one_of(rng, 0, 1, 31, 33, page_tokens - 1, page_tokens, page_tokens)
+        page_lens.append(min(left, page_len, page_tokens))
+        left -= page_lens[-1]
+    form = KV_FORMATS[kv_type]
+    finite = form.exponent_max - 1
+    largest = int(_one_of(rng, finite, finite, finite - 1, rng.integers(1, finite + 1), 1, 0))
+    k, v = (_extreme_patterns(rng, form, (sum(page_lens), head_dim), largest) for _ in range(2))
+
+    middle = _one_of(rng, Q_EXPONENT_MIN, Q_EXPONENT_MAX, 0, rng.integers(-40, 40))
+    spread = _one_of(rng, 0, 12, 15, 25, 300, 2000)
+    exponents = middle + rng.integers(-spread, spread + 1, head_dim)
+    exponents = exponents.clip(Q_EXPONENT_MIN, Q_EXPONENT_MAX)
+    weights = rng.integers(-WEIGHT_MAX, WEIGHT_MAX + 1, (group_size, head_dim))
+    weights >>= _one_of(rng, 0, 0, WEIGHT_BITS - 3)
+    picked = rng.random(weights.shape) < _one_of(rng, 0, 0.1, 1)
+    weights = np.where(picked, _one_of(rng, 0, 1, WEIGHT_MAX, -WEIGHT_MAX), weights)
+    # What little is left of small channels shows where large ones have no weight.
+    if rng.random() < 0.5:
+        weights[:, exponents > rng.integers(exponents.min(), exponents.max() + 1)] = 0
+
+    least, most = 1 << (SCALE_BITS - 1), (1 << SCALE_BITS) - 1
+    # A block's scores are in range for a shift of about 30 above its exponent.
+    near = int(exponents.max()) + largest + int(rng.integers(-2, SCORE_SHIFT_MAX + 3))
+    fields = {
+        "score_mantissa": _one_of(rng, least, most, int(rng.integers(least, most + 1))),
+        "score_shift": _one_of(rng, -(1 << 15), (1 << 15) - 1, *[near] * 8),
+    }
+    infinity = form.exponent_max << form.mantissa_bits
+    tail = _one_of(rng, 0, 1, 0x7FFF, 0xFFFF, infinity, infinity - 1, 0x8000 | (infinity - 1))
+    return Job(
+        np.zeros((group_size, head_dim)), k, v, kv_type, page_tokens,
+        tag=int(rng.integers(1 << 32)), tail=tail, page_lens=page_lens, fields=fields,
+        query=query_records(weights, exponents),
+    )  # fmt: skip
+
+
+def _extreme_patterns(
+    rng: np.random.Generator, form: KvFormat, shape: tuple[int, int], largest: int
+) -> np.ndarray:
+    """K or V of an extreme job: uint16 (n_tokens, head_dim), exponent fields up to `largest`."""
+    spread = _one_of(rng, 0, 2, form.align_bits + form.sig_bits + 3, form.exponent_max)
+    exponent = np.maximum(largest - rng.integers(0, spread + 1, shape), 0)
+    # Whole tokens and channels that are small, or zero, beside large ones.
+    for of_axis in ((shape[0], 1), (1, shape[1])):
+        small = rng.random(of_axis) < _one_of(rng, 0, 0.2, 0.95)
+        limit = np.minimum(exponent, _one_of(rng, 0, 1, largest // 2))
+        exponent = np.where(small, limit, exponent)
+    mantissa = rng.integers(0, 1 << form.mantissa_bits, shape)
+    picked = rng.random(shape) < 0.3
+    mantissa[picked] = _one_of(rng, 0, 1, (1 << form.mantissa_bits) - 1)
+    if exponent.size and rng.random() < 0.1:
+        exponent[tuple(rng.integers(shape))] = form.exponent_max
+    x = exponent << form.mantissa_bits | mantissa | rng.integers(0, 2, shape) << 15
+    x[rng.random(shape) < _one_of(rng, 0, 0, 0.9, 1)] = _one_of(rng, 0, 0x8000)
+    return x.astype(np.uint16)
+
+
+def _one_of(rng: np.random.Generator, *choices: T) -> T:
+    return choices[int(rng.integers(len(choices)))]

@@ -11,7 +11,7 @@ from nearkv_hw import abi
 from nearkv_hw.abi import KvType, Status
 from nearkv_hw.config import preset
 from nearkv_sim import rtl, workload
-from nearkv_sim.workload import KINDS, random_job
+from nearkv_sim.workload import KINDS, extreme_job, random_job
 
 pytestmark = pytest.mark.sim
 
@@ -49,6 +49,27 @@ def test_every_kind_of_numbers_equals_the_model(open_rtl, assert_equals_model, k
     rng = np.random.default_rng(100 + KINDS.index(kind))
     jobs = [small(rng, kind=kind, kv_type=kv_type, n_tokens=200) for _ in range(3)]
     assert_equals_model(open_rtl(), workload.place(jobs, rng))
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+@pytest.mark.parametrize("name", ["tiny", "smartssd"])
+def test_numbers_at_the_ends_of_their_ranges(open_rtl, assert_equals_model, name, kv_type):
+    rng = np.random.default_rng(21)
+    card = open_rtl(name)
+    for _ in range(20):
+        jobs = [extreme_job(rng, card.config, kv_type=kv_type) for _ in range(6)]
+        assert_equals_model(card, workload.place(jobs, rng))
+
+
+def test_any_bits_in_the_query_block(open_rtl, assert_equals_model):
+    rng = np.random.default_rng(22)
+    card = open_rtl()
+    for _ in range(10):
+        jobs = [small(rng) for _ in range(4)]
+        for job in jobs:
+            job.query = rng.bytes(job.q.shape[1] * abi.Q_RECORD.bytes)
+            job.fields = {"score_shift": int(rng.integers(1000, 1100))}
+        assert_equals_model(card, workload.place(jobs, rng))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 224, 256])

@@ -36,7 +36,7 @@ def _fill(store, lengths=LENGTHS, layers=(0, 1, 2)):
 
 
 def _bits(partial):
-    return [partial.run_max] + [part.pack() for part in partial._wides()]
+    return [partial.run_max, partial.sums.pack()]
 
 
 def _same(a, b):

@@ -7,7 +7,7 @@ the package is installed. Their constants are generated here from `nearkv_hw.abi
 """
 
 import ctypes
-from functools import cache
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -20,6 +20,8 @@ import numpy as np
 from nearkv_hw import abi, number
 from nearkv_hw.abi import KvType, Status
 from nearkv_hw.config import Config
+
+from ..lifetime import Lifetime
 
 PATHS = ("ifma", "avx512", "avx2", "portable")
 _FOLDER = Path(__file__).parent
@@ -62,7 +64,6 @@ class TwinCard:
             raise ValueError(f"path must be auto, {', '.join(PATHS)}, not {path!r}")
         self.config, self.threads = config, threads
         self._config_hash = config.hash32  # takes longer than a small run
-        self._handle = None
         self._library = load()
         found = self._library.twin_path(path.encode())
         if found is None:
@@ -73,11 +74,14 @@ class TwinCard:
         )
         if not self._handle:
             raise TwinError(f"no memory, or {threads} threads cannot be started")
+        self._lifetime = Lifetime(
+            free=functools.partial(self._library.twin_close, self._handle),
+            stop=functools.partial(self._library.twin_stop, self._handle),
+        )
 
     def close(self) -> None:
-        if self._handle:
-            self._library.twin_close(self._handle)
-        self._handle = None
+        """Free the card. From any thread: a run under way is stopped first, see `Lifetime`."""
+        self._lifetime.close()
 
     def __enter__(self):
         return self
@@ -86,8 +90,8 @@ class TwinCard:
         self.close()
 
     def __del__(self):
-        if getattr(self, "_handle", None):
-            self.close()
+        if hasattr(self, "_lifetime"):
+            self._lifetime.abandon()
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
         """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
@@ -107,10 +111,17 @@ class TwinCard:
         ------
         TimeoutError
         ValueError
-            If a record of the queue leaves job memory; nothing was computed then.
+            If a record of the queue leaves job memory, or the card is closed; nothing was computed
+            then.
+        ClosedError
+            If the card was closed meanwhile; no thread uses the memories any more.
+        RuntimeError
+            If the card runs in another thread, or belongs to the parent process.
         """
-        if not self._handle:
-            raise ValueError("the card is closed")
+        with self._lifetime.use():
+            self._execute(kv, job, queue, n_jobs, summary, timeout_s)
+
+    def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
         for name, memory in (("kv", kv), ("job", job)):
             if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
                 raise ValueError(f"{name} must be a contiguous uint8 vector")
@@ -131,6 +142,7 @@ class TwinCard:
             raise ValueError(self._library.twin_error(self._handle).decode())
         left = _SLICE_S if timeout_s is None else timeout_s
         while not self._library.twin_run(self._handle, max(0.0, min(left, _SLICE_S))):
+            self._lifetime.check()
             if timeout_s is not None:
                 left = timeout_s - (time.monotonic() - begin)
                 if left <= 0:
@@ -157,7 +169,7 @@ def crc32c(path: str, data: np.ndarray, crc: int = 0) -> int:
     return load().twin_crc32c(path.encode(), crc, data.ctypes.data, data.nbytes)
 
 
-@cache
+@functools.cache
 def load() -> ctypes.CDLL:
     """The native part, with the types of its functions.
 
@@ -183,6 +195,7 @@ def load() -> ctypes.CDLL:
         "error": (ctypes.c_char_p, [pointer]),
         "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
         "run": (ctypes.c_int, [pointer, ctypes.c_double]),
+        "stop": (None, [pointer]),
         "counters": (None, [pointer, ctypes.POINTER(u64)]),
     }
     for name, (result, arguments) in types.items():
@@ -230,7 +243,7 @@ def _constants() -> str:
         **{
             name: getattr(number, name)
             for name in (
-                "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_MIN", "Q_EXPONENT_MAX", "RAW_SHIFT",
+                "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_BITS", "RAW_SHIFT",
                 "SCALE_BITS", "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
                 "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
                 "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -94,6 +95,11 @@ uint64_t elements_bytes(const abi::Job& job) {
 
 int tile_tokens(const abi::Job& job) { return std::min<int>(job.page_tokens, TILE_TOKENS); }
 
+// The low bits as a signed number: what the hardware takes of a field that has more.
+int32_t low_bits(int32_t value, int bits) {
+    return static_cast<int32_t>(uint32_t(value) << (32 - bits)) >> (32 - bits);
+}
+
 void reset(Sums& sums, const abi::Job& job) {
     for (int i = 0; i < rows_of(job); i++) {
         sums.run_max[i] = RUN_MAX_EMPTY;
@@ -152,6 +158,22 @@ struct Worker {
     int query_job;  // whose query this is
 };
 
+// While it lives, this thread rounds to nearest and takes subnormal numbers for what they are, whatever
+// its owner has set: the paths round with floating point additions, and torch.set_flush_denormal or a
+// library that was compiled with -ffast-math changes what these give. A new thread begins with its
+// creator's settings.
+class DefaultArithmetic {
+  public:
+    DefaultArithmetic() {
+        fegetenv(&before_);
+        fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultArithmetic() { fesetenv(&before_); }
+
+  private:
+    fenv_t before_;
+};
+
 class Card {
   public:
     Card(int rows, int max_head_dim, int threads, const Path& path, Crc crc)
@@ -160,12 +182,12 @@ class Card {
         try {
             for (int i = 1; i < threads; i++) threads_.emplace_back([this, i] { serve(*workers_[i]); });
         } catch (...) {
-            stop();
+            join();
             throw;
         }
     }
 
-    ~Card() { stop(); }
+    ~Card() { join(); }
 
     // Take a queue in; nothing is computed yet. Throws if a record leaves job memory.
     void start(const uint8_t* kv, uint64_t kv_bytes, uint8_t* job, uint64_t job_bytes, uint64_t queue,
@@ -203,7 +225,7 @@ class Card {
         units_left_ = units_.size();
     }
 
-    // Compute for some time. True if the queue is finished.
+    // Compute for some time, or until `stop`. True if the queue is finished.
     bool run(double seconds) {
         deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
         {
@@ -218,13 +240,16 @@ class Card {
         return units_left_ == 0;
     }
 
+    // From any thread: the run under way ends soon, and so does every later one.
+    void stop() { stopping_ = true; }
+
     const Path& path;
     const Crc crc;
     Counters counters{};
     std::string error;
 
   private:
-    void stop() {
+    void join() {
         {
             std::lock_guard<std::mutex> hold(lock_);
             closing_ = true;
@@ -249,7 +274,8 @@ class Card {
     }
 
     void work(Worker& worker) {
-        while (Clock::now() < deadline_) {
+        DefaultArithmetic during;
+        while (!stopping_ && Clock::now() < deadline_) {
             size_t i = next_unit_.fetch_add(1);
             if (i >= units_.size()) {
                 next_unit_ = units_.size();
@@ -312,22 +338,21 @@ class Card {
 
     void load_query(const Job& job, Query& query) const {
         const abi::Job& fields = job.fields;
-        query.head_dim = fields.head_dim, query.rows = job.rows, query.group_size = fields.group_size;
+        query.head_dim = fields.head_dim, query.rows = job.rows;
         query.kv_type = fields.kv_type, query.page_tokens = fields.page_tokens;
         query.mantissa = fields.score_mantissa;
         query.shift = fields.score_shift;
-        query.largest_exponent = Q_EXPONENT_MIN;
+        query.largest_exponent = INT32_MIN;
         query.weighted_rows = 0;
         std::fill_n(query.weight_sum, job.rows, 0.0);
         for (int r = 0; r < fields.head_dim; r++) {
             abi::QRecord record;
             memcpy(&record, job_ + fields.q + r * sizeof record, sizeof record);
-            int exponent = std::clamp(record.exponent, Q_EXPONENT_MIN, Q_EXPONENT_MAX);
+            const int exponent = low_bits(record.exponent, Q_EXPONENT_BITS);
             query.exponent[r] = exponent;
             query.largest_exponent = std::max(query.largest_exponent, exponent);
             for (int i = 0; i < job.rows; i++) {
-                constexpr int drop = 32 - WEIGHT_BITS;
-                query.weight[i][r] = static_cast<int32_t>(uint32_t(record.weight[i]) << drop) >> drop;
+                query.weight[i][r] = low_bits(record.weight[i], WEIGHT_BITS);
                 query.weight_52[i][r] = static_cast<int64_t>(query.weight[i][r]) & ((int64_t(1) << 52) - 1);
                 query.weight_sum[i] += query.weight[i][r];
                 if (query.weight[i][r] != 0) query.weighted_rows = std::max(query.weighted_rows, i + 1);
@@ -451,6 +476,7 @@ class Card {
     std::vector<std::unique_ptr<Job>> jobs_;
     std::vector<Unit> units_;
     std::atomic<size_t> next_unit_{0}, units_left_{0};
+    std::atomic<bool> stopping_{false};
     Clock::time_point deadline_;
 
     std::vector<std::unique_ptr<Worker>> workers_;  // the first belongs to the caller of run()
@@ -516,8 +542,11 @@ int twin_start(void* card, const uint8_t* kv, uint64_t kv_bytes, uint8_t* job, u
     return -1;
 }
 
-// 1 when the queue is finished, 0 after so many seconds.
+// 1 when the queue is finished, 0 after so many seconds or after twin_stop.
 int twin_run(void* card, double seconds) { return static_cast<Card*>(card)->run(seconds); }
+
+// From any thread.
+void twin_stop(void* card) { static_cast<Card*>(card)->stop(); }
 
 // kv_beats, kv_bursts, partial_beats, n_failed
 void twin_counters(void* card, uint64_t* counters) {

@@ -23,7 +23,7 @@ constexpr int NO_TOP = -(1 << 20);  // of a sum to which nothing was added
 
 // What all tiles of a job share.
 struct Query {
-    int head_dim, rows, group_size, kv_type, page_tokens;
+    int head_dim, rows, kv_type, page_tokens;
     int weighted_rows;  // rows from here on have no weight: the one that pads an odd group
     int64_t mantissa;
     int shift;

@@ -62,8 +62,10 @@ struct Generic {
     static constexpr int32_t BIAS_BITS = 0x4B400000;
     static_assert(BIAS_BITS == __builtin_bit_cast(int32_t, BIAS));
     // What floating point can align: factors up to 2^LARGEST_POWER, elements below 2^(LARGEST_BINADE + 1).
-    static constexpr int LARGEST_POWER = 127, LARGEST_BINADE = 127;
-    // What `round` takes for 2^k; 2^k too small for a float makes every element 0.
+    // A factor below 2^-126 is taken for 0. That is right for elements below 2^126: less than half
+    // a unit is left of them. Larger elements would be rounded to 1 by 2^-127 and 2^-128.
+    static constexpr int LARGEST_POWER = 127, LARGEST_BINADE = 125;
+    // What `round` takes for 2^k.
     template <bool FEW, class Simd>
     static I32 scale(I32 k) {
         const I32 power = k + 127;
@@ -458,8 +460,7 @@ static void scores_of(const Query& query, Tile& tile, Scratch& scratch, Sums& su
         for (int i = 0; i < query.weighted_rows; i++) {
             int64_t* raw = &scratch.raw[i][b * LANES];
             for (int t = lanes; t < LANES; t++) raw[t] = 0;
-            bool beyond = to_scores<Simd>(raw, query.mantissa, query.shift - found.exponent);
-            sums.saturated |= beyond && i < query.group_size;
+            sums.saturated |= to_scores<Simd>(raw, query.mantissa, query.shift - found.exponent);
             for (int t = lanes; t < LANES; t++) raw[t] = NO_SCORE;
         }
     }

@@ -25,13 +25,14 @@ import numpy as np
 
 from nearkv_hw import abi, pages
 from nearkv_hw.abi import PageLayout, Status
-from nearkv_hw.number import quantize_q, score_scale
+from nearkv_hw.number import score_scale
 
 from ..cards import Card, CardError
 from ..io import FlashError, Load, PageId, Read
 from ..store import KvStore
 from .fold import Sums
 from .partial import Partial
+from .query import query_records
 
 log = logging.getLogger("nearkv")
 
@@ -240,7 +241,7 @@ class PageAttention:
         self._last = layer
         following = self._guess(layer, sequences, query)
         try:
-            total = self._attend(plans, following, _q_records(q))
+            total = self._attend(plans, following, query_records(q))
         finally:
             for ring in self._rings:
                 self.figures += ring.figures
@@ -660,18 +661,6 @@ def measure_cards(
         finally:
             attention.close()
     return np.median(rates, axis=0).tolist()
-
-
-def _q_records(q: np.ndarray) -> np.ndarray:
-    """Query blocks of all jobs: int32 (n_jobs, head_dim, 16) from q (..., width, head_dim)."""
-    width, head_dim = q.shape[-2:]
-    q = q.reshape(-1, width, head_dim)
-    # Channels of all jobs side by side: each has its own exponent.
-    weight, exponent = quantize_q(q.swapaxes(0, 1).reshape(width, -1))
-    records = np.zeros((len(q) * head_dim, abi.Q_RECORD.bytes // 4), np.int32)
-    records[:, :width] = weight.T
-    records[:, -1] = exponent
-    return records.reshape(len(q), head_dim, -1)
 
 
 def _pad_rows(q: np.ndarray, n_rows: int) -> np.ndarray:

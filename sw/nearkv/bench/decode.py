@@ -49,6 +49,8 @@ import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
+from .. import extras
+from ..arguments import existing_directory, whole
 from ..attention import Figures, PageAttention
 from ..attention.scheduler import RING_BYTES, SEGMENTS
 from ..cards import KV_BYTES, open_cards
@@ -137,24 +139,33 @@ def attend_in_memory(q, k: np.ndarray, v: np.ndarray, kind):
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add("--directory", help="on the drive to measure (default: temporary files')")
-    add("--context", type=int, default=32768, help="tokens (default: %(default)s)")
-    add("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    add("--layers", type=int, default=6, help="default: %(default)s")
-    add("--kv-heads", type=int, default=8, help="default: %(default)s")
-    add("--head-dim", type=int, default=128, help="default: %(default)s")
-    add("--group", type=int, default=4, help="query heads of a kv head (default: %(default)s)")
-    add("--page-tokens", type=int, default=128, help="default: %(default)s")
+    add(
+        "--directory",
+        type=existing_directory,
+        help="on the drive to measure (default: temporary files')",
+    )
+    add("--context", type=whole(), default=32768, help="tokens (default: %(default)s)")
+    add("--batch", type=whole(), default=1, help="sequences (default: %(default)s)")
+    add("--layers", type=whole(), default=6, help="default: %(default)s")
+    add("--kv-heads", type=whole(), default=8, help="default: %(default)s")
+    add("--head-dim", type=whole(), default=128, help="default: %(default)s")
+    add("--group", type=whole(), default=4, help="query heads of a kv head (default: %(default)s)")
+    add("--page-tokens", type=whole(), default=128, help="default: %(default)s")
     add("--card", default="twin", help="default: %(default)s")
-    add("--cards", type=int, default=1, help="how many (default: %(default)s)")
-    add("--kv-mib", type=int, default=KV_BYTES >> 20, help="kv memory of a card (default: 64)")
-    add("--ring-mib", type=int, default=RING_BYTES >> 20, help="of it used (default: %(default)s)")
-    add("--segments", type=int, default=SEGMENTS, help="of the ring (default: %(default)s)")
-    add("--depth", type=int, help="reads at once (default: as many as nearkv itself has)")
-    add("--rounds", type=int, default=15, help="turns of each (default: %(default)s)")
+    add("--cards", type=whole(), default=1, help="how many (default: %(default)s)")
+    add("--kv-mib", type=whole(), default=KV_BYTES >> 20, help="kv memory of a card (default: 64)")
+    add(
+        "--ring-mib",
+        type=whole(),
+        default=RING_BYTES >> 20,
+        help="of it used (default: %(default)s)",
+    )
+    add("--segments", type=whole(), default=SEGMENTS, help="of the ring (default: %(default)s)")
+    add("--depth", type=whole(), help="reads at once (default: as many as nearkv itself has)")
+    add("--rounds", type=whole(), default=15, help="turns of each (default: %(default)s)")
     add("--no-peers", action="store_true", help="leave FlexGen and memory out")
     add(
-        "--model-context", type=int, default=4096,
+        "--model-context", type=whole(0), default=4096,
         help="of the demo model, tokens; 0 leaves it out (default: %(default)s)",
     )  # fmt: skip
     add("--json", action="store_true", help="figures as JSON")
@@ -164,6 +175,10 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.plot:
         check_plot(args.plot)
+    if not args.no_peers:
+        extras.require("nearkv bench decode without --no-peers", "torch")
+    if args.model_context:
+        extras.require("nearkv bench decode without --model-context 0", "torch", "transformers")
     directory = Path(args.directory or tempfile.gettempdir())
     with contextlib.ExitStack() as opened:
         temporary = Path(

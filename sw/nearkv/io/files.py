@@ -129,7 +129,13 @@ class Directory:
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name, taking the place of what has it now."""
-        os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        try:
+            os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            raise FlashError(
+                "cannot rename a file of the KV store", errno=error.errno,
+                filename=self.path / old,
+            ) from error  # fmt: skip
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -204,6 +210,24 @@ class File:
                 remedy="what is stored already is untouched; free some space or choose another "
                 "directory (--kv-dir)",
             ) from error  # fmt: skip
+
+    def set_aside(self, offset: int, nbytes: int) -> None:
+        """Reserve space behind the end of the file, whose size stays. Nothing where that is unknown.
+
+        Raises
+        ------
+        FlashError
+            If the drive has no room.
+        """
+        if _libc.fallocate(self.fd, _KEEP_SIZE, offset, nbytes):
+            code = ctypes.get_errno()
+            if code in (errno_codes.ENOSPC, errno_codes.EDQUOT):
+                raise FlashError(
+                    f"no room for {_size(nbytes)} more of the journal", errno=code,
+                    filename=self.path, offset=offset,
+                    remedy="what is stored already is untouched; free some space or choose another "
+                    "directory (--kv-dir)",
+                )  # fmt: skip
 
     def write(
         self, offset: int, data, page: PageId | None = None, *, what: str = "write KV pages"

@@ -116,29 +116,32 @@ class WriteBehind:
         self._change.notify_all()
         raise error
 
-    def forget(self, sequences) -> None:
-        """Give up the spills of some sequences; wait for those that are being written.
+    def forget(self, sequences) -> list[Spill]:
+        """Give up the spills of some sequences, in order; wait for those that are being written.
 
         Raises
         ------
         FlashError
             If the drive makes no progress.
         """
+        forgotten: list[Spill] = []
 
-        def forgotten():
+        def done():
+            for sequence in [sequence for sequence in self._failed if sequence in sequences]:
+                forgotten.extend(self._failed.pop(sequence))
+                self._errors.pop(sequence, None)
             for spill in [spill for spill in self._spills if spill.sequence in sequences]:
                 self._spills.remove(spill)
                 self.waiting_bytes -= spill.nbytes
-                spill.table.n_waiting -= 1
-            for sequence in [sequence for sequence in self._failed if sequence in sequences]:
-                for spill in self._failed.pop(sequence):
-                    spill.table.n_waiting -= 1
-                self._errors.pop(sequence, None)
+                forgotten.append(spill)
             return not self._n_writing
 
-        if not forgotten():
-            self._wait(forgotten, "pages that are being written")
+        if not done():
+            self._wait(done, "pages that are being written")
+        for spill in forgotten:
+            spill.table.n_waiting -= 1
         self._change.notify_all()
+        return sorted(forgotten, key=lambda spill: spill.position)
 
     def hurry(self) -> None:
         """Somebody waits: do not gather more."""

@@ -101,6 +101,28 @@ class Home:
         for one in (*self.files, *self._locks, *self.directories):
             one.close()
 
+    def check_in_place(self) -> None:
+        """See that what is written still has a name.
+
+        Raises
+        ------
+        FlashError
+            If a directory was removed, or another store put in its place.
+        """
+        for directory, lock in zip(self.directories, self._locks, strict=True):
+            path = directory.path / ABOUT_NAME
+            try:
+                there = os.stat(path)
+                gone = not os.path.samestat(there, os.fstat(lock.fd))
+            except OSError:
+                gone = True
+            if gone:
+                raise FlashError(
+                    "the KV store was removed, or another one put in its place, while it was in use",
+                    filename=path, remedy="what is written to it is lost when it is closed; make a "
+                    "new store and compute the sequences again",
+                )  # fmt: skip
+
     def sync_pages(self) -> None:
         for file in self.files:
             file.sync()
@@ -268,10 +290,11 @@ class Home:
 
     # --- what is saved ------------------------------------------------------------------------------
 
-    def write_state(self, number: int, data: bytes) -> dict:
+    def write_state(self, data: bytes) -> dict:
         """Keep bytes in a file of their own; what `read_state` needs to find them."""
-        directory, name = self.directories[0], f"state-{number}"
-        directory.remove(name)
+        directory = self.directories[0]
+        number = 1 + max(self._states(), default=-1)
+        name = f"state-{number}"
         file = directory.create(name)
         try:
             file.write(0, data, what="save the state of the KV store")
@@ -307,11 +330,13 @@ class Home:
 
     def remove_states(self, but: int | None) -> None:
         """Remove saved states, all but one."""
-        directory = self.directories[0]
-        for name in directory.names():
-            head, _, number = name.partition("-")
-            if head == "state" and number.isdigit() and int(number) != but:
-                directory.remove(name)
+        for number in self._states():
+            if number != but:
+                self.directories[0].remove(f"state-{number}")
+
+    def _states(self) -> list[int]:
+        names = [name.partition("-") for name in self.directories[0].names()]
+        return [int(number) for head, _, number in names if head == "state" and number.isdigit()]
 
 
 def _header(identity: str, shard: int, page_bytes: int) -> bytes:

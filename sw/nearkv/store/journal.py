@@ -35,6 +35,8 @@ from .tables import STORED_PAGE, Change
 
 NAME, NEW_NAME, END_NAME = "journal", "journal.new", "journal.end"
 COMPACT_BYTES = 1 << 20  # a journal below this is never written anew
+# Set aside behind the last record, so that a sequence can be dropped on a drive that is full.
+SPARE_BYTES = 64 << 10
 _HEAD = struct.Struct("<4sHHIQI")
 _HEAD_BYTES = _HEAD.size + 4
 _MAGIC = b"nkvJ"
@@ -55,7 +57,7 @@ class Kind(IntEnum):
     DROP = 4  # a sequence is forgotten
     SAVE = 5  # a snapshot of tables, and the file that was saved with it
     RESTORE = 6  # all tables become the snapshot's
-    BLOCKS = 7  # blocks that CHANGE and SAVE behind it name; written anew only
+    BLOCKS = 7  # blocks that a SAVE and a CHANGE behind it name; written anew only
 
 
 class Entry(NamedTuple):
@@ -152,6 +154,7 @@ class Journal:
         self._directory, self._file, self._end_file = directory, file, end_file
         self.written_bytes = self.cut_bytes = 0
         self._at = _Place(0, 0, 0)
+        self._reserved_bytes = 0
         self._generation = 0
         self._end_turn = 0
         self._broken = ""
@@ -305,6 +308,7 @@ class Journal:
                 remedy="what was recorded before is untouched; close the store and open it again",
             )  # fmt: skip
         record = _encode(kind, payload, self._at.serial, self._at.check)
+        self._set_aside(kind, len(record))
         try:
             self._file.write(self.nbytes, record, what="write the journal of the KV store")
         except FlashError as error:
@@ -316,6 +320,19 @@ class Journal:
         self.written_bytes += len(record)
         (check,) = struct.unpack_from("<I", record, len(record) - 4)
         self._at = _Place(self.nbytes + len(record), self._at.serial + 1, check)
+
+    def _set_aside(self, kind: Kind, nbytes: int) -> None:
+        """Keep SPARE_BYTES reserved behind a record; what adds pages is refused without them."""
+        need = self.nbytes + nbytes + SPARE_BYTES
+        if need <= self._reserved_bytes:
+            return
+        try:
+            self._file.set_aside(self.nbytes, nbytes + 2 * SPARE_BYTES)
+        except FlashError:
+            if kind in (Kind.APPEND, Kind.SAVE):
+                raise
+        else:
+            self._reserved_bytes = need + SPARE_BYTES
 
     def sync(self) -> None:
         """Make the drive keep every record, and note that it does.
@@ -366,10 +383,10 @@ class Journal:
                 (check,) = struct.unpack_from("<I", record, len(record) - 4)
             file.sync()
             self._directory.rename(NEW_NAME, NAME)
-        except (OSError, FlashError):
+        except BaseException:
             if file is not None:
                 file.close()
-                self._directory.remove(NEW_NAME)
+            self._directory.remove(NEW_NAME)
             raise
         self._file.close()
         file.path = self._file.path
@@ -377,6 +394,7 @@ class Journal:
         self._generation += 1
         self._at = _Place(at, len(records) + 1, check)
         self.written_bytes += at
+        self._reserved_bytes = 0
         self._broken = ""
         self._directory.sync()
         self.sync()

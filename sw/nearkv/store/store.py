@@ -131,6 +131,7 @@ class KvStore:
         self._tables = Tables(n_kv_heads, self.n_shards)
         self._unsafe = False  # there is something that a loss of power would take
         self._closed = False
+        self._broken = ""
         self._pid = os.getpid()
         self._change = threading.Condition(threading.RLock())
         about = {
@@ -188,20 +189,21 @@ class KvStore:
         """
         if self._closed or os.getpid() != self._pid:
             return
+        broken, self._broken = self._broken, ""
         errors: list[FlashError] = []
         with self._turn("to close the store"):
             if self._closed:
                 return
             with _collecting(errors):
                 if self.temporary:
-                    self._behind.forget(_Everything())
+                    self._forget(_Everything())
                 self._behind.end()
                 self._wait(lambda: self._behind.idle, "the last pages")
             errors += self._behind.failed.values()
             if not self.temporary:
                 with _collecting(errors):
                     self._sync()
-                    if not errors:  # or the tables name pages that were not written
+                    if not errors and not broken:  # or the tables name pages that are not there
                         self._compact()
             self._closed = True
         if self._behind.join(self.timeout_s):
@@ -269,22 +271,17 @@ class KvStore:
         sequence, layer, position, new = spill.sequence, spill.layer, spill.position, spill.pages
         try:
             self._writer.write([spill])
-            ids = self._tables.append(sequence, layer, position, new)
         except BaseException:  # an interrupt among them
             self._space.give(new.reshape(-1))
             raise
-        before = self._n_records
-        try:
-            self._record(Kind.APPEND, encode_append(sequence, layer, position, ids, new))
-        except BaseException:
-            if self._n_records == before:
+        with self._changing():
+            ids = self._tables.append(sequence, layer, position, new)
+            try:
+                self._record(Kind.APPEND, encode_append(sequence, layer, position, ids, new))
+            except FlashError:
                 self._tables.apply([Change(layer, sequence, position, ids[:0])])
                 self._space.give(new.reshape(-1))
-            raise
-
-    @property
-    def _n_records(self) -> int:
-        return self._home.journal.n_records if self._home.journal else 0
+                raise
 
     def truncate(self, sequence: int, layer: int, n_pages: int) -> None:
         """Forget the pages from `n_pages` on; their space is used again.
@@ -380,17 +377,20 @@ class KvStore:
         with self._turn("to drop a sequence"):
             if sequence not in self._tables.of:
                 raise self._unknown(sequence)
+            self._forget({sequence})
             tables = self._tables.of[sequence]
-            self._behind.forget({sequence})
-            self._record(Kind.DROP, encode_drop(sequence))
             n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
-            for table in tables.values():
-                self._space.give_room(table)
-            freed = self._tables.drop(sequence)
-            if erase:
-                self._sync()  # or a loss of power could bring the sequence back, without its bytes
-                self._space.erase(freed)
-            self._release(freed)
+            with self._changing():
+                self._record(Kind.DROP, encode_drop(sequence))
+                for table in tables.values():
+                    self._space.give_room(table)
+                freed = self._tables.drop(sequence)
+                try:
+                    if erase:
+                        self._sync()  # or a loss of power could bring it back, without its bytes
+                        self._space.erase(freed)
+                finally:
+                    self._release(freed)
             if erase:
                 self._unsafe = True
                 self._sync()
@@ -461,15 +461,13 @@ class KvStore:
             raise ValueError("a temporary store cannot be saved; make it persistent")
         with self._turn("to save the store"):
             self._settle_all()
-            before = self._tables.snapshot
-            number = before.about["number"] + 1 if before else 0
-            about = self._home.write_state(number, data)
+            about = self._home.write_state(data)
             tables = self._tables.current()
-            self._record(Kind.SAVE, encode_save(about, tables))
-            freed = self._tables.save(about, tables)
-            self._release(freed)
+            with self._changing():
+                self._record(Kind.SAVE, encode_save(about, tables))
+                self._release(self._tables.save(about, tables))
             self._sync()
-            self._home.remove_states(number)
+            self._home.remove_states(about["number"])
             self._compact()
 
     def saved(self) -> bytes | None:
@@ -498,12 +496,13 @@ class KvStore:
                     "nothing was saved in this KV store", filename=self.directories[0],
                     remedy="save it first",
                 )  # fmt: skip
-            self._behind.forget(_Everything())
-            for tables in self._tables.of.values():
-                for table in tables.values():
-                    self._space.give_room(table)
-            self._record(Kind.RESTORE, b"")
-            self._release(self._tables.restore())
+            self._forget(_Everything())
+            with self._changing():
+                self._record(Kind.RESTORE, b"")
+                for tables in self._tables.of.values():
+                    for table in tables.values():
+                        self._space.give_room(table)
+                self._release(self._tables.restore())
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -653,6 +652,12 @@ class KvStore:
             raise FlashError(
                 "the KV store is closed", filename=self.directories[0], remedy="open it again"
             )
+        if self._broken:
+            raise FlashError(
+                f"the KV store was interrupted in the middle of a change ({self._broken})",
+                filename=self.directories[0],
+                remedy="close it and open it again: what was recorded before is untouched",
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def _turn(self, what: str) -> Iterator[None]:
@@ -678,6 +683,21 @@ class KvStore:
             self._change.wait(left)
             if writer.written_bytes != seen:
                 seen, since = writer.written_bytes, time.monotonic()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What is recorded and what is in memory change together, or the store cannot go on.
+
+        An error of the drive comes before anything has changed. An interrupt (Ctrl-C) may come
+        between the two; then the journal is right and memory is not.
+        """
+        try:
+            yield
+        except FlashError:
+            raise
+        except BaseException as error:
+            self._broken = type(error).__name__
+            raise
 
     def _late(self, what: str) -> FlashError:
         return FlashError(
@@ -710,8 +730,9 @@ class KvStore:
         return int(self._tables.blocks(layer).pages[0, table.ids[-1]]["page_len"])
 
     def _apply(self, changes: list[Change]) -> None:
-        self._record(Kind.CHANGE, encode_change(changes))
-        self._release(self._tables.apply(changes))
+        with self._changing():
+            self._record(Kind.CHANGE, encode_change(changes))
+            self._release(self._tables.apply(changes))
 
     def _record(self, kind: Kind, payload: bytes) -> None:
         if self._home.journal is not None:
@@ -774,6 +795,15 @@ class KvStore:
         if table is not None:
             self._behind.settle(table, sequence, layer)
 
+    def _forget(self, sequences) -> None:
+        """Give up what sequences have that is not written. It was never recorded."""
+        for spill in reversed(self._behind.forget(sequences)):
+            if spill.position < len(spill.table):
+                change = Change(spill.layer, spill.sequence, spill.position, spill.ids[:0])
+                for freed in self._tables.apply([change]):
+                    self._space.give(freed)
+        self.epoch += 1
+
     def _settle_all(self) -> None:
         """Wait until nothing waits to be written; raise the first thing that went wrong."""
         self._wait(lambda: self._behind.idle, "pages to be written")
@@ -781,7 +811,7 @@ class KvStore:
             self._behind.raise_failed(sequence)
 
     def _finish(self, spill: Spill) -> None:
-        """Record pages that were written behind."""
+        """Record pages that were written behind. Of the thread, which no signal interrupts."""
         payload = encode_append(
             spill.sequence, spill.layer, spill.position, spill.ids, spill.pages
         )  # fmt: skip
@@ -795,6 +825,7 @@ class KvStore:
         journal = self._home.journal
         if journal is None or not self._unsafe:
             return
+        self._home.check_in_place()
         self._home.sync_pages()
         journal.sync()
         self._unsafe = False
@@ -810,24 +841,32 @@ class KvStore:
         n_pages = sum(len(blocks.used()) for blocks in self._tables.layers.values())
         if not journal.due(n_pages * self.n_kv_heads * 32):
             return
+        try:
+            self._rewrite()
+        except FlashError as error:  # the old one goes on
+            log.warning("%s; the journal stays long", error)
+
+    def _rewrite(self) -> None:
+        journal = self._home.journal
+        assert journal is not None
         records = []
         for layer, blocks in self._tables.layers.items():
             used = blocks.used()
             records.append((Kind.BLOCKS, encode_blocks(layer, used, blocks.pages[:, used])))
+        if (snapshot := self._tables.snapshot) is not None:
+            records.append((Kind.SAVE, encode_save(snapshot.about, snapshot.tables)))
         changes = [
             Change(layer, sequence, 0, ids)
             for (sequence, layer), ids in self._tables.current().items()
         ]
-        records.append((Kind.CHANGE, encode_change(changes)))
-        if (snapshot := self._tables.snapshot) is not None:
-            records.append((Kind.SAVE, encode_save(snapshot.about, snapshot.tables)))
+        records.append((Kind.CHANGE, encode_change(changes)))  # always there, and the last
         journal.rewrite(records)
 
     def _replay(self) -> None:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names yet
+        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names before the next CHANGE
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
                 if kind == Kind.APPEND:
@@ -839,6 +878,9 @@ class KvStore:
                     fresh.append((layer, ids))
                 elif kind == Kind.CHANGE:
                     tables.apply(*values)
+                    for layer, ids in fresh:
+                        tables.blocks(layer).disown(ids)
+                    fresh.clear()
                 elif kind == Kind.DROP:
                     tables.drop(*values)
                 elif kind == Kind.SAVE:
@@ -849,8 +891,6 @@ class KvStore:
                     tables.restore()
             except (ValueError, IndexError) as error:
                 raise journal.damaged(at, str(error)) from None
-        for layer, ids in fresh:
-            tables.blocks(layer).disown(ids)
         self._home.check_identity()
         nothing = np.zeros(0, STORED_PAGE)
         used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]
