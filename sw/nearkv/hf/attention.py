@@ -21,7 +21,6 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 if TYPE_CHECKING:
     from .layer import Layer
 
-_ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
 # What may be done with a marked tensor: look at its shape and type.
 _HARMLESS = {"__get__", "size", "dim", "numel", "__len__"}
 
@@ -212,57 +211,6 @@ class _NoGradient(torch.autograd.Function):
         raise NotImplementedError(
             "a NearStorageCache keeps no gradients; train with use_cache=False"
         )
-
-
-def attend_tail(
-    query: torch.Tensor,
-    tail_k: torch.Tensor,
-    tail_v: torch.Tensor,
-    tail_tokens: list[int],
-    k: torch.Tensor,
-    v: torch.Tensor,
-    valid: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to what is not on flash: the tail, wholly, and the new tokens, causally.
-
-    Parameters
-    ----------
-    query : float32 (batch, n_kv_heads, n_rows, head_dim)
-        Rows are the query heads of a group, and within each the new tokens.
-    tail_k, tail_v : fp16 or bf16 (batch, n_kv_heads, capacity, head_dim)
-    tail_tokens : ints (batch,)
-        How many of them there are.
-    k, v : the dtype of the tail (batch, n_kv_heads, n_new, head_dim)
-    valid : bool (batch, n_new) or None
-        Which new tokens are no padding. A query that is padding attends to itself, so that nothing
-        is NaN. Default: all.
-    scale : float
-
-    Returns
-    -------
-    out : float32 (batch, n_kv_heads, n_rows, head_dim)
-    lse_ln : float32 (batch, n_kv_heads, n_rows)
-        Natural logarithm of the sum of exponentials of the scaled scores.
-    """
-    batch, heads, n_rows, head_dim = query.shape
-    n_new, longest = k.shape[2], max(tail_tokens)
-    keys = torch.cat([tail_k[:, :, :longest], k], dim=2).float()
-    values = torch.cat([tail_v[:, :, :longest], v], dim=2).float()
-    tail_valid = torch.arange(longest) < torch.tensor(tail_tokens)[:, None]
-    valid = torch.ones(batch, n_new, dtype=torch.bool) if valid is None else valid
-    mask = causal_mask(torch.cat([tail_valid, valid], dim=1), n_new)
-    grouped = query.view(batch, heads, -1, n_new, head_dim)
-    outs, lses = [], []
-    for at in range(0, n_new, _ROWS_AT_ONCE):
-        some = slice(at, at + _ROWS_AT_ONCE)
-        scores = (grouped[:, :, :, some] * scale) @ keys[:, :, None].transpose(-1, -2)
-        scores = scores.masked_fill(~mask[:, :, None, some], -torch.inf)
-        lse = scores.logsumexp(-1)
-        outs.append((scores - lse[..., None]).exp() @ values[:, :, None])
-        lses.append(lse)
-    out = torch.cat(outs, dim=3).reshape(batch, heads, n_rows, head_dim)
-    return out, torch.cat(lses, dim=3).reshape(batch, heads, n_rows)
 
 
 def causal_mask(valid: torch.Tensor, n_queries: int) -> torch.Tensor:
