@@ -326,7 +326,10 @@ def test_heads_of_any_size_are_filled_up_with_zeros(card, tmp_path, rounded_cach
 
 def test_another_batch_needs_another_cache(model, cache):
     _logits(model, cache, _ids(1, 4), "nearkv")
-    with pytest.raises(ValueError, match=r"holds 1 sequences and was given 2; call batch_repeat_interleave\(2\) first"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds 1 sequences and was given 2; call batch_repeat_interleave\(2\) first",
+    ):
         _logits(model, cache, _ids(2, 4), "nearkv")
 
 
