@@ -866,7 +866,9 @@ class KvStore:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names before the next CHANGE
+        fresh: list[
+            tuple[int, np.ndarray]
+        ] = []  # blocks that no table names before the next CHANGE
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
                 if kind == Kind.APPEND:
