@@ -21,7 +21,6 @@ from nearkv_hw.number import (
     N_LIMBS,
     Q_EXPONENT_BITS,
     RUN_MAX_EMPTY,
-    SCALE_BITS,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
     WEIGHT_BITS,
@@ -123,8 +122,8 @@ class _Job:
         self.tile_maxima: list[np.ndarray] = []
 
     def execute(self) -> Status:
-        record = self.record
-        if not self._legal():
+        record, config = self.record, self.config
+        if abi.broken_job_limit(record, rows=config.rows, max_head_dim=config.max_head_dim):
             self._write_header(Status.DONE | Status.ILLEGAL_JOB, abi.NO_PAGE, 0, [])
             return Status.DONE | Status.ILLEGAL_JOB
         self.kv_type = KvType(record["kv_type"])
@@ -159,23 +158,6 @@ class _Job:
         self._write_elements(functools.reduce(operator.add, parts))
         return flags
 
-    def _legal(self) -> bool:
-        record, config = self.record, self.config
-        try:
-            abi.check_head_dim(record["head_dim"], config.max_head_dim)
-            abi.check_page_tokens(record["page_tokens"])
-        except ValueError:
-            return False
-        tiles = record["n_pages"] * -(-record["page_tokens"] // abi.TILE_TOKENS)
-        return (
-            1 <= record["group_size"] <= config.rows
-            and record["kv_type"] in KvType.__members__.values()
-            and record["score_mantissa"].bit_length() == SCALE_BITS
-            and 1 <= record["n_pages"]
-            and tiles <= abi.MAX_TILES
-            and not any(record[name] % abi.BEAT_BYTES for name in ("page_table", "q", "partial"))
-        )
-
     def _load_q(self) -> None:
         start, head_dim = self.record["q"], self.record["head_dim"]
         words = self.job[start : start + head_dim * abi.Q_RECORD.bytes]
@@ -191,7 +173,7 @@ class _Job:
                 self.job[self.record["page_table"] + n * abi.PAGE_ENTRY.bytes :]
             )
             address, page_len, flags = entry["address"], entry["page_len"], Status(0)
-            if address % abi.PAGE_ALIGN_BYTES or page_len > self.layout.page_tokens:
+            if abi.broken_page_entry_limit(entry, page_tokens=self.layout.page_tokens):
                 address, page_len, flags = 0, 0, Status.ILLEGAL_JOB
             data = self.kv[address : address + self.layout.page_bytes]
             if len(data) < self.layout.page_bytes:

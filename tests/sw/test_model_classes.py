@@ -129,8 +129,15 @@ def _assert_is_the_models_own(directory, prompt, answer) -> None:
     """The answer is that of the model's own attention, as far as that is sure of it."""
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     ids = torch.tensor([prompt])
-    own = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_NEW,
-                         do_sample=False, output_scores=True, return_dict_in_generate=True)  # fmt: skip
+    own = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_NEW,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        use_cache=False,
+    )  # of some classes, transformers' own cache fails
     for scores, theirs, ours in zip(
         own.scores, own.sequences[0, len(prompt) :], answer, strict=False
     ):

@@ -96,10 +96,10 @@ def attend(
     out, lse_log2 = partial.normalise()
     out = out.reshape(n_q_heads, layout.head_dim)[:, :head_dim].astype(np.float32)
     lse_ln = (lse_log2.reshape(n_q_heads) * math.log(2)).astype(np.float32)
-    if pages.is_torch(q):
+    if not isinstance(q, np.ndarray):
         import torch
 
-        return torch.from_numpy(out).to(q.device), torch.from_numpy(lse_ln).to(q.device)
+        return tuple(torch.from_numpy(x).to(torch.as_tensor(q).device) for x in (out, lse_ln))
     return out, lse_ln
 
 
