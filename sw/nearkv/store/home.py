@@ -28,7 +28,7 @@ import google_crc32c
 
 from nearkv_hw.abi import PAGE_ALIGN_BYTES
 
-from ..io import Directory, File, FlashError
+from ..io import Directory, File, FlashError, shards_of
 from .journal import END_NAME, NAME, NEW_NAME, Journal
 
 ABOUT_NAME = "store.json"
@@ -70,6 +70,7 @@ class Home:
     """
 
     def __init__(self, paths: Sequence[Path], about: dict[str, Any], *, temporary: bool):
+        self._n_shards = about["n_shards"]
         self.directories: list[Directory] = []
         self.files: list[File] = []
         self.journal: Journal | None = None
@@ -81,7 +82,7 @@ class Home:
                 self.directories.append(Directory(path))
             if temporary:
                 for shard in range(about["n_shards"]):
-                    file = self._directory_of(shard).temporary(f"pages-{shard}.kv", direct=True)
+                    file = self.directory_of(shard).temporary(f"pages-{shard}.kv", direct=True)
                     self.files.append(file)
             else:
                 self._open_persistent(about)
@@ -91,8 +92,14 @@ class Home:
             self.close()
             raise
 
-    def _directory_of(self, shard: int) -> Directory:
-        return self.directories[shard % len(self.directories)]
+    def directory_of(self, shard: int) -> Directory:
+        """Where the page file of a shard is."""
+        n, n_shards = len(self.directories), self._n_shards
+        return next(
+            directory
+            for position, directory in enumerate(self.directories)
+            if shard in shards_of(position, n, n_shards)
+        )
 
     def close(self) -> None:
         """Close everything, the locks last."""
@@ -150,7 +157,7 @@ class Home:
                 self._explain(directory, theirs, mine)
         self.journal = Journal.open(self.directories[0])
         for shard in range(about["n_shards"]):
-            file = self._directory_of(shard).open(f"pages-{shard}.kv", direct=True)
+            file = self.directory_of(shard).open(f"pages-{shard}.kv", direct=True)
             self.files.append(file)
             self._check_header(file, identity, shard, about["page_bytes"])
 
@@ -224,7 +231,7 @@ class Home:
         identity = uuid.uuid4().hex
         page_bytes = about["page_bytes"]
         for shard in range(about["n_shards"]):
-            file = self._directory_of(shard).create(f"pages-{shard}.kv", direct=True)
+            file = self.directory_of(shard).create(f"pages-{shard}.kv", direct=True)
             self.files.append(file)
             with mmap.mmap(-1, HEADER_BYTES) as header:
                 header[:] = _header(identity, shard, page_bytes)

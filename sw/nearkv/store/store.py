@@ -149,9 +149,9 @@ class KvStore:
                 )
             windows: dict[int, Window] = {}  # one for each drive
             self._windows = [
-                windows.setdefault(directory.device, Window())
-                for directory in self._home.directories
-            ] * (self.n_shards // len(paths))
+                windows.setdefault(self._home.directory_of(shard).device, Window(timeout_s))
+                for shard in range(self.n_shards)
+            ]
             files = self._home.files
             self._space = Space(files, layout.page_bytes, self.weights, self._sync)
             self._writer = PageWriter(layout, files, self._windows)
@@ -606,7 +606,7 @@ class KvStore:
             reads.append(
                 Read(file.fd, file.path, int(entries["offset"][a]), (b - a) * page_bytes,
                      kv_offset + a * page_bytes, page._replace(page=int(numbers[a])), page_bytes,
-                     self._windows[entries["shard"][a]])
+                     self._windows[entries["shard"][a]], file.direct)
             )  # fmt: skip
         return reads
 
