@@ -83,7 +83,7 @@ bench: setup ## measure: stream of the simulated kernel, twin, flash, decode, st
 	$(BIN)/nearkv bench decode
 	$(BIN)/nearkv bench step
 
-mutants: setup ## break the gateware in 42 ways; the tests must notice each (minutes)
+mutants: setup ## break the gateware on purpose; the tests must notice each defect (minutes)
 	$(BIN)/python tests/mutants.py
 
 lint: setup ## check format and style

@@ -29,6 +29,7 @@ MAX_TILES = 2048  # in one job: the headroom of a limb, see `number`. More token
 ROW_STEP = 2  # the softmax and merge datapaths handle query heads in pairs
 MAX_ROWS = 14  # a query-block record has room for 15 weights; pairs make it 14
 SCALE_BITS = 24  # of a job's score_mantissa
+CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4
 
 
 class KvType(IntEnum):
@@ -307,7 +308,7 @@ SUMMARY = Record(
 
 @dataclass(frozen=True)
 class Register:
-    """One argument or constant in the AXI4-Lite block. `bits` 64 spans two words, low word first."""
+    """One argument or constant in the AXI4-Lite block. `bits` 64 takes two words, low word first."""
 
     name: str
     offset: int
@@ -378,7 +379,10 @@ class PageLayout:
         return [(at, min(step, page_len - at)) for at in range(0, max(page_len, 1), step)]
 
     def k_spans(self, page_len: int) -> list[tuple[int, int]]:
-        """(byte offset, bytes) of the K bytes that the card reads, in the order it reads them."""
+        """The spans of K that the card reads, in the order it reads them.
+
+        A span is a run of consecutive bytes: (offset in the page, bytes).
+        """
         row = self.head_dim * BEAT_BYTES
         return [
             (first // BLOCK_TOKENS * row, max(1, -(-tokens // BLOCK_TOKENS)) * row)
@@ -386,7 +390,7 @@ class PageLayout:
         ]
 
     def v_spans(self, page_len: int) -> list[tuple[int, int]]:
-        """The same for V: only rows of valid tokens are read (one row of an empty page)."""
+        """The spans of V: only rows of valid tokens are read (one row of an empty page)."""
         return [
             (self.part_bytes + (c * self.page_tokens + first) * BEAT_BYTES,
              max(1, tokens) * BEAT_BYTES)

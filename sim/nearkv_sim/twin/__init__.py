@@ -250,7 +250,7 @@ def _constants() -> str:
     (values["KV_ELEMENT_BYTES"],) = values["KV_ELEMENT_BYTES"]
     lines += [f"constexpr int {name} = {value};" for name, value in values.items()]
     lines += [
-        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u;",
+        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u, CRC_POLYNOMIAL = {abi.CRC_POLYNOMIAL:#x};",
         f"constexpr int64_t SCORE_LIMIT = {number.SCORE_LIMIT};",
         "struct KvFormat { int exponent_bits, mantissa_bits, align_bits, unit; };",
     ]

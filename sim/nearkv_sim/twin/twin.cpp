@@ -22,9 +22,6 @@
 
 namespace twin {
 
-// CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4.
-constexpr uint32_t CRC_POLYNOMIAL = 0x82F63B78;
-
 uint32_t crc_multiply(uint32_t a, uint32_t b) {
     uint32_t product = 0;
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
