@@ -252,7 +252,8 @@ class Power(_Accident):
                 self.events.append(("begin", i))
                 if op.name == "abandon":
                     assert runner.store is not None
-                    runner.store._abandon()
+                    runner.store._closed = True
+                    runner.store._home.close()
                     runner.store = None
                     op = Op("open")
                 runner.do(op, self.truths[i])
@@ -324,6 +325,9 @@ class Errors(_Accident):
 
     armed = True
 
+    def mend(self) -> None:
+        """From here on the drive is as it should be."""
+
     def run(self, rng: random.Random, root: Path, setting: Setting, length: int = 40) -> None:
         """Operations of which some fail; whatever fails changes nothing."""
         truth, refusals = Truth(setting.delayed), []
@@ -349,6 +353,7 @@ class Errors(_Accident):
             except FlashError as error:
                 refusals.append(check_error(error, root))
         self.armed = False
+        self.mend()
         # What could not be written when it was closed is not there, and that was said.
         verify(setting, root, [truth], rng=rng)
         if refusals:
@@ -411,14 +416,17 @@ class FullDisk(Errors):
         setting = Setting.draw(rng)
         status = os.statvfs(self.disk)
         free = status.f_bavail * status.f_frsize
-        filler = where / "filler"
-        fd = os.open(filler, os.O_CREAT | os.O_WRONLY)
+        self.filler = where / "filler"
+        fd = os.open(self.filler, os.O_CREAT | os.O_WRONLY)
         os.posix_fallocate(fd, 0, max(1, free - rng.randrange(60_000, 900_000)))
         os.close(fd)
         try:
             Child(lambda: self.run(rng, where, setting)).wait()
         finally:
             shutil.rmtree(where)
+
+    def mend(self):
+        self.filler.unlink()
 
     def next_op(self, rng, truth) -> Op:
         if rng.random() < 0.5 and truth.n_pages < 400:
@@ -817,7 +825,7 @@ class Interrupts(_Accident):
             before, after = truth.copy(), truth.copy()
             after.apply(op)
             struck = False
-            arm = _trace(kind, int(rng.expovariate(1 / 120))) if exact else _timer(rng)
+            arm = _trace(int(rng.expovariate(1 / 120))) if exact else _timer(rng)
             store = runner.store
             try:
                 with arm:
@@ -881,8 +889,8 @@ class Interrupts(_Accident):
 
 
 @contextlib.contextmanager
-def _trace(kind, n: int):
-    """Raise at the n-th line of the store's code from here on."""
+def _trace(n: int):
+    """SIGINT at the n-th line of the store's code from here on."""
     left = n
     done = False
 
@@ -895,7 +903,7 @@ def _trace(kind, n: int):
             left -= 1
             if left < 0:
                 done = True
-                raise kind()
+                signal.raise_signal(signal.SIGINT)
         return trace
 
     before = sys.gettrace()

@@ -3,6 +3,7 @@
 
 from collections import deque
 from collections.abc import Callable
+import errno
 import threading
 
 from ..io import FlashError, PageId
@@ -63,9 +64,6 @@ class WriteBehind:
 
     def put(self, spill: Spill) -> None:
         """Let a spill wait. `make_room` first."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="nearkv-write", daemon=True)
-            self._thread.start()
         spill.table.n_waiting += 1
         self._spills.append(spill)
         self.waiting_bytes += spill.nbytes
@@ -88,6 +86,17 @@ class WriteBehind:
             "room for pages that are to be written",
         )
         self.raise_failed(sequence)
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name="nearkv-write", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise FlashError(
+                    f"cannot start the thread that writes KV pages: {error}",
+                    errno=errno.EAGAIN, filename=self.writer.path,
+                    remedy="raise the limit on threads (ulimit -u), or store without delay",
+                ) from error  # fmt: skip
+            self._thread = thread
 
     def settle(self, spilled, sequence: int, layer: int) -> None:
         """Wait until the pages of a table are written.
@@ -136,8 +145,13 @@ class WriteBehind:
                 forgotten.append(spill)
             return not self._n_writing
 
-        if not done():
-            self._wait(done, "pages that are being written")
+        try:
+            if not done():
+                self._wait(done, "pages that are being written")
+        except BaseException:
+            self._spills.extendleft(reversed(forgotten))
+            self.waiting_bytes += sum(spill.nbytes for spill in forgotten)
+            raise
         for spill in forgotten:
             spill.table.n_waiting -= 1
         self._change.notify_all()
@@ -205,7 +219,7 @@ class WriteBehind:
             return [(spill, None) for spill in spills]
         except Exception as error:  # or everybody would wait for ever
             if len(spills) == 1:
-                return [(spills[0], _described(error, spills[0]))]
+                return [(spills[0], _described(error, spills[0], self.writer.path))]
         outcomes: list[tuple[Spill, FlashError | None]] = []
         failed: dict[int, FlashError] = {}  # by sequence: what comes behind a gap is not written
         for spill in spills:
@@ -214,7 +228,7 @@ class WriteBehind:
                 try:
                     self.writer.write([spill])
                 except Exception as problem:
-                    error = failed[spill.sequence] = _described(problem, spill)
+                    error = failed[spill.sequence] = _described(problem, spill, self.writer.path)
             outcomes.append((spill, error))
         return outcomes
 
@@ -225,12 +239,15 @@ class WriteBehind:
         try:
             self._record(spill)
         except Exception as problem:
-            return _described(problem, spill)
+            return _described(problem, spill, self.writer.path)
         return None
 
 
-def _described(problem: Exception, spill: Spill) -> FlashError:
+def _described(problem: Exception, spill: Spill, filename) -> FlashError:
     if isinstance(problem, FlashError):
         return problem
     page = PageId(spill.layer, spill.sequence, 0, spill.position)
-    return FlashError(f"cannot write KV pages: {problem!r}", page=page)
+    return FlashError(
+        f"cannot write KV pages: {problem!r}", page=page, filename=filename,
+        remedy="what is stored already is untouched",
+    )  # fmt: skip

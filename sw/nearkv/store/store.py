@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 import threading
 import time
-import weakref
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from nearkv_hw import pages
 from nearkv_hw.abi import ABI_VERSION, PageLayout
 
 from ..io import FlashError, PageId, Read, Window, read_into
+from . import signals
 from .behind import WriteBehind
 from .home import Home
 from .journal import (
@@ -29,13 +29,14 @@ from .journal import (
     encode_save,
 )
 from .space import Space, runs_of
-from .tables import STORED_PAGE, Change, Table, Tables
+from .tables import STORED_PAGE, Change, Snapshot, Table, Tables
 from .writer import PageWriter, Spill
 
 log = logging.getLogger("nearkv")
 
 DELAYED_BYTES = 128 << 20  # of K and V that may wait to be written
 TIMEOUT_S = 60.0
+_SLICE_S = 0.05  # after which a wait looks for signals
 
 
 class KvStore:
@@ -140,8 +141,11 @@ class KvStore:
             "page_bytes": layout.page_bytes, "n_kv_heads": n_kv_heads, "n_shards": self.n_shards,
             "n_directories": len(paths),
         }  # fmt: skip
-        self._home = Home(paths, about, temporary=temporary)
-        _stores.add(self)
+        with signals.waiting():
+            self._open(paths, about, delayed_bytes)
+
+    def _open(self, paths: list[Path], about: dict, delayed_bytes: int) -> None:
+        self._home = Home(paths, about, temporary=self.temporary)
         try:
             if not all(file.direct for file in self._home.files):
                 log.warning(
@@ -153,11 +157,11 @@ class KvStore:
                 for directory in self._home.directories
             ] * (self.n_shards // len(paths))
             files = self._home.files
-            self._space = Space(files, layout.page_bytes, self.weights, self._sync)
-            self._writer = PageWriter(layout, files, self._windows)
+            self._space = Space(files, self.layout.page_bytes, self.weights, self._sync)
+            self._writer = PageWriter(self.layout, files, self._windows)
             self._delayed = delayed_bytes > 0
             self._behind = WriteBehind(
-                PageWriter(layout, files, self._windows), self._change,
+                PageWriter(self.layout, files, self._windows), self._change,
                 limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
             )  # fmt: skip
             if not self._home.is_new:
@@ -178,7 +182,7 @@ class KvStore:
         return self._closed
 
     def close(self) -> None:
-        """Write what waits, make the drive keep it, and close every file. May be called twice.
+        """Write what waits, make the drive keep it, and close every file. May be called again.
 
         A temporary store writes nothing more, and is gone afterwards.
 
@@ -187,29 +191,36 @@ class KvStore:
         FlashError
             If tokens that were to stay could not be written.
         """
-        if self._closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        broken, self._broken = self._broken, ""
         errors: list[FlashError] = []
-        with self._turn("to close the store"):
-            if self._closed:
-                return
-            with _collecting(errors):
-                if self.temporary:
-                    self._forget(_Everything())
-                self._behind.end()
-                self._wait(lambda: self._behind.idle, "the last pages")
-            errors += self._behind.failed.values()
-            if not self.temporary:
-                with _collecting(errors):
-                    self._sync()
-                    if not errors and not broken:  # or the tables name pages that are not there
-                        self._compact()
-            self._closed = True
-        if self._behind.join(self.timeout_s):
-            self._home.close()  # a thread that hangs in a write needs its files
+        with self._entered("to close the store"):
+            if not self._closed:
+                self._end(errors)
+        with signals.waiting():
+            end = time.monotonic() + self.timeout_s
+            while not self._behind.join(_SLICE_S) and time.monotonic() < end:
+                signals.deliver()
+            if self._behind.join(0):  # a thread that hangs in a write needs its files
+                with self._change:
+                    self._home.close()
         if errors and not self.temporary:
             raise errors[0]
+
+    def _end(self, errors: list[FlashError]) -> None:
+        """What `close` does in its turn."""
+        with _collecting(errors):
+            if self.temporary:
+                self._forget(_Everything())
+            self._behind.end()
+            self._wait(lambda: self._behind.idle, "the last pages")
+        errors += self._behind.failed.values()
+        if not self.temporary:
+            with _collecting(errors):
+                self._sync()
+                if not errors and not self._broken:  # or the tables name pages that are not there
+                    self._compact()
+        self._closed = True
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -253,17 +264,17 @@ class KvStore:
             if table and position and self._last_len(table, layer) < page_tokens:
                 raise ValueError(f"the last page of layer {layer}, sequence {sequence} is ragged")
             self._check_budget(n_new, page)
-            table = self._tables.get(sequence, layer)
-            new = self._space.place(table, self._tables.blocks(layer), n_new, page)
-            new["page_len"] = page_tokens
-            new["page_len"][:, -1] = n_tokens - (n_new - 1) * page_tokens
-            ids = np.zeros(0, np.int64)
-            if self._delayed:
-                ids = self._tables.append(sequence, layer, position, new)
-                k, v = k.copy(), v.copy()
-                self._behind.put(Spill(sequence, layer, position, ids, k, v, new, table))
-            else:
-                self._append_now(Spill(sequence, layer, position, ids, k, v, new, table))
+            with self._tables.growing(sequence, layer) as table:
+                new = self._space.place(table, self._tables.blocks(layer), n_new, page)
+                new["page_len"] = page_tokens
+                new["page_len"][:, -1] = n_tokens - (n_new - 1) * page_tokens
+                ids = np.zeros(0, np.int64)
+                if self._delayed:
+                    k, v = k.copy(), v.copy()
+                    ids = self._tables.append(sequence, layer, position, new)
+                    self._behind.put(Spill(sequence, layer, position, ids, k, v, new, table))
+                else:
+                    self._append_now(Spill(sequence, layer, position, ids, k, v, new, table))
             self.bytes_given += k.nbytes + v.nbytes
 
     def _append_now(self, spill: Spill) -> None:
@@ -291,10 +302,14 @@ class KvStore:
         FlashError
             If there is no such sequence.
         """
+        if n_pages < 0:
+            raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
         with self._turn("to take pages back"):
-            table = self._table(sequence, layer)
+            self._known(sequence)
             self._settle(sequence, layer)
-            if n_pages < len(table):
+            self._known(sequence)  # others had their turn meanwhile
+            table = self._tables.find(sequence, layer)
+            if table is not None and n_pages < len(table):
                 self._space.give_room(table)
                 nothing = np.zeros(0, np.int64)
                 self._apply([Change(layer, sequence, n_pages, nothing)])
@@ -326,16 +341,19 @@ class KvStore:
         """
         if min((*sources, *sources.values()), default=0) < 0:
             raise ValueError(f"sequences are numbered from 0, not {dict(sources)}")
+        if n_pages is not None and n_pages < 0:
+            raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
         with self._turn("to share pages"):
-            for source in sources.values():
-                if source not in self._tables.of:
-                    raise self._unknown(source)
-            involved = [
-                (sequence, one)
-                for sequence in {*sources, *sources.values()}
-                for one in self._layers(sequence, layer)
-            ]
-            while not all(self.settled(*one) for one in involved):
+            while True:  # others have their turn while it waits
+                for source in sources.values():
+                    self._known(source)
+                involved = [
+                    (sequence, one)
+                    for sequence in {*sources, *sources.values()}
+                    for one in self._layers(sequence, layer)
+                ]
+                if all(self.settled(*one) for one in involved):
+                    break
                 for one in involved:
                     self._settle(*one)
             changes = []
@@ -352,7 +370,8 @@ class KvStore:
                         changes.append(Change(one, target, start, ids[start:]))
             if changes:
                 for change in changes:
-                    self._space.give_room(self._tables.get(change.sequence, change.layer))
+                    if (table := self._tables.find(change.sequence, change.layer)) is not None:
+                        self._space.give_room(table)
                 self._apply(changes)
 
     def drop(self, sequence: int, *, erase: bool = False) -> int:
@@ -375,10 +394,9 @@ class KvStore:
             If there is no such sequence, or it could not be erased.
         """
         with self._turn("to drop a sequence"):
-            if sequence not in self._tables.of:
-                raise self._unknown(sequence)
+            self._known(sequence)
             self._forget({sequence})
-            tables = self._tables.of[sequence]
+            tables = self._known(sequence)  # others had their turn meanwhile
             n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
             with self._changing():
                 self._record(Kind.DROP, encode_drop(sequence))
@@ -462,13 +480,25 @@ class KvStore:
         with self._turn("to save the store"):
             self._settle_all()
             about = self._home.write_state(data)
-            tables = self._tables.current()
+            tables, before = self._tables.current(), self._tables.snapshot or Snapshot({})
             with self._changing():
                 self._record(Kind.SAVE, encode_save(about, tables))
+                try:
+                    self._sync()
+                except FlashError:
+                    self._take_back(before)
+                    raise
                 self._release(self._tables.save(about, tables))
-            self._sync()
+                self._space.settle_limbo()
             self._home.remove_states(about["number"])
             self._compact()
+
+    def _take_back(self, before: Snapshot) -> None:
+        """The drive may not keep a snapshot that was recorded: record the one before it again."""
+        try:
+            self._record(Kind.SAVE, encode_save(before.about, before.tables))
+        except FlashError as error:  # the journal has the one, memory the other
+            self._broken = f"save: {error.message}"
 
     def saved(self) -> bytes | None:
         """What was given to the last `save`; None if there was none.
@@ -513,10 +543,8 @@ class KvStore:
 
     def layers(self, sequence: int) -> list[int]:
         """Those that have pages of a sequence."""
-        self._check()
-        if sequence not in self._tables.of:
-            raise self._unknown(sequence)
-        return sorted(layer for layer, table in self._tables.of[sequence].items() if len(table))
+        with self._turn("to look at the tables"):
+            return sorted(layer for layer, table in self._known(sequence).items() if len(table))
 
     def n_pages(self, sequence: int, layer: int) -> int:
         """Pages that each kv head of (layer, sequence) has; 0 of a sequence that is not known."""
@@ -526,13 +554,14 @@ class KvStore:
 
     def n_blocks(self, layer: int) -> int:
         """Blocks of a layer that are stored, each counted once, however many sequences have it."""
-        self._check()
-        return len(self._tables.layers[layer].used()) if layer in self._tables.layers else 0
+        with self._turn("to look at the tables"):
+            return len(self._tables.layers[layer].used()) if layer in self._tables.layers else 0
 
     def blocks(self, sequence: int, layer: int) -> np.ndarray:
         """The block table of (layer, sequence): int64 (n_pages,)."""
-        self._check()
-        return self._table(sequence, layer).ids.copy()
+        with self._turn("to look at the tables"):
+            table = self._known(sequence).get(layer)
+            return np.zeros(0, np.int64) if table is None else table.ids.copy()
 
     def stored(self, sequence: int, layer: int, n_pages: int | None = None) -> np.ndarray:
         """What is known of the pages: STORED_PAGE (n_kv_heads, n_pages), not to be changed.
@@ -578,8 +607,8 @@ class KvStore:
         """
         page_bytes = self.layout.page_bytes
         numbers = np.asarray(numbers)
-        with self._turn("for pages to be written"):
-            entries = self.stored(page.sequence, page.layer)[page.kv_head][numbers]
+        n_pages = int(numbers.max(initial=-1)) + 1
+        entries = self.stored(page.sequence, page.layer, n_pages)[page.kv_head][numbers]
         edges = {edge for run in runs_of(entries, page_bytes) for edge in run}
         # A read names its first page; the others have the numbers that follow.
         edges |= {int(at) + 1 for at in np.flatnonzero(np.diff(numbers) != 1)}
@@ -661,15 +690,24 @@ class KvStore:
 
     @contextlib.contextmanager
     def _turn(self, what: str) -> Iterator[None]:
-        """One call at a time, for an open store."""
+        """One call at a time, for an open store. Signals wait until it is over."""
         self._check()
-        if not self._change.acquire(timeout=self.timeout_s):
-            raise self._late(f"another call on this store, {what}")
-        try:
+        with self._entered(what):
             self._check()
             yield
-        finally:
-            self._change.release()
+
+    @contextlib.contextmanager
+    def _entered(self, what: str) -> Iterator[None]:
+        with signals.waiting():
+            end = time.monotonic() + self.timeout_s
+            while not self._change.acquire(timeout=min(_SLICE_S, self.timeout_s)):
+                signals.deliver()
+                if time.monotonic() >= end:
+                    raise self._late(f"another call on this store, {what}")
+            try:
+                yield
+            finally:
+                self._change.release()
 
     def _wait(self, done: Callable[[], object], what: str) -> None:
         """Wait, in one's turn, until `done`; give up when the drive makes no progress."""
@@ -680,7 +718,8 @@ class KvStore:
             if left <= 0:
                 raise self._late(what)
             self._behind.hurry()
-            self._change.wait(left)
+            self._change.wait(min(left, _SLICE_S))
+            signals.deliver()
             if writer.written_bytes != seen:
                 seen, since = writer.written_bytes, time.monotonic()
 
@@ -706,22 +745,16 @@ class KvStore:
             remedy="is the drive alive? See the kernel's log",
         )  # fmt: skip
 
-    def _unknown(self, sequence: int) -> FlashError:
-        return FlashError(
-            f"there is no sequence {sequence} in the KV store", filename=self.directories[0]
-        )
-
-    def _abandon(self) -> None:
-        """In a process that was forked: leave files and lock to the parent."""
-        self._closed = True
-        self._home.close()
-
     # --- inside: tables and space -------------------------------------------------------------------
 
-    def _table(self, sequence: int, layer: int) -> Table:
+    def _known(self, sequence: int) -> dict[int, Table]:
+        """The tables of a sequence, by layer."""
         if sequence not in self._tables.of:
-            raise self._unknown(sequence)
-        return self._tables.get(sequence, layer)
+            raise FlashError(
+                f"there is no sequence {sequence} in the KV store", filename=self.directories[0],
+                remedy="it was dropped, or never stored; compute it again",
+            )  # fmt: skip
+        return self._tables.of[sequence]
 
     def _layers(self, sequence: int, layer: int | None) -> list[int]:
         return list(self._tables.of.get(sequence, {})) if layer is None else [layer]
@@ -871,7 +904,9 @@ class KvStore:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names before the next CHANGE
+        fresh: list[
+            tuple[int, np.ndarray]
+        ] = []  # blocks that no table names before the next CHANGE
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
                 if kind == Kind.APPEND:
@@ -911,6 +946,9 @@ class KvStore:
             )
         number = tables.snapshot.about.get("number") if tables.snapshot else None
         self._home.remove_states(number)
+        if journal.unflushed:  # or what is free by it could be used while the drive still knows it
+            self._unsafe = True
+            self._sync()
 
     def _notice(self, text: str) -> None:
         self.notices.append(text)
@@ -930,15 +968,3 @@ def _collecting(errors: list[FlashError]) -> Iterator[None]:
         yield
     except FlashError as error:
         errors.append(error)
-
-
-_stores: "weakref.WeakSet[KvStore]" = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for store in list(_stores):
-        if not store._closed:
-            store._abandon()
-
-
-os.register_at_fork(after_in_child=_forked)
