@@ -324,6 +324,7 @@ class Errors(_Accident):
         Child(work).wait()
 
     armed = True
+    retries = True  # whether what has failed succeeds when nothing is injected
 
     def mend(self) -> None:
         """From here on the drive is as it should be."""
@@ -343,6 +344,7 @@ class Errors(_Accident):
                 truth.apply(op)
         if runner.store is not None and rng.random() < 0.6:
             self.armed = False
+            self.mend()
             if not self.broken(runner):
                 retried(runner, root, refusals)
                 truth.settle()
@@ -375,14 +377,11 @@ class Errors(_Accident):
     def after_error(self, op, truth, runner, rng, refusals) -> Truth:
         """The truth after an operation that raised."""
         truths = [truth]
-        if op.name == "open":
+        if op.name == "open" or (truth.written and not self.retries):
             return truth
         if op.name == "erase":  # dropped, but the drive has not erased it
             truths.append(truth.copy())
             truths[-1].apply(op)
-        if op.name in ("drop", "erase", "restore") and truth.written:
-            # What was not written yet is given up first.
-            pass
         if runner.store is None or (len(truths) == 1 and rng.random() < 0.5 and not truth.written):
             return truth
         armed, self.armed = self.armed, False
@@ -425,8 +424,10 @@ class FullDisk(Errors):
         finally:
             shutil.rmtree(where)
 
+    retries = False
+
     def mend(self):
-        self.filler.unlink()
+        self.filler.unlink(missing_ok=True)
 
     def next_op(self, rng, truth) -> Op:
         if rng.random() < 0.5 and truth.n_pages < 400:
@@ -719,7 +720,7 @@ class _Worker:
             with self._rough():
                 store.append(Threads.CROWD, 0, *contents([page]))
         elif what < 0.22:
-            first = [len(worker.history) - 1 for worker in self.everyone]
+            first = [max(0, len(worker.history) - 2) for worker in self.everyone]
             number = len(self.saves)
             self.saves[number] = first, None
             store.save(f"{self.number} {number}".encode())
@@ -747,11 +748,13 @@ class _Worker:
         elif what < 0.6:
             target = self.number * 10 + rng.randrange(4)
             count = rng.randrange(1, 7)
-            store.arrange({target: Threads.SHARED}, n_pages=count)
-            of = truth.tables.setdefault(target, {})
+            after = truth.copy()
+            of = after.tables.setdefault(target, {})
             for layer in {*of, 0}:
                 of[layer] = [Page(10_000 + i) for i in range(count)] if layer == 0 else []
-            self.history.append(truth.copy())
+            self.history.append(after)
+            store.arrange({target: Threads.SHARED}, n_pages=count)
+            self.truth = after
         else:
             op = draw(rng, truth, but=("open", "flush", "save", "restore"))
             change = {"sequence": self.number * 10 + op.sequence % 4}

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import logging
 import mmap
@@ -235,7 +236,7 @@ class Home:
                     break
                 # Whoever had it has given up making a store here, and removed it.
             except BlockingIOError:
-                pass
+                gc.collect()  # perhaps a store of this process that was forgotten, not closed
             except OSError as error:
                 file.close()
                 raise FlashError(

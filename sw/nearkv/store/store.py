@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 import threading
 import time
+import weakref
 
 import numpy as np
 
@@ -141,35 +142,35 @@ class KvStore:
             "page_bytes": layout.page_bytes, "n_kv_heads": n_kv_heads, "n_shards": self.n_shards,
             "n_directories": len(paths),
         }  # fmt: skip
-        with signals.waiting():
-            self._open(paths, about, delayed_bytes)
+        # A signal's handler may raise when all is open, and nobody would have the store to close it.
+        with contextlib.ExitStack() as opened:
+            with signals.waiting():
+                self._home = Home(paths, about, temporary=temporary)
+                opened.callback(self._home.close)
+                self._open(paths, delayed_bytes)
+                # Of a store that is forgotten without having been closed.
+                weakref.finalize(self, self._home.close).atexit = False
+            opened.pop_all()
 
-    def _open(self, paths: list[Path], about: dict, delayed_bytes: int) -> None:
-        self._home = Home(paths, about, temporary=self.temporary)
-        try:
-            if not all(file.direct for file in self._home.files):
-                log.warning(
-                    "%s: the file system has no O_DIRECT; pages go through the page cache", paths[0]
-                )
-            windows: dict[int, Window] = {}  # one for each drive
-            self._windows = [
-                windows.setdefault(directory.device, Window())
-                for directory in self._home.directories
-            ] * (self.n_shards // len(paths))
-            files = self._home.files
-            self._space = Space(files, self.layout.page_bytes, self.weights, self._sync)
-            self._writer = PageWriter(self.layout, files, self._windows)
-            self._delayed = delayed_bytes > 0
-            self._behind = WriteBehind(
-                PageWriter(self.layout, files, self._windows), self._change,
-                limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
-            )  # fmt: skip
-            if not self._home.is_new:
-                self._replay()
-        except BaseException:
-            self._closed = True
-            self._home.close()
-            raise
+    def _open(self, paths: list[Path], delayed_bytes: int) -> None:
+        files = self._home.files
+        if not all(file.direct for file in files):
+            log.warning(
+                "%s: the file system has no O_DIRECT; pages go through the page cache", paths[0]
+            )
+        windows: dict[int, Window] = {}  # one for each drive
+        self._windows = [
+            windows.setdefault(directory.device, Window()) for directory in self._home.directories
+        ] * (self.n_shards // len(paths))
+        self._space = Space(files, self.layout.page_bytes, self.weights, self._sync)
+        self._writer = PageWriter(self.layout, files, self._windows)
+        self._delayed = delayed_bytes > 0
+        self._behind = WriteBehind(
+            PageWriter(self.layout, files, self._windows), self._change,
+            limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
+        )  # fmt: skip
+        if not self._home.is_new:
+            self._replay()
 
     def __enter__(self):
         return self
@@ -194,10 +195,10 @@ class KvStore:
         if os.getpid() != self._pid:
             return
         errors: list[FlashError] = []
-        with self._entered("to close the store"):
-            if not self._closed:
-                self._end(errors)
         with signals.waiting():
+            with self._entered("to close the store"):
+                if not self._closed:
+                    self._end(errors)
             end = time.monotonic() + self.timeout_s
             while not self._behind.join(_SLICE_S) and time.monotonic() < end:
                 signals.deliver()
