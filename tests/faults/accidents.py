@@ -333,6 +333,7 @@ class Errors(_Accident):
         """Operations of which some fail; whatever fails changes nothing."""
         truth, refusals = Truth(setting.delayed), []
         runner = Runner(setting, root)
+        self.owing: Truth | None = None
         for _ in range(length):
             op = self.next_op(rng, truth) if runner.store is not None else Op("open")
             try:
@@ -342,6 +343,9 @@ class Errors(_Accident):
                 truth = self.after_error(op, truth, runner, rng, refusals)
             else:
                 truth.apply(op)
+                if op.name not in ("read", "flush"):
+                    self.owing = None
+        truths = [truth]
         if runner.store is not None and rng.random() < 0.6:
             self.armed = False
             self.mend()
@@ -354,10 +358,11 @@ class Errors(_Accident):
                 runner.store.close()
             except FlashError as error:
                 refusals.append(check_error(error, root))
+                truths += [self.owing] if self.owing else []
         self.armed = False
         self.mend()
         # What could not be written when it was closed is not there, and that was said.
-        verify(setting, root, [truth], rng=rng)
+        verify(setting, root, truths, rng=rng)
         if refusals:
             raise Refused(refusals[0])
 
@@ -376,30 +381,35 @@ class Errors(_Accident):
 
     def after_error(self, op, truth, runner, rng, refusals) -> Truth:
         """The truth after an operation that raised."""
-        truths = [truth]
-        if op.name == "open" or (truth.written and not self.retries):
+        truths, root = [truth], runner.root
+        if op.name in ("erase", "save"):  # dropped, but not erased; recorded, but not taken back yet
+            done = truth.copy()
+            done.apply(op)
+            if op.name == "erase":
+                truths.append(done)
+            else:
+                self.owing = done
+        if truth.written and not self.retries:
             return truth
-        if op.name == "erase":  # dropped, but the drive has not erased it
-            truths.append(truth.copy())
-            truths[-1].apply(op)
-        if runner.store is None or (len(truths) == 1 and rng.random() < 0.5 and not truth.written):
+        if len(truths) == 1 and rng.random() < 0.5 and op.name != "open":
             return truth
         armed, self.armed = self.armed, False
-        if not self.broken(runner):
-            retried(runner, self.root_of(runner), refusals)
-            truth = matches(runner.store, truths, self.root_of(runner))
+        if runner.store is not None and not self.broken(runner):
+            retried(runner, root, refusals)
+            self.owing = None
         else:
-            with contextlib.suppress(FlashError):
-                runner.store.close()
-            runner.store = None
-            runner.do(Op("open"), truth)
-            assert runner.store is not None
-            truth = matches(runner.store, truths, self.root_of(runner))
+            if runner.store is not None:
+                with contextlib.suppress(FlashError):
+                    runner.store.close()
+                runner.store = None
+            with contextlib.suppress(FlashError):  # a drive that is full
+                runner.do(Op("open"), truth)
+            if self.owing:
+                truths.append(self.owing)
+        if runner.store is not None:
+            truth = matches(runner.store, truths, root)
         self.armed = armed
         return truth
-
-    def root_of(self, runner: Runner) -> Path:
-        return runner.root
 
 
 class FullDisk(Errors):

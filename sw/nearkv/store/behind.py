@@ -48,14 +48,15 @@ class WriteBehind:
         self._failed: dict[int, list[Spill]] = {}  # by sequence
         self._errors: dict[int, FlashError] = {}  # of these, until somebody has heard of them
         self.waiting_bytes = 0
-        self._n_writing = 0  # spills that the thread has taken
+        self._writing: list[Spill] = []  # that the thread has taken
+        self._held: list = []  # sets of sequences whose spills it must not take
         self._hurry = self._ending = False
         self._thread: threading.Thread | None = None
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits or is being written; what has failed does neither."""
-        return not self._spills and not self._n_writing
+        return not self._spills and not self._writing
 
     @property
     def failed(self) -> dict[int, FlashError]:
@@ -133,28 +134,26 @@ class WriteBehind:
         FlashError
             If the drive makes no progress.
         """
-        forgotten: list[Spill] = []
-
-        def done():
+        # Others have their turn while this waits: nothing is given up before it has come to pass.
+        self._held.append(sequences)
+        try:
+            self._wait(
+                lambda: not any(spill.sequence in sequences for spill in self._writing),
+                "pages that are being written",
+            )
+            forgotten = []
             for sequence in [sequence for sequence in self._failed if sequence in sequences]:
-                forgotten.extend(self._failed.pop(sequence))
+                forgotten += self._failed.pop(sequence)
                 self._errors.pop(sequence, None)
             for spill in [spill for spill in self._spills if spill.sequence in sequences]:
                 self._spills.remove(spill)
                 self.waiting_bytes -= spill.nbytes
                 forgotten.append(spill)
-            return not self._n_writing
-
-        try:
-            if not done():
-                self._wait(done, "pages that are being written")
-        except BaseException:
-            self._spills.extendleft(reversed(forgotten))
-            self.waiting_bytes += sum(spill.nbytes for spill in forgotten)
-            raise
+        finally:
+            self._held.remove(sequences)
+            self._change.notify_all()
         for spill in forgotten:
             spill.table.n_waiting -= 1
-        self._change.notify_all()
         return sorted(forgotten, key=lambda spill: spill.position)
 
     def hurry(self) -> None:
@@ -192,25 +191,31 @@ class WriteBehind:
                     self._spills.remove(spill)
                     self.waiting_bytes -= spill.nbytes
                     self._failed.setdefault(spill.sequence, []).append(spill)
-                self._n_writing = 0
+                self._writing = []
                 self._change.notify_all()
 
     def _next(self) -> list[Spill]:
         """Wait for spills that are worth a window; none when it is time to end."""
         with self._change:
             while True:
-                self._change.wait_for(lambda: self._spills or self._ending)
+                self._change.wait_for(lambda: self._free() or (self._ending and not self._spills))
                 self._change.wait_for(
                     lambda: self._hurry or self._ending or self.waiting_bytes >= STAGING_BYTES,
                     GATHER_S,
                 )
                 self._hurry = False
-                spills = list(self._spills)
-                self._spills.clear()
-                self._n_writing = len(spills)
-                if spills or self._ending:
-                    return spills
+                self._writing = self._free()
+                self._spills = deque(spill for spill in self._spills if self._is_held(spill))
+                if self._writing or (self._ending and not self._spills):
+                    return self._writing
                 # Their sequence was dropped meanwhile; others will come.
+
+    def _free(self) -> list[Spill]:
+        """Spills that may be taken."""
+        return [spill for spill in self._spills if not self._is_held(spill)]
+
+    def _is_held(self, spill: Spill) -> bool:
+        return any(spill.sequence in sequences for sequences in self._held)
 
     def _attempt(self, spills: list[Spill]) -> list[tuple[Spill, FlashError | None]]:
         """Write spills together; if that fails one by one, so that only the broken ones suffer."""

@@ -134,6 +134,7 @@ class KvStore:
         self._unsafe = False  # there is something that a loss of power would take
         self._closed = False
         self._broken = ""
+        self._owed: bytes | None = None  # a SAVE that takes back another, not recorded yet
         self._pid = os.getpid()
         self._change = threading.Condition(threading.RLock())
         about = {
@@ -495,11 +496,10 @@ class KvStore:
             self._compact()
 
     def _take_back(self, before: Snapshot) -> None:
-        """The drive may not keep a snapshot that was recorded: record the one before it again."""
-        try:
-            self._record(Kind.SAVE, encode_save(before.about, before.tables))
-        except FlashError as error:  # the journal has the one, memory the other
-            self._broken = f"save: {error.message}"
+        """The drive may not keep a snapshot that was recorded: the one before it is recorded again."""
+        self._owed = encode_save(before.about, before.tables)
+        with contextlib.suppress(FlashError):  # or as soon as the drive takes a record
+            self._record_owed()
 
     def saved(self) -> bytes | None:
         """What was given to the last `save`; None if there was none.
@@ -770,8 +770,14 @@ class KvStore:
 
     def _record(self, kind: Kind, payload: bytes) -> None:
         if self._home.journal is not None:
+            self._record_owed()
             self._home.journal.append(kind, payload)
             self._unsafe = True
+
+    def _record_owed(self) -> None:
+        if self._owed is not None and self._home.journal is not None:
+            self._home.journal.append(Kind.SAVE, self._owed)
+            self._owed, self._unsafe = None, True
 
     def _release(self, freed: list[np.ndarray]) -> None:
         """Take note of pages that nobody has any more."""
@@ -865,6 +871,7 @@ class KvStore:
         if journal is None or not self._unsafe:
             return
         self._home.check_in_place()
+        self._record_owed()
         self._home.sync_pages()
         journal.sync()
         self._unsafe = False
