@@ -19,7 +19,7 @@ class Config:
     rows : int
         Query heads the array serves at once (the largest group_size). Even, 2 .. 14.
     max_head_dim : int
-        Largest head_dim. A multiple of 32, up to 256.
+        Largest head_dim. A multiple of 32, up to `abi.MAX_HEAD_DIM`.
     beat_fifo_beats : int
         Beats between the read master and the datapath. A power of two. It holds a whole block
         while its largest exponent is found, so it needs at least twice `max_head_dim` and a burst.
@@ -31,7 +31,7 @@ class Config:
 
     name: str
     rows: int
-    max_head_dim: int = 256
+    max_head_dim: int = abi.MAX_HEAD_DIM
     beat_fifo_beats: int = 512
     lookahead_tiles: int = 3
 

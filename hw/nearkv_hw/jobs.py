@@ -7,14 +7,18 @@ Runs ahead of the datapath by as many jobs as the q store has banks and as many 
 behind it holds; so the next job's first tile is known long before this job's last one is done.
 """
 
+from functools import reduce
+from operator import and_
+
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 
 from . import abi
 from .axi import Burst, ControlArgs, ReadBeat, ReadMaster
 from .fifo import Queue
-from .number import Q_EXPONENT_BITS, SCALE_BITS, WEIGHT_BITS
+from .number import Q_EXPONENT_BITS, WEIGHT_BITS
 
 Q_BANKS = 2
 
@@ -91,6 +95,38 @@ def small_product(value, factor):
     return terms[0]
 
 
+def within(limits, values, **given):
+    """High while all values are within their limits. Steps must be powers of two.
+
+    Parameters
+    ----------
+    limits : tuple of abi.Limit
+    values : dict of str to Value
+    given : int
+        The limits that have a name.
+    """
+    terms, aligned = [], []
+    for limit in limits:
+        value, most, step = values[limit.name], limit.largest(given), exact_log2(limit.step)
+        if most is None:
+            aligned.append(value[:step])
+            continue
+        if step:
+            terms.append(value[:step] == 0)
+        if limit.coarse:
+            coarse = exact_log2(limit.coarse)
+            terms += [value != 0, (value < limit.coarse) | (value[:coarse] == 0), value <= most]
+            continue
+        least, most, value = limit.least >> step, most >> step, value[step:]
+        if least > 1 and most == 2 * least - 1:  # just one bit is the highest that is set
+            terms.append(value[exact_log2(least) :] == 1)
+            continue
+        if least:
+            terms.append(value != 0)
+        terms.append(value <= most)
+    return reduce(and_, [*terms, Cat(aligned) == 0])
+
+
 class JobReader(wiring.Component):
     """Reads jobs one after the other.
 
@@ -114,7 +150,7 @@ class JobReader(wiring.Component):
     """
 
     def __init__(self, rows: int, max_head_dim: int):
-        self._rows, self._max_parts = rows, max_head_dim // abi.BLOCK_TOKENS
+        self._rows, self._max_head_dim = rows, max_head_dim
         super().__init__(
             {
                 "start": In(1),
@@ -183,18 +219,15 @@ class JobReader(wiring.Component):
         tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[7:])
         mantissa = Signal(32)
         legal = Signal()
+        values = {
+            "group_size": group_size, "kv_type": kv_type, "head_dim": head_dim,
+            "page_tokens": page_tokens, "score_mantissa": mantissa, "n_pages": pages,
+            "n_tiles": small_product(pages[:12], tiles_per_page[:9]),
+            "q": q_offset, "page_table": table_offset, "partial": partial_offset,
+        }  # fmt: skip
         m.d.comb += legal.eq(
-            (group_size != 0) & (group_size <= self._rows)
-            & (kv_type <= max(abi.KvType))
-            & (head_dim[:5] == 0) & (head_dim[5:] != 0) & (head_dim[5:] <= self._max_parts)
-            & (page_tokens[:5] == 0) & (page_tokens != 0)
-            & ((page_tokens < abi.TILE_TOKENS) | (page_tokens[:7] == 0))
-            & (page_tokens <= 32768)
-            & (mantissa[SCALE_BITS - 1 :] == 1)
-            & (pages != 0) & (pages <= abi.MAX_TILES)
-            & (small_product(pages[:12], tiles_per_page[:9]) <= abi.MAX_TILES)
-            & (Cat(q_offset[:6], table_offset[:6], partial_offset[:6]) == 0)
-        )  # fmt: skip
+            within(abi.JOB_LIMITS, values, rows=self._rows, max_head_dim=self._max_head_dim)
+        )
 
         with m.FSM():
             with m.State("Idle"):

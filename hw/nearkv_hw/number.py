@@ -24,7 +24,7 @@ import math
 
 import numpy as np
 
-from .abi import MAX_TILES, TILE_TOKENS, WIDE_BYTES, KvType
+from .abi import MAX_TILES, SCALE_BITS, TILE_TOKENS, WIDE_BYTES, KvType
 
 # --- K and V ------------------------------------------------------------------------------------
 KV_BITS = 23  # an aligned element: sign and magnitude up to 2^22
@@ -74,7 +74,6 @@ ACC_BITS = 48
 # --- scores -------------------------------------------------------------------------------------
 RAW_SHIFT = 13  # bits of S dropped: 35 remain, two 18-bit ports of a DSP
 RAW_BITS = ACC_BITS - RAW_SHIFT
-SCALE_BITS = 24
 SCORE_FRAC_BITS = 20
 SCORE_INT_MAX = 32767
 SCORE_BITS = 36
@@ -149,10 +148,10 @@ def score_scale(scale: float, kv_type: KvType) -> tuple[int, int]:
     Raises
     ------
     ValueError
-        If scale is not positive and finite.
+        If scale is not positive, or too large.
     """
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be positive and finite, not {scale}")
+    if not (scale > 0 and math.isfinite(scale * math.log2(math.e))):
+        raise ValueError(f"scale must be positive and below 1.2e308, not {scale}")
     fraction, exponent = math.frexp(scale * math.log2(math.e))
     mantissa = round(fraction * (1 << SCALE_BITS))
     if mantissa == 1 << SCALE_BITS:

@@ -21,12 +21,13 @@ from nearkv_hw.number import (
     N_LIMBS,
     Q_EXPONENT_BITS,
     RUN_MAX_EMPTY,
-    SCALE_BITS,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
     WEIGHT_BITS,
     Wide,
 )
+
+from .lifetime import Lifetime
 
 # Tiles computed at once: enough to hide numpy's call cost, few enough to stay in the cache.
 _TILES_AT_ONCE = 16
@@ -55,9 +56,11 @@ class ModelCard:
         self.config = config
         # Of each legal job of the last run: maxima of its tiles, int (tiles, rows).
         self.tile_maxima: list[np.ndarray] = []
+        self._lifetime = Lifetime(free=lambda: None)
 
     def close(self) -> None:
-        pass
+        """From any thread: a run under way is stopped first, see `Lifetime`."""
+        self._lifetime.close()
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
         """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
@@ -70,7 +73,20 @@ class ModelCard:
             Offsets in job memory.
         timeout_s : float, optional
             Accepted for the sake of the interface; the model always ends.
+
+        Raises
+        ------
+        ValueError
+            If the card is closed.
+        ClosedError
+            If it was closed meanwhile.
+        RuntimeError
+            If it runs in another thread, or belongs to the parent process.
         """
+        with self._lifetime.use():
+            self._execute(kv, job, queue, n_jobs, summary)
+
+    def _execute(self, kv, job, queue, n_jobs, summary) -> None:
         failed = kv_beats = partial_beats = kv_bursts = 0
         self.tile_maxima = []
         # A queue or a summary that is not aligned to beats: as the hardware takes it.
@@ -79,7 +95,7 @@ class ModelCard:
         n_jobs = 0 if error else n_jobs
         for i in range(n_jobs):
             record = abi.JOB.unpack(job[queue + i * abi.JOB.bytes :])
-            run = _Job(self.config, kv, job, record)
+            run = _Job(self.config, kv, job, record, self._lifetime.check)
             status = run.execute()
             if run.tile_maxima:
                 self.tile_maxima.append(np.concatenate(run.tile_maxima))
@@ -99,14 +115,15 @@ class ModelCard:
 class _Job:
     """One job on its way through the model."""
 
-    def __init__(self, config, kv, job, record):
+    def __init__(self, config, kv, job, record, check):
         self.config, self.kv, self.job, self.record = config, kv, job, record
+        self.check = check  # raises if the run shall end
         self.kv_beats = self.kv_bursts = self.partial_beats = 0
         self.tile_maxima: list[np.ndarray] = []
 
     def execute(self) -> Status:
-        record = self.record
-        if not self._legal():
+        record, config = self.record, self.config
+        if abi.broken_job_limit(record, rows=config.rows, max_head_dim=config.max_head_dim):
             self._write_header(Status.DONE | Status.ILLEGAL_JOB, abi.NO_PAGE, 0, [])
             return Status.DONE | Status.ILLEGAL_JOB
         self.kv_type = KvType(record["kv_type"])
@@ -124,6 +141,7 @@ class _Job:
             for first, tokens in self.layout.tiles(page.page_len)
         ]
         for at in range(0, len(tiles), _TILES_AT_ONCE):
+            self.check()
             part, tile_max, saturated = self._attend(pages, tiles[at : at + _TILES_AT_ONCE])
             parts.append(part)
             run_max = np.maximum(run_max, tile_max.max(axis=0))
@@ -140,23 +158,6 @@ class _Job:
         self._write_elements(functools.reduce(operator.add, parts))
         return flags
 
-    def _legal(self) -> bool:
-        record, config = self.record, self.config
-        try:
-            abi.check_head_dim(record["head_dim"], config.max_head_dim)
-            abi.check_page_tokens(record["page_tokens"])
-        except ValueError:
-            return False
-        tiles = record["n_pages"] * -(-record["page_tokens"] // abi.TILE_TOKENS)
-        return (
-            1 <= record["group_size"] <= config.rows
-            and record["kv_type"] in KvType.__members__.values()
-            and record["score_mantissa"].bit_length() == SCALE_BITS
-            and 1 <= record["n_pages"]
-            and tiles <= abi.MAX_TILES
-            and not any(record[name] % abi.BEAT_BYTES for name in ("page_table", "q", "partial"))
-        )
-
     def _load_q(self) -> None:
         start, head_dim = self.record["q"], self.record["head_dim"]
         words = self.job[start : start + head_dim * abi.Q_RECORD.bytes]
@@ -172,7 +173,7 @@ class _Job:
                 self.job[self.record["page_table"] + n * abi.PAGE_ENTRY.bytes :]
             )
             address, page_len, flags = entry["address"], entry["page_len"], Status(0)
-            if address % abi.PAGE_ALIGN_BYTES or page_len > self.layout.page_tokens:
+            if abi.broken_page_entry_limit(entry, page_tokens=self.layout.page_tokens):
                 address, page_len, flags = 0, 0, Status.ILLEGAL_JOB
             data = self.kv[address : address + self.layout.page_bytes]
             if len(data) < self.layout.page_bytes:

@@ -167,7 +167,9 @@ class Kill(_Accident):
         for name, call in self.calls:
             of_op.setdefault(name, []).append(call)
         call = rng.choice(of_op[rng.choice(sorted(of_op))])
-        how = rng.choice(("before", "middle", "after") if call.name == "pwrite" else ("before", "after"))
+        how = rng.choice(
+            ("before", "middle", "after") if call.name == "pwrite" else ("before", "after")
+        )
         progress = Progress()
 
         def work():
@@ -304,8 +306,14 @@ class Errors(_Accident):
              ("unlink",), ("open", "mkdir"), ("pwrite", "fsync"), System._NAMES + ("fallocate",),
              System._NAMES + ("fallocate",)]
         )  # fmt: skip
-        code = rng.choice((errno.EIO, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE))
-        n_calls, first, count = 0, int(rng.expovariate(1 / 25)), rng.choice((1, 1, 1, 2, 4, 20, 10000))
+        code = rng.choice(
+            (errno.EIO, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+        )
+        n_calls, first, count = (
+            0,
+            int(rng.expovariate(1 / 25)),
+            rng.choice((1, 1, 1, 2, 4, 20, 10000)),
+        )
         partly = rng.random() < 0.3
 
         def fate(call):
@@ -678,7 +686,9 @@ class Threads(_Accident):
         for worker in workers:
             keys = [page.key for page in crowd if page.key // 1000 == worker.number]
             if not worker.rough and keys != worker.crowd:
-                raise Failure(f"thread {worker.number} appended {worker.crowd}, and {keys} is there")
+                raise Failure(
+                    f"thread {worker.number} appended {worker.crowd}, and {keys} is there"
+                )
         if seen[self.SHARED][0] != [Page(10_000 + i) for i in range(6)]:
             raise Failure("the shared source has changed")
 

@@ -207,7 +207,13 @@ class _Damage(Kind):
         go_on = rng if rng.random() < carry else None
         try:
             verify(
-                self.template.setting, root, truths, refusals=refusals, rng=go_on, look=look, **options
+                self.template.setting,
+                root,
+                truths,
+                refusals=refusals,
+                rng=go_on,
+                look=look,
+                **options,
             )
         finally:
             self.beside.check()
@@ -355,7 +361,9 @@ class Journal(_Damage):
 
     def __init__(self, rng, root):
         super().__init__(rng, root)
-        other = Setting.draw(rng)._replace(**self.template.setting._replace(compact=False)._asdict())
+        other = Setting.draw(rng)._replace(
+            **self.template.setting._replace(compact=False)._asdict()
+        )
         self.foreign = Template(rng, root / "foreign", other, length=20)
 
     def trial(self, rng, root):
@@ -370,11 +378,15 @@ class Journal(_Damage):
         if how <= 1:
             changed = bytearray(data)
             for _ in range(rng.choice((1, 1, 2, 8))):
-                at = rng.choice((rng.randrange(len(data)), rng.choice(where[:-1]) + rng.randrange(28)))
+                at = rng.choice(
+                    (rng.randrange(len(data)), rng.choice(where[:-1]) + rng.randrange(28))
+                )
                 changed[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
             data = bytes(changed)
         elif how == 2:
-            at = rng.choice((rng.randrange(len(data)), rng.choice(where), len(data) - rng.randrange(64)))
+            at = rng.choice(
+                (rng.randrange(len(data)), rng.choice(where), len(data) - rng.randrange(64))
+            )
             data, cut = data[:at], at not in where
         elif how == 3:  # as after a loss of power
             at = rng.randrange(len(data))
@@ -460,7 +472,8 @@ class Description(_Damage):
         names = [
             name
             for name in files
-            if Path(name).name in ("store.json", "journal.end") or Path(name).name.startswith("state-")
+            if Path(name).name in ("store.json", "journal.end")
+            or Path(name).name.startswith("state-")
         ]
         name = rng.choice(names)
         data = bytearray(files[name][1])
@@ -498,7 +511,9 @@ class Names(_Damage):
         self.spread(self.template.files, root, rng)
         write_tree(root / "elsewhere", self.foreign.files)
         files = [name for name, what in self.template.files.items() if what[0] == "file"]
-        directories = sorted(name for name, what in self.template.files.items() if what[0] != "file")
+        directories = sorted(
+            name for name, what in self.template.files.items() if what[0] != "file"
+        )
         path = root / rng.choice(files)
         how = rng.randrange(13)
         beside = root / "precious"

@@ -128,7 +128,11 @@ class Truth:
         """Of all pages, the snapshot's too."""
         everything = [self.tables, self.kept[1] if self.kept else {}]
         return {
-            page.key for tables in everything for of in tables.values() for t in of.values() for page in t
+            page.key
+            for tables in everything
+            for of in tables.values()
+            for t in of.values()
+            for page in t
         }
 
     def table(self, sequence: int, layer: int) -> list[Page]:
@@ -206,7 +210,8 @@ class Truth:
                 if not alike or not fewest <= len(got) <= len(expected):
                     return (
                         f"layer {layer} of sequence {sequence} is {_short(got)} and should be "
-                        f"{_short(expected)}" + (f", {fewest} at least" if fewest < len(expected) else "")
+                        f"{_short(expected)}"
+                        + (f", {fewest} at least" if fewest < len(expected) else "")
                     )
         return ""
 
@@ -382,9 +387,7 @@ def matches(
     raise Failure("; or ".join(dict.fromkeys(differences)))
 
 
-def check_kept(
-    store: KvStore, truth: Truth, root: Path, refusals: list[str] | None = None
-) -> None:
+def check_kept(store: KvStore, truth: Truth, root: Path, refusals: list[str] | None = None) -> None:
     """Go back to the snapshot, which is to be the truth's."""
     if truth.kept is None:
         try:
@@ -439,7 +442,9 @@ def draw(rng: random.Random, truth: Truth, *, but: tuple[str, ...] = ()) -> Op:
         if name == "read":
             return Op(name, sequence, layer)
         if name == "truncate":
-            return Op(name, sequence, layer, n_pages=rng.randrange(len(truth.table(sequence, layer)) + 2))
+            return Op(
+                name, sequence, layer, n_pages=rng.randrange(len(truth.table(sequence, layer)) + 2)
+            )
         if name == "arrange":
             targets = rng.sample([0, 1, 2, 3, 4, 5, 9, 1 << 40], rng.randrange(1, 5))
             sources = tuple((target, rng.choice(known)) for target in targets)
@@ -469,7 +474,9 @@ def perform(store: KvStore, op: Op) -> None:
         raise ValueError(op.name)
 
 
-def script(rng: random.Random, length: int, delayed: bool, **options) -> tuple[list[Op], list[Truth]]:
+def script(
+    rng: random.Random, length: int, delayed: bool, **options
+) -> tuple[list[Op], list[Truth]]:
     """Operations that all succeed, the first of which makes the store, and the truth before each."""
     truth, ops, truths = Truth(delayed), [], []
     for i in range(length):
@@ -526,14 +533,18 @@ class Beside:
         root.mkdir(parents=True, exist_ok=True)
         with self.setting.open(root) as store:
             for sequence in range(3):
-                perform(store, Op("append", sequence, pages=tuple(Page(9000 + i) for i in range(4))))
+                perform(
+                    store, Op("append", sequence, pages=tuple(Page(9000 + i) for i in range(4)))
+                )
             store.save(b"beside")
         (root / "notes.txt").write_text("a file of the user")
         self.before = tree(root)
 
     def check(self) -> None:
         if (now := tree(self.root)) != self.before:
-            names = {name for name in {*now, *self.before} if now.get(name) != self.before.get(name)}
+            names = {
+                name for name in {*now, *self.before} if now.get(name) != self.before.get(name)
+            }
             raise Failure(f"changed what lies beside the store: {sorted(names)}")
 
 

@@ -108,7 +108,18 @@ def test_reproduce_prints_every_row_and_its_reason(capsys):
     [
         (("--model", "gpt-9"), "no model 'gpt-9'"),
         (("--machine", "abacus"), "no machine 'abacus'"),
-        (("--batch", "0"), "must be at least 1"),
+        (("--list", "--batch", "2"), "--batch makes no difference to --list; what does: --json$"),
+        (("--scale", "--accuracy", "8bit"), "--accuracy makes no difference to --scale; .*--batch"),
+        (("--scale", "--sparse"), "--sparse makes no difference to --scale"),
+        (("--sweep", "x", "--json"), "--json makes no difference to --sweep"),
+        (("--reproduce", "--model", "opt-13b"), "--model makes no difference to --reproduce"),
+        (("--leave-one-out", "--min-drive-years", "0"), "--min-drive-years makes no difference"),
+        (("--measure", "x.toml", "--machine", "y"), "--machine makes no difference to --measure"),
+        (
+            ("--kv-dir", "."),
+            "--kv-dir makes no difference to a plan; what does: --model, --machine",
+        ),
+        (("--machine", "abacus.toml"), r"no machine 'abacus\.toml': there is no such file"),
         (("--machine", "nvme-twin-cpu", "--model", "qwen2.5-7b", "--events"), "simulates cards"),
         (("--model", "opt-175b", "--machine", "nvme-twin", "--context", "16M"), "no plan fits"),
     ],
@@ -118,11 +129,26 @@ def test_a_wrong_question_is_refused_in_words(words, message):
         call(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--list", "--scale"), "--scale: not allowed with argument --list"),
+        (("--measure", "x.json"), r"a machine file is called NAME.toml, not x\.json"),
+        (("--measure", "no/such/x.toml"), r"there is no directory no/such for x\.toml"),
+        (("--batch", "0"), "--batch: must be a whole number of at least 1, not '0'"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_words(words, message, capsys):
+    with pytest.raises(SystemExit):
+        call(*words)
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_lengths_are_read_as_people_write_them():
     assert plan.tokens("128k") == 131072
     assert plan.tokens("1M") == 1 << 20
     assert plan.tokens("4096") == 4096
-    for bad in ("0", "-1", "1.5k", "k", ""):
+    for bad in ("0", "-1", "1.5k", "k", "", "\u0664k", "9" * 5000):
         with pytest.raises(ValueError, match="a number of tokens such as"):
             plan.tokens(bad)
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from nearkv.attention import Partial, elementary, native, query, tail
+from nearkv.attention import Partial, elementary, native, query
 from nearkv.attention.fold import Sums
+from nearkv.attention.tail import Tail
 from nearkv_hw import abi, number, pages
 from nearkv_hw.abi import KvType, PageLayout
 from nearkv_hw.number import Wide
@@ -130,6 +131,24 @@ def test_query_records_are_those_of_quantize_q(seed, n_jobs, width, head_dim, dt
         np.testing.assert_array_equal(its[:, :width], weight.T)
         np.testing.assert_array_equal(its[:, width:15], 0)
         np.testing.assert_array_equal(its[:, 15], exponent)
+
+
+def test_jobs_may_take_any_of_the_queries(monkeypatch):
+    q = np.random.default_rng(0).standard_normal((2, 3, 5, 32))
+    where = np.array([5, 0, 5, 2])
+    want = query.query_records(q)[where]
+    for _ in "native", "numpy":
+        np.testing.assert_array_equal(query.query_records(q, where), want)
+        out = np.full((4, 32, 16), -1, np.int32)
+        assert query.query_records(q, where, out) is out
+        np.testing.assert_array_equal(out, want)
+        for wrong in ([0, 6], [-1, 0]):
+            with pytest.raises(IndexError, match="queries must be among 6"):
+                query.query_records(q, np.array(wrong))
+        for wrong in (out[:3], out[:, ::2], out[:, :, :8]):
+            with pytest.raises(ValueError, match=r"out must be a contiguous \(4, 32, 16\)"):
+                query.query_records(q, where, wrong)
+        monkeypatch.setattr(native, "library", lambda: None)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 2.0**511, -(2.0**700)])
@@ -281,7 +300,7 @@ def test_combine_is_the_merge_of_both_parts():
 def _tail(
     rng, tail_tokens, n_new, kv_type=KvType.FP16, n_heads=2, group=3, head_dim=32, magnitude=1.0
 ):
-    """Arguments of tail.attend, with Inf behind the tails' ends."""
+    """Arguments of _attend, with Inf behind the tails' ends."""
     batch, capacity = len(tail_tokens), max([*tail_tokens, 1]) + 2
 
     def patterns(*shape):
@@ -297,6 +316,10 @@ def _tail(
     )
     valid = rng.random((batch, n_new)) < 0.7
     return [q, *tails, np.array(tail_tokens), *new, valid, head_dim**-0.5, kv_type]
+
+
+def _attend(q, tail_k, tail_v, tail_tokens, k, v, valid, scale, kv_type):
+    return Tail(tail_k, tail_v, kv_type).attend_alone(q, tail_tokens, k, v, valid, scale)
 
 
 @settings(max_examples=60, deadline=None)
@@ -315,7 +338,7 @@ def test_the_tail_has_the_same_bits_natively(
     )  # fmt: skip
     if not masked:
         arguments[6] = None
-    both(lambda: tail.attend(*arguments))
+    both(lambda: _attend(*arguments))
 
 
 @pytest.mark.parametrize("kv_type", KvType)
@@ -329,7 +352,7 @@ def test_every_element_reads_as_what_it_is(kv_type):
     q = np.zeros((batch, 1, 1, 32), np.float32)
     none = np.zeros((batch, 1, 0, 32), np.uint16)
     out, lse_log2 = both(
-        lambda: tail.attend(
+        lambda: _attend(
             q, none, none, np.zeros(batch, np.int64), patterns, patterns, None, 1.0, kv_type
         )
     )
@@ -337,7 +360,7 @@ def test_every_element_reads_as_what_it_is(kv_type):
     np.testing.assert_array_equal(lse_log2, 0)
     q[..., 3] = 1
     _, lse_log2 = both(
-        lambda: tail.attend(
+        lambda: _attend(
             q, none, none, np.zeros(batch, np.int64), patterns, patterns, None, 1.0, kv_type
         )
     )
@@ -352,7 +375,7 @@ def test_the_tail_is_attended_as_torch_does_it(kv_type, n_new):
     q, tail_k, tail_v, tail_tokens, k, v, valid, scale, _ = arguments = _tail(
         rng, [0, 5, 60], n_new, kv_type
     )
-    out, lse_log2 = tail.attend(*arguments)
+    out, lse_log2 = _attend(*arguments)
     for b, past in enumerate(tail_tokens):
         keys, values = (
             torch.from_numpy(
@@ -376,12 +399,12 @@ def test_the_tail_is_attended_as_torch_does_it(kv_type, n_new):
 def test_what_a_query_sees_depends_on_nothing_else():
     """A sequence alone gives the bits it has in a batch; tokens given at once those one by one."""
     arguments = _tail(np.random.default_rng(3), [7, 0, 40], 3)
-    out, lse_log2 = tail.attend(*arguments)
+    out, lse_log2 = _attend(*arguments)
     for b in range(3):
         alone = [x[b : b + 1] if isinstance(x, np.ndarray) else x for x in arguments]
-        _assert_same_bits(tail.attend(*alone), (out[b : b + 1], lse_log2[b : b + 1]))
+        _assert_same_bits(_attend(*alone), (out[b : b + 1], lse_log2[b : b + 1]))
     q, tail_k, tail_v, tail_tokens, k, v, _, scale, kv_type = arguments
-    out, _ = tail.attend(q, tail_k, tail_v, tail_tokens, k, v, None, scale, kv_type)
+    out, _ = _attend(q, tail_k, tail_v, tail_tokens, k, v, None, scale, kv_type)
     grown_k, grown_v = (
         np.pad(x, ((0, 0), (0, 0), (0, 3), (0, 0)))
         for x in (tail_k, tail_v)
@@ -389,7 +412,7 @@ def test_what_a_query_sees_depends_on_nothing_else():
     rows = q.reshape(3, 2, 3, 3, 32)
     for at in range(3):
         one = slice(at, at + 1)
-        got, _ = tail.attend(
+        got, _ = _attend(
             np.ascontiguousarray(rows[:, :, :, at]), grown_k, grown_v, tail_tokens + at,
             k[:, :, one], v[:, :, one], None, scale, kv_type,
         )  # fmt: skip
@@ -403,27 +426,48 @@ def test_inf_and_nan_stay_visible():
         arguments = _tail(np.random.default_rng(4), [6], 1)
         arguments[which] = arguments[which].copy()
         arguments[which][0, 1, 0, 3] = value
-        got = tail.attend(*arguments)
+        got = _attend(*arguments)
         assert not np.isfinite(got[0][0, 1, 0]).all()
         assert np.isfinite(got[0][0, 0]).all()
+
+
+def test_what_is_stored_and_what_is_not_become_one():
+    rng = np.random.default_rng(7)
+    q, tail_k, tail_v, tail_tokens, *rest = _tail(rng, [3, 0], 2)
+    *rest, kv_type = rest
+    data, *_ = _card_bytes(rng, 4, 6, 32, empty=0.3)
+    sums = Sums(PageLayout(32), 4, 6)
+    sums.add(np.arange(4), data)
+    stored = sums.total().reshape(2, 2, 6)
+    tails = Tail(tail_k, tail_v, kv_type)
+    out, lse_log2 = tails.attend_alone(q, tail_tokens, *rest)
+    with np.errstate(all="ignore"):
+        whole = both(lambda: tails.attend(q, tail_tokens, *rest, stored))
+        _assert_same_bits(whole, stored.combine(out, lse_log2))
+    alone = both(lambda: tails.attend(q, tail_tokens, *rest))
+    _assert_same_bits(alone, out.astype(np.float32))
+    with pytest.raises(ValueError, match="do not belong|is not that of"):
+        tails.attend(q, tail_tokens, *rest, stored[:1])
 
 
 def test_tails_that_do_not_fit_are_refused():
     good = _tail(np.random.default_rng(5), [6, 2], 2)
     q, tail_k, _, tail_tokens, k, *_ = good
-    for at, wrong in (
-        (0, q[:, :1]), (0, q[:, :, :5]), (1, tail_k[:1]), (2, tail_k[..., :16]), (3, tail_tokens[:1]),
-        (4, k[:, :, :1]), (5, k[:, :1]), (6, np.ones((2, 3), bool)),
+    for at, wrong, message in (
+        (0, q[:, :1], "do not belong"), (0, q[:, :, :5], "do not belong"),
+        (1, tail_k[:1], "must be alike"), (2, tail_k[..., :16], "must be alike"),
+        (1, tail_k.astype(np.int32), "must be uint16"), (3, tail_tokens[:1], "do not belong"),
+        (4, k[:, :, :1], "do not belong"), (5, k[:, :1], "do not belong"),
+        (5, np.repeat(k, 2, axis=3)[..., ::2], "do not belong"),
+        (6, np.ones((2, 3), bool), "do not belong"),
+        (3, [9, 2], "room for 8 tokens"), (3, [6, -1], "room for 8 tokens"),
     ):  # fmt: skip
         arguments = list(good)
         arguments[at] = wrong
-        with pytest.raises(ValueError, match="do not belong together"):
-            tail.attend(*arguments)
-    for tokens in ([9, 2], [6, -1]):
-        arguments = list(good)
-        arguments[3] = np.array(tokens)
-        with pytest.raises(ValueError, match="tails have room for 8 tokens"):
-            tail.attend(*arguments)
+        with pytest.raises(ValueError, match=message):
+            _attend(*arguments)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        Tail(tail_k[..., :12], tail_k[..., :12], KvType.FP16)
 
 
 # --- the native part -------------------------------------------------------------------------
@@ -471,7 +515,7 @@ def test_the_bits_are_the_same_with_any_instructions(instructions, tmp_path, mon
         sums.add(np.arange(6) % 3, data)
         total = sums.total()
         yield query.query_records(arguments[0][0])
-        yield from (tail.attend(*some) for some in arguments)
+        yield from (_attend(*some) for some in arguments)
         yield from (total, total.normalise(), _call("exp2", x), _call("log2", -x))
         yield total.combine(rng.standard_normal((3, 3, 96)), total.normalise()[1] + 1.5)
 

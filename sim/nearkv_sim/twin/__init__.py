@@ -7,10 +7,9 @@ the package is installed. Their constants are generated here from `nearkv_hw.abi
 """
 
 import ctypes
-from functools import cache
+import functools
 import hashlib
 import importlib.util
-import inspect
 import os
 from pathlib import Path
 import time
@@ -20,6 +19,8 @@ import numpy as np
 from nearkv_hw import abi, number
 from nearkv_hw.abi import KvType, Status
 from nearkv_hw.config import Config
+
+from ..lifetime import Lifetime
 
 PATHS = ("ifma", "avx512", "avx2", "portable")
 _FOLDER = Path(__file__).parent
@@ -62,7 +63,6 @@ class TwinCard:
             raise ValueError(f"path must be auto, {', '.join(PATHS)}, not {path!r}")
         self.config, self.threads = config, threads
         self._config_hash = config.hash32  # takes longer than a small run
-        self._handle = None
         self._library = load()
         found = self._library.twin_path(path.encode())
         if found is None:
@@ -73,11 +73,14 @@ class TwinCard:
         )
         if not self._handle:
             raise TwinError(f"no memory, or {threads} threads cannot be started")
+        self._lifetime = Lifetime(
+            free=functools.partial(self._library.twin_close, self._handle),
+            stop=functools.partial(self._library.twin_stop, self._handle),
+        )
 
     def close(self) -> None:
-        if self._handle:
-            self._library.twin_close(self._handle)
-        self._handle = None
+        """Free the card. From any thread: a run under way is stopped first, see `Lifetime`."""
+        self._lifetime.close()
 
     def __enter__(self):
         return self
@@ -86,8 +89,8 @@ class TwinCard:
         self.close()
 
     def __del__(self):
-        if getattr(self, "_handle", None):
-            self.close()
+        if hasattr(self, "_lifetime"):
+            self._lifetime.abandon()
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
         """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
@@ -107,10 +110,17 @@ class TwinCard:
         ------
         TimeoutError
         ValueError
-            If a record of the queue leaves job memory; nothing was computed then.
+            If a record of the queue leaves job memory, or the card is closed; nothing was computed
+            then.
+        ClosedError
+            If the card was closed meanwhile; no thread uses the memories any more.
+        RuntimeError
+            If the card runs in another thread, or belongs to the parent process.
         """
-        if not self._handle:
-            raise ValueError("the card is closed")
+        with self._lifetime.use():
+            self._execute(kv, job, queue, n_jobs, summary, timeout_s)
+
+    def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
         for name, memory in (("kv", kv), ("job", job)):
             if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
                 raise ValueError(f"{name} must be a contiguous uint8 vector")
@@ -131,6 +141,7 @@ class TwinCard:
             raise ValueError(self._library.twin_error(self._handle).decode())
         left = _SLICE_S if timeout_s is None else timeout_s
         while not self._library.twin_run(self._handle, max(0.0, min(left, _SLICE_S))):
+            self._lifetime.check()
             if timeout_s is not None:
                 left = timeout_s - (time.monotonic() - begin)
                 if left <= 0:
@@ -157,7 +168,7 @@ def crc32c(path: str, data: np.ndarray, crc: int = 0) -> int:
     return load().twin_crc32c(path.encode(), crc, data.ctypes.data, data.nbytes)
 
 
-@cache
+@functools.cache
 def load() -> ctypes.CDLL:
     """The native part, with the types of its functions.
 
@@ -183,6 +194,7 @@ def load() -> ctypes.CDLL:
         "error": (ctypes.c_char_p, [pointer]),
         "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
         "run": (ctypes.c_int, [pointer, ctypes.c_double]),
+        "stop": (None, [pointer]),
         "counters": (None, [pointer, ctypes.POINTER(u64)]),
     }
     for name, (result, arguments) in types.items():
@@ -212,9 +224,6 @@ def _constants() -> str:
         "namespace twin {",
     ]
     values = {
-        "MAX_HEAD_DIM": inspect.signature(abi.check_head_dim).parameters["maximum"].default,
-        "MAX_PAGE_TOKENS": _longest_page(),
-        "N_KV_TYPES": len(KvType),
         "KV_ELEMENT_BYTES": {kv_type.element_bytes for kv_type in KvType},
         "LIMB_STEP_LOG2": (number.LIMB_STEP - 1).bit_length(),
         "EXP2_SEGMENT_BITS": (number.EXP2_SEGMENTS - 1).bit_length(),
@@ -223,15 +232,15 @@ def _constants() -> str:
         **{
             name: getattr(abi, name)
             for name in (
-                "BEAT_BYTES", "BURST_BYTES", "PAGE_ALIGN_BYTES", "BLOCK_TOKENS", "TILE_TOKENS",
-                "MAX_TILES", "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
+                "BEAT_BYTES", "BURST_BYTES", "BLOCK_TOKENS", "TILE_TOKENS", "MAX_HEAD_DIM",
+                "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
             )
         },
         **{
             name: getattr(number, name)
             for name in (
                 "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_BITS", "RAW_SHIFT",
-                "SCALE_BITS", "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
+                "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
                 "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
                 "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",
                 "WINDOW_TOP",
@@ -254,27 +263,38 @@ def _constants() -> str:
     lines += ["namespace abi {"]
     for record in (abi.JOB, abi.PAGE_ENTRY, abi.Q_RECORD, abi.PARTIAL_HEADER):
         lines += _struct(record)
+    lines += _legality(abi.JOB, abi.JOB_LIMITS, "n_tiles", "rows", "max_head_dim")
+    lines += _legality(abi.PAGE_ENTRY, abi.PAGE_ENTRY_LIMITS, "page_tokens")
     return "\n".join([*lines, "}  // namespace abi", "}  // namespace twin"])
 
 
-def _longest_page() -> int:
-    """The largest page_tokens that the ABI allows."""
-
-    def legal(page_tokens):
-        try:
-            abi.check_page_tokens(page_tokens)
-        except ValueError:
-            return False
-        return True
-
-    return max(filter(legal, range(0, 1 << 16, abi.TILE_TOKENS)))
+def _legality(record: abi.Record, limits: tuple[abi.Limit, ...], *given: str) -> list[str]:
+    """A C++ function that tells whether a record keeps its limits; `given` are its other arguments."""
+    conditions = []
+    for limit in limits:
+        value = limit.name if limit.name in given else f"it.{limit.name}"
+        if limit.least:
+            conditions.append(f"{value} >= {limit.least}u")
+        if limit.most is not None:
+            most = limit.most if isinstance(limit.most, str) else f"{limit.most}u"
+            conditions.append(f"{value} <= {most}")
+        if limit.step > 1:
+            conditions.append(f"{value} % {limit.step}u == 0")
+        if limit.coarse:
+            conditions.append(f"({value} < {limit.coarse}u || {value} % {limit.coarse}u == 0)")
+    arguments = ", ".join([f"const {_struct_name(record)}& it", *(f"uint64_t {x}" for x in given)])
+    return [
+        f"static inline bool legal({arguments}) {{",
+        f"    return {' && '.join(conditions)};",
+        "}",
+    ]
 
 
 def _struct(record: abi.Record) -> list[str]:
     """A record as a C++ struct, bytes that belong to no field included."""
     names = {"B": "uint8_t", "H": "uint16_t", "I": "uint32_t", "Q": "uint64_t",
              "b": "int8_t", "h": "int16_t", "i": "int32_t", "q": "int64_t"}  # fmt: skip
-    struct = "".join(word.capitalize() for word in record.name.split("_"))
+    struct = _struct_name(record)
     lines, end = [f"struct {struct} {{"], 0
     for field in record.fields:
         if field.offset > end:
@@ -285,3 +305,7 @@ def _struct(record: abi.Record) -> list[str]:
     if record.bytes > end:
         lines.append(f"    uint8_t reserved_{end}[{record.bytes - end}];")
     return [*lines, "};", f'static_assert(sizeof({struct}) == {record.bytes}, "{record.name}");']
+
+
+def _struct_name(record: abi.Record) -> str:
+    return "".join(word.capitalize() for word in record.name.split("_"))

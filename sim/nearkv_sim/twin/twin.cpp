@@ -182,12 +182,12 @@ class Card {
         try {
             for (int i = 1; i < threads; i++) threads_.emplace_back([this, i] { serve(*workers_[i]); });
         } catch (...) {
-            stop();
+            join();
             throw;
         }
     }
 
-    ~Card() { stop(); }
+    ~Card() { join(); }
 
     // Take a queue in; nothing is computed yet. Throws if a record leaves job memory.
     void start(const uint8_t* kv, uint64_t kv_bytes, uint8_t* job, uint64_t job_bytes, uint64_t queue,
@@ -225,7 +225,7 @@ class Card {
         units_left_ = units_.size();
     }
 
-    // Compute for some time. True if the queue is finished.
+    // Compute for some time, or until `stop`. True if the queue is finished.
     bool run(double seconds) {
         deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
         {
@@ -240,13 +240,16 @@ class Card {
         return units_left_ == 0;
     }
 
+    // From any thread: the run under way ends soon, and so does every later one.
+    void stop() { stopping_ = true; }
+
     const Path& path;
     const Crc crc;
     Counters counters{};
     std::string error;
 
   private:
-    void stop() {
+    void join() {
         {
             std::lock_guard<std::mutex> hold(lock_);
             closing_ = true;
@@ -272,7 +275,7 @@ class Card {
 
     void work(Worker& worker) {
         DefaultArithmetic during;
-        while (Clock::now() < deadline_) {
+        while (!stopping_ && Clock::now() < deadline_) {
             size_t i = next_unit_.fetch_add(1);
             if (i >= units_.size()) {
                 next_unit_ = units_.size();
@@ -291,14 +294,8 @@ class Card {
     }
 
     bool legal(const abi::Job& job) const {
-        int tokens = job.page_tokens;
-        bool whole = tokens % TILE_TOKENS == 0 && 0 < tokens && tokens <= MAX_PAGE_TOKENS;
-        bool small = tokens % BLOCK_TOKENS == 0 && 0 < tokens && tokens < TILE_TOKENS;
-        uint64_t tiles = uint64_t(job.n_pages) * ((tokens + TILE_TOKENS - 1) / TILE_TOKENS);
-        return (whole || small) && job.head_dim % BLOCK_TOKENS == 0 && 0 < job.head_dim &&
-               job.head_dim <= max_head_dim_ && 1 <= job.group_size && job.group_size <= rows_ &&
-               job.kv_type < N_KV_TYPES && job.score_mantissa >> (SCALE_BITS - 1) == 1 && 1 <= job.n_pages && tiles <= MAX_TILES &&
-               job.page_table % BEAT_BYTES == 0 && job.q % BEAT_BYTES == 0 && job.partial % BEAT_BYTES == 0;
+        const uint64_t n_tiles = uint64_t(job.n_pages) * ((job.page_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
+        return abi::legal(job, n_tiles, rows_, max_head_dim_);
     }
 
     void load_pages(Job& job) {
@@ -308,7 +305,7 @@ class Card {
             abi::PageEntry entry;
             memcpy(&entry, job_ + job.fields.page_table + n * sizeof entry, sizeof entry);
             Page page = {entry.address, static_cast<int>(entry.page_len), 0, entry.crc_k, entry.crc_v};
-            if (entry.address % PAGE_ALIGN_BYTES || entry.page_len > job.fields.page_tokens)
+            if (!abi::legal(entry, job.fields.page_tokens))
                 page.address = 0, page.tokens = 0, page.flags = STATUS_ILLEGAL_JOB;
             if (page.address > kv_bytes_ || page_bytes > kv_bytes_ - page.address)
                 page.address = 0, page.tokens = 0, page.flags |= STATUS_BUS_ERROR;
@@ -473,6 +470,7 @@ class Card {
     std::vector<std::unique_ptr<Job>> jobs_;
     std::vector<Unit> units_;
     std::atomic<size_t> next_unit_{0}, units_left_{0};
+    std::atomic<bool> stopping_{false};
     Clock::time_point deadline_;
 
     std::vector<std::unique_ptr<Worker>> workers_;  // the first belongs to the caller of run()
@@ -538,8 +536,11 @@ int twin_start(void* card, const uint8_t* kv, uint64_t kv_bytes, uint8_t* job, u
     return -1;
 }
 
-// 1 when the queue is finished, 0 after so many seconds.
+// 1 when the queue is finished, 0 after so many seconds or after twin_stop.
 int twin_run(void* card, double seconds) { return static_cast<Card*>(card)->run(seconds); }
+
+// From any thread.
+void twin_stop(void* card) { static_cast<Card*>(card)->stop(); }
 
 // kv_beats, kv_bursts, partial_beats, n_failed
 void twin_counters(void* card, uint64_t* counters) {

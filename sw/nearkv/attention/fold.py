@@ -5,9 +5,10 @@ import numpy as np
 
 from nearkv_hw import abi, pages
 from nearkv_hw.abi import PageLayout
-from nearkv_hw.number import Wide
+from nearkv_hw.number import N_LIMBS, Wide
 
 from . import native
+from .native import address
 from .partial import Partial
 
 _HEADER = pages.record_dtype(abi.PARTIAL_HEADER)
@@ -26,7 +27,9 @@ class Sums:
     """
 
     def __init__(self, layout: PageLayout, n_jobs: int, width: int):
-        self._partial = Partial.empty(layout.kv_type, (n_jobs, width), layout.head_dim)
+        self._kv_type, self._shape = layout.kv_type, (n_jobs, width, layout.head_dim)
+        self._partial: Partial | None = None  # until there is something in it
+        self._addresses: tuple[int, ...] = ()
 
     def add(self, where: np.ndarray, data: np.ndarray) -> None:
         """Add the partials of a run.
@@ -43,37 +46,43 @@ class Sums:
         IndexError
             If there is no such job; nothing was added then.
         """
-        library = native.library()
+        n_jobs, width, head_dim = self._shape
+        library, fresh = native.library(), self._partial is None
         if library is None:
             self._add(where, data)
             return
-        mine = self._partial
-        n_jobs, width = mine.run_max.shape
+        if fresh:
+            elements = (n_jobs, width, 2 + head_dim)
+            run_max, top = np.empty((n_jobs, width), np.int16), np.empty(elements, np.int64)
+            limbs = np.empty((*elements, N_LIMBS), np.int64)
+            self._partial = Partial(self._kv_type, run_max, Wide(limbs, top))
+            self._addresses = address(run_max), address(limbs), address(top)
         where = np.ascontiguousarray(where, np.int64)
-        good = library.native_fold(
-            data.ctypes.data, data.strides[0], where.ctypes.data, len(where),
-            n_jobs, width, mine.head_dim,
-            mine.run_max.ctypes.data, mine.sums.limbs.ctypes.data, mine.sums.top.ctypes.data,
-        )  # fmt: skip
-        if not good:
+        if not library.native_fold(
+            address(data), data.strides[0], address(where), len(where), fresh, *self._shape,
+            *self._addresses,
+        ):  # fmt: skip
             raise IndexError(f"jobs must be among {n_jobs}, not {where.min()} .. {where.max()}")
 
     def total(self) -> Partial:
         """(n_jobs, width); the identity where there was nothing."""
+        if self._partial is None:
+            n_jobs, width, head_dim = self._shape
+            self._partial = Partial.empty(self._kv_type, (n_jobs, width), head_dim)
         return self._partial
 
     def _add(self, where: np.ndarray, data: np.ndarray) -> None:
-        n_jobs, width = self._partial.run_max.shape
+        total, n_jobs = self.total(), self._shape[0]
         if len(where) and not 0 <= where.min() <= where.max() < n_jobs:
             raise IndexError(f"jobs must be among {n_jobs}, not {where.min()} .. {where.max()}")
-        parts = _unpack(data, self._partial)
+        parts = _unpack(data, total)
         # One of each job at a time: the n-th of each in turn n.
         order = np.argsort(where, kind="stable")
         counts = np.bincount(where, minlength=n_jobs)
         turn = np.arange(len(where)) - np.repeat(np.cumsum(counts) - counts, counts)
         for n in range(counts.max(initial=0)):
             some = order[turn == n]
-            self._partial[where[some]] += parts[some]
+            total[where[some]] += parts[some]
 
 
 def _unpack(data: np.ndarray, like: Partial) -> Partial:

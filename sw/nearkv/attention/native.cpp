@@ -67,31 +67,40 @@ double log2_of(double x) {
     return polynomial(LOG2_TERMS, s * s) * s + exponent;
 }
 
+// Whether all of n indices are.
+bool among(const int64_t* indices, int64_t n, int64_t limit) {
+    return !indices || std::all_of(indices, indices + n, [=](int64_t i) { return 0 <= i && i < limit; });
+}
+
 // The larger one; NaN if one is.
 INLINE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
 // --- queries --------------------------------------------------------------------------------
 
-// number.quantize_q for every job. False if an element is not finite or too large.
+// number.quantize_q for jobs, of which job i has the queries where[i]. False if an element is not finite or too
+// large.
 template <typename T>
-bool records_of(const T* q, int64_t n_jobs, int64_t width, int64_t head_dim, int32_t* records) {
+bool records_of(const T* queries, const int64_t* where, int64_t n_jobs, int64_t width, int64_t head_dim,
+                int32_t* records) {
     constexpr int INTEGERS = Q_RECORD / 4;
     memset(records, 0, n_jobs * head_dim * Q_RECORD);
-    for (int64_t job = 0; job < n_jobs; job++, q += width * head_dim)
-        for (int64_t c = 0; c < head_dim; c++, records += INTEGERS) {
+    for (int64_t job = 0; job < n_jobs; job++) {
+        const T* q = queries + (where ? where[job] : job) * width * head_dim;
+        for (int64_t c = 0; c < head_dim; c++, q++, records += INTEGERS) {
             double largest = 0;
-            for (int64_t row = 0; row < width; row++) largest = larger(fabs(double(q[row * head_dim + c])), largest);
+            for (int64_t row = 0; row < width; row++) largest = larger(fabs(double(q[row * head_dim])), largest);
             // As frexp has it, where it is not below the least anyway.
             int exponent = int(std::bit_cast<uint64_t>(largest) >> FRACTION_BITS) - (BIAS - 1);
             if (exponent > Q_EXPONENT_MAX) return false;
             exponent = std::max(exponent, Q_EXPONENT_MIN);
             const double scale = power_of_two(WEIGHT_BITS - 1 - exponent);
             for (int64_t row = 0; row < width; row++) {
-                const double weight = (double(q[row * head_dim + c]) * scale + ROUNDER) - ROUNDER;
+                const double weight = (double(q[row * head_dim]) * scale + ROUNDER) - ROUNDER;
                 records[Q_WEIGHT / 4 + row] = int32_t(std::clamp<double>(weight, -WEIGHT_MAX, WEIGHT_MAX));
             }
             records[Q_EXPONENT / 4] = exponent;
         }
+    }
     return true;
 }
 
@@ -156,6 +165,22 @@ struct Head {
         return scaled(quotient, LIMB_STEP * (top[2 + channel] - top[0]) + unit);
     }
 };
+
+// partial.Partial.combine
+void combine(const int64_t* limbs, const int64_t* top, int64_t n_heads, int64_t head_dim, int64_t unit,
+             const double* other_out, const double* other_lse, float* out) {
+    for (int64_t i = 0; i < n_heads; i++, limbs += (2 + head_dim) * N_LIMBS, top += 2 + head_dim) {
+        const Head head(limbs, top);
+        double largest = larger(other_lse[i], head.lse_log2);
+        if (largest == -INFINITY) largest = 0;
+        const double mine = exp2_of(head.lse_log2 - largest), its = exp2_of(other_lse[i] - largest);
+        const double total = mine + its;
+        for (int64_t c = 0; c < head_dim; c++, other_out++) {
+            const double sum = head.out(c, unit) * mine + *other_out * its;
+            *out++ = float(total == 0 ? 0 : sum / total);
+        }
+    }
+}
 
 // --- tail and new tokens ----------------------------------------------------------------------
 
@@ -272,20 +297,26 @@ void native_log2(const double* x, int64_t n, double* to) {
     for (int64_t i = 0; i < n; i++) to[i] = log2_of(x[i]);
 }
 
-// 1, or 0 if an element is not finite or too large. q is (n_jobs, width, head_dim).
-int64_t native_query_records(const void* q, int64_t is_double, int64_t n_jobs, int64_t width, int64_t head_dim,
-                             int32_t* records) {
-    if (is_double) return records_of(static_cast<const double*>(q), n_jobs, width, head_dim, records);
-    return records_of(static_cast<const float*>(q), n_jobs, width, head_dim, records);
+// 0 if an element is not finite or too large, or where[i] is not among the n_queries; otherwise 1. `where` is null,
+// or (n_jobs); q is (n_queries, width, head_dim).
+int64_t native_query_records(const void* q, int64_t is_double, const int64_t* where, int64_t n_queries, int64_t n_jobs,
+                             int64_t width, int64_t head_dim, int32_t* records) {
+    if (!among(where, n_jobs, n_queries)) return 0;
+    if (is_double) return records_of(static_cast<const double*>(q), where, n_jobs, width, head_dim, records);
+    return records_of(static_cast<const float*>(q), where, n_jobs, width, head_dim, records);
 }
 
-// Add partials, `bytes` from one to the next, to the sums of the jobs `where`. 0, and nothing is added, if one
-// of them is not among the n_jobs.
-int64_t native_fold(const uint8_t* partials, int64_t bytes, const int64_t* where, int64_t n_partials,
+// Add partials, `bytes` from one to the next, to the sums of the jobs `where`; begin with the identity if `fresh`.
+// 0, and nothing is added, if one of them is not among the n_jobs.
+int64_t native_fold(const uint8_t* partials, int64_t bytes, const int64_t* where, int64_t n_partials, int64_t fresh,
                     int64_t n_jobs, int64_t width, int64_t head_dim, int16_t* run_max, int64_t* limbs, int64_t* top) {
-    for (int64_t i = 0; i < n_partials; i++)
-        if (where[i] < 0 || where[i] >= n_jobs) return 0;
     const int64_t n_elements = 2 + head_dim, rows = (width + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
+    if (fresh) {
+        std::fill_n(run_max, n_jobs * width, int16_t(RUN_MAX_EMPTY));
+        std::fill_n(limbs, n_jobs * width * n_elements * N_LIMBS, 0);
+        std::fill_n(top, n_jobs * width * n_elements, EMPTY_TOP);
+    }
+    if (!among(where, n_partials, n_jobs)) return 0;
     for (int64_t i = 0; i < n_partials; i++, partials += bytes)
         for (int64_t row = 0; row < width; row++) {
             const int64_t head = where[i] * width + row;
@@ -309,33 +340,27 @@ void native_normalise(const int64_t* limbs, const int64_t* top, int64_t n_heads,
     }
 }
 
-// partial.Partial.combine
 void native_combine(const int64_t* limbs, const int64_t* top, int64_t n_heads, int64_t head_dim, int64_t unit,
                     const double* other_out, const double* other_lse, float* out) {
-    for (int64_t i = 0; i < n_heads; i++, limbs += (2 + head_dim) * N_LIMBS, top += 2 + head_dim) {
-        const Head head(limbs, top);
-        double largest = larger(other_lse[i], head.lse_log2);
-        if (largest == -INFINITY) largest = 0;
-        const double mine = exp2_of(head.lse_log2 - largest), its = exp2_of(other_lse[i] - largest);
-        const double total = mine + its;
-        for (int64_t c = 0; c < head_dim; c++, other_out++) {
-            const double sum = head.out(c, unit) * mine + *other_out * its;
-            *out++ = float(total == 0 ? 0 : sum / total);
-        }
-    }
+    combine(limbs, top, n_heads, head_dim, unit, other_out, other_lse, out);
 }
 
-// tail.attend: elements as Elements has them; lse_log2 without the last axis.
+// tail.attend: elements as Elements has them. With sums, their combination with the result goes to `both`; without
+// sums the result, if there is `both`.
 void native_attend(const float* q, const uint8_t* tail_k, int64_t tk0, int64_t tk1, int64_t tk2, const uint8_t* tail_v,
                    int64_t tv0, int64_t tv1, int64_t tv2, const uint8_t* k, int64_t k0, int64_t k1, int64_t k2,
                    const uint8_t* v, int64_t v0, int64_t v1, int64_t v2, const int64_t* tail_tokens,
                    const uint8_t* valid, int64_t batch, int64_t heads, int64_t group, int64_t n_new, int64_t head_dim,
-                   int64_t kv_type, double scale, double* scratch, double* out, double* lse_log2) {
+                   int64_t kv_type, double scale, double* scratch, double* out, double* lse_log2, const int64_t* limbs,
+                   const int64_t* top, int64_t unit, float* both) {
     int64_t most = 0;
     for (int64_t b = 0; b < batch; b++) most = std::max(most, tail_tokens[b] + n_new);
     const Tail tail = {q, {tail_k, tk0, tk1, tk2}, {tail_v, tv0, tv1, tv2}, {k, k0, k1, k2}, {v, v0, v1, v2},
                        tail_tokens, valid, batch, heads, group, n_new, head_dim, most, scale, scratch, out, lse_log2};
     kv_type == KV_BF16 ? attend_bf16(tail) : attend_fp16(tail);
+    const int64_t n_heads = batch * heads * group * n_new;
+    if (limbs) combine(limbs, top, n_heads, head_dim, unit, out, lse_log2, both);
+    else if (both) std::copy_n(out, n_heads * head_dim, both);
 }
 
 }  // extern "C"

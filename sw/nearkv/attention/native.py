@@ -25,6 +25,7 @@ _SOURCE = Path(__file__).parent / "native.cpp"
 # Without the last, a compiler may round a product and a sum once instead of twice.
 COMPILE_ARGS = ["-std=c++20", "-O3", "-ffp-contract=off"]
 
+EMPTY_TOP = -(1 << 15)  # of sums without tokens: below every top a card can send
 LANES = 8  # partial sums of a scalar product, see `tail.scores`
 EXP2_LEAST = -1000  # 2^x is 0 below
 
@@ -66,18 +67,30 @@ def declare(native: ctypes.CDLL) -> None:
     types = {
         "exp2": (None, [pointer, integer, pointer]),
         "log2": (None, [pointer, integer, pointer]),
-        "query_records": (integer, [pointer, *[integer] * 4, pointer]),
-        "fold": (integer, [*[pointer, integer] * 2, *[integer] * 3, *[pointer] * 3]),
+        "query_records": (integer, [pointer, integer, pointer, *[integer] * 4, pointer]),
+        "fold": (integer, [pointer, integer, pointer, *[integer] * 5, *[pointer] * 3]),
         "normalise": (None, [pointer, pointer, *[integer] * 3, *[pointer] * 2]),
         "combine": (None, [pointer, pointer, *[integer] * 3, *[pointer] * 3]),
         "attend": (
             None,
-            [pointer, *elements * 4, pointer, pointer, *[integer] * 6, real, *[pointer] * 3],
+            [pointer, *elements * 4, pointer, pointer, *[integer] * 6, real, *[pointer] * 3]
+            + [pointer, pointer, integer, pointer],
         ),
     }
     for name, (result, arguments) in types.items():
         function = getattr(native, "native_" + name)
         function.restype, function.argtypes = result, arguments
+
+
+_Any = ctypes.c_char * 0
+
+
+def address(array) -> int:
+    """Where a numpy array begins. What `array.ctypes.data` says, in a third of the time."""
+    try:
+        return ctypes.addressof(_Any.from_buffer(array))
+    except (TypeError, ValueError):  # of arrays that are read-only, or not contiguous
+        return array.ctypes.data
 
 
 def identity() -> str:
@@ -93,6 +106,7 @@ def header() -> str:
 def _constants() -> str:
     integers = {
         "BITS_OF_LIMB": number.LIMB_BITS,
+        "EMPTY_TOP": EMPTY_TOP,
         "EXP2_LEAST": EXP2_LEAST,
         "KV_BF16": int(KvType.BF16),
         "LANES": LANES,
@@ -106,6 +120,7 @@ def _constants() -> str:
         "Q_RECORD": abi.Q_RECORD.bytes,
         "Q_WEIGHT": abi.Q_RECORD["weight"].offset,
         "ROW_STEP": abi.ROW_STEP,
+        "RUN_MAX_EMPTY": number.RUN_MAX_EMPTY,
         "SUM_UNIT": number.SUM_UNIT,
         "WEIGHT_BITS": number.WEIGHT_BITS,
         "WEIGHT_MAX": number.WEIGHT_MAX,

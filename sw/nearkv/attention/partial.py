@@ -15,8 +15,9 @@ from nearkv_hw.pages import is_torch
 
 from . import native
 from .elementary import exp2, log2
+from .native import EMPTY_TOP, address
 
-_EMPTY_TOP = -(1 << 15)  # below every top a card can send
+_UNITS = {kind: SUM_UNIT - (form.unit + OUT_UNIT) for kind, form in KV_FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Partial:
     def empty(cls, kv_type: KvType, shape: tuple[int, ...], head_dim: int) -> "Partial":
         """The partial of no tokens at all, the identity of `+`."""
         elements = (*shape, 2 + head_dim)
-        sums = Wide(np.zeros((*elements, N_LIMBS), np.int64), np.full(elements, _EMPTY_TOP))
+        sums = Wide(np.zeros((*elements, N_LIMBS), np.int64), np.full(elements, EMPTY_TOP))
         return cls(kv_type, np.full(shape, RUN_MAX_EMPTY, np.int16), sums)
 
     @property
@@ -91,8 +92,8 @@ class Partial:
         out, lse_log2 = np.empty((*shape, self.head_dim)), np.empty(shape)
         limbs, top = (np.ascontiguousarray(x) for x in (self.sums.limbs, self.sums.top))
         library.native_normalise(
-            limbs.ctypes.data, top.ctypes.data, lse_log2.size, self.head_dim, self._unit,
-            out.ctypes.data, lse_log2.ctypes.data,
+            address(limbs), address(top), lse_log2.size, self.head_dim, self.unit,
+            address(out), address(lse_log2),
         )  # fmt: skip
         return out, lse_log2
 
@@ -128,15 +129,15 @@ class Partial:
         limbs, top = (np.ascontiguousarray(x) for x in (self.sums.limbs, self.sums.top))
         out, lse_log2 = (np.ascontiguousarray(x, np.float64) for x in (out, lse_log2))
         library.native_combine(
-            limbs.ctypes.data, top.ctypes.data, lse_log2.size, self.head_dim, self._unit,
-            out.ctypes.data, lse_log2.ctypes.data, both.ctypes.data,
+            address(limbs), address(top), lse_log2.size, self.head_dim, self.unit,
+            address(out), address(lse_log2), address(both),
         )  # fmt: skip
         return both
 
     @property
-    def _unit(self) -> int:
-        """Exponent of what the quotient of out and run_sum counts."""
-        return SUM_UNIT - (KV_FORMATS[self.kv_type].unit + OUT_UNIT)
+    def unit(self) -> int:
+        """The quotient of out and run_sum counts 2^unit."""
+        return _UNITS[self.kv_type]
 
     def _normalise(self) -> tuple[np.ndarray, np.ndarray]:
         # Mantissas and exponents apart: run_max alone may be +-32768.
@@ -144,7 +145,7 @@ class Partial:
         total, wide, out = mantissa[..., 0], mantissa[..., 1], mantissa[..., 2:]
         some = total > 0
         quotient = out / np.where(some, total, 1.0)[..., None]
-        places = exponent[..., 2:] - exponent[..., :1] + self._unit
+        places = exponent[..., 2:] - exponent[..., :1] + self.unit
         out = np.where(some[..., None], np.ldexp(quotient, places.astype(np.int32)), 0.0)
         some = wide > 0
         lse_log2 = log2(np.where(some, wide, 1.0)) + (exponent[..., 1] - SUM_UNIT)

@@ -6,6 +6,8 @@ queries and keys at once. Computed in float64 from the 16-bit elements as they a
 that the result of a query depends on nothing but its own sequence, and is the same on every machine.
 """
 
+from collections.abc import Sequence
+from ctypes import c_int64
 import math
 
 import numpy as np
@@ -15,118 +17,180 @@ from nearkv_hw.abi import KvType
 
 from . import native
 from .elementary import exp2, log2
-from .native import LANES
+from .native import LANES, address
+from .partial import Partial
 
 _LOG2_E = math.log2(math.e)
 
 
-def attend(
-    q: np.ndarray,
-    tail_k: np.ndarray,
-    tail_v: np.ndarray,
-    tail_tokens: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    valid: np.ndarray | None,
-    scale: float,
-    kv_type: KvType,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Attend to tail and new tokens, causally.
-
-    A query sees the tail, the new tokens before its own that are valid, and its own.
+class Tail:
+    """Tails of a batch in one layer.
 
     Parameters
     ----------
-    q : float32 (batch, n_kv_heads, group * n_new, head_dim)
-        Rows: the query heads of a group, each with its n_new tokens. head_dim a multiple of LANES.
-    tail_k, tail_v : uint16 (batch, n_kv_heads, capacity, head_dim), the last axis contiguous
-        Patterns; see `nearkv_hw.pages`.
-    tail_tokens : int64 (batch,)
-        How many tokens of each tail there are.
-    k, v : uint16 (batch, n_kv_heads, n_new, head_dim), the last axis contiguous
-        Patterns of the new tokens.
-    valid : bool (batch, n_new), optional
-        Which of them are tokens, not padding. Default: all.
-    scale : float
-        Of the softmax.
+    k, v : uint16 (batch, n_kv_heads, capacity, head_dim), the last axis contiguous
+        Patterns, see `nearkv_hw.pages`; head_dim a multiple of LANES. Whoever owns them writes new tokens
+        in place. Not copied: it must not be moved.
     kv_type : KvType
-
-    Returns
-    -------
-    out : float64 (batch, n_kv_heads, group * n_new, head_dim)
-    lse_log2 : float64 (batch, n_kv_heads, group * n_new)
-        log2 of the sum of exponentials.
 
     Raises
     ------
     ValueError
-        If the shapes do not belong together, or a tail has more tokens than room.
+        If the arrays are not such.
     """
-    batch, n_heads, n_rows, head_dim = q.shape
-    n_new = k.shape[2]
-    shapes = (batch, n_heads, tail_k.shape[2], head_dim), (batch, n_heads, n_new, head_dim)
-    if (
-        (tail_k.shape, k.shape) != shapes or (tail_v.shape, v.shape) != shapes
-        or not n_new or n_rows % n_new or head_dim % LANES or tail_tokens.shape != (batch,)
-        or (valid is not None and valid.shape != (batch, n_new))
-    ):  # fmt: skip
-        raise ValueError(
-            f"q {q.shape}, tails {tail_k.shape} and {tail_v.shape} with {tail_tokens.shape} lengths, "
-            f"k {k.shape}, v {v.shape} and valid do not belong together; head_dim must be a multiple "
-            f"of {LANES}"
-        )
-    most = int(tail_tokens.max(initial=0))
-    if tail_tokens.min(initial=0) < 0 or most > tail_k.shape[2]:
-        raise ValueError(f"tails have room for {tail_k.shape[2]} tokens, not for {tail_tokens}")
-    scale *= _LOG2_E
-    q = np.ascontiguousarray(q, np.float32)
-    library = native.library()
-    if library is None:
-        return _attend(q, tail_k, tail_v, tail_tokens, k, v, valid, scale, kv_type)
-    out, lse_log2 = np.empty(q.shape), np.empty(q.shape[:3])
-    scratch = np.empty(n_rows * (most + n_new + 1 + head_dim) + head_dim)
-    tail_tokens = np.ascontiguousarray(tail_tokens, np.int64)
-    elements = []
-    for x in (tail_k, tail_v, k, v):
-        if x.dtype != np.uint16 or x.strides[3] != 2:
-            x = np.ascontiguousarray(x, np.uint16)
-        elements += [x.ctypes.data, *x.strides[:3]]
-    if valid is not None:
-        valid = np.ascontiguousarray(valid, np.bool_)
-    library.native_attend(
-        q.ctypes.data, *elements, tail_tokens.ctypes.data,
-        None if valid is None else valid.ctypes.data,
-        batch, n_heads, n_rows // n_new, n_new, head_dim, kv_type, scale,
-        scratch.ctypes.data, out.ctypes.data, lse_log2.ctypes.data,
-    )  # fmt: skip
-    return out, lse_log2
+
+    def __init__(self, k: np.ndarray, v: np.ndarray, kv_type: KvType):
+        if k.ndim != 4 or k.shape != v.shape or k.shape[3] % LANES:
+            raise ValueError(
+                f"tails of shapes {k.shape} and {v.shape} must be alike, (batch, n_kv_heads, capacity, "
+                f"head_dim), with head_dim a multiple of {LANES}"
+            )
+        for x in (k, v):
+            if x.dtype != np.uint16 or (x.size and x.strides[3] != 2):
+                raise ValueError(f"tails must be uint16 with contiguous channels, not {x.dtype}")
+        self._k, self._v, self._kv_type = k, v, kv_type
+        self._elements = (*_elements(k), *_elements(v))
+
+    def attend(
+        self,
+        q: np.ndarray,
+        tokens: Sequence[int],
+        k: np.ndarray,
+        v: np.ndarray,
+        valid: np.ndarray | None,
+        scale: float,
+        stored: Partial | None = None,
+    ) -> np.ndarray:
+        """Attend to tail and new tokens, causally, and combine that with what was attended before.
+
+        A query sees the tail, the new tokens before its own that are valid, and its own.
+
+        Parameters
+        ----------
+        q : float32 (batch, n_kv_heads, group * n_new, head_dim)
+            Rows: the query heads of a group, each with its n_new tokens.
+        tokens : (batch,) ints
+            How many there are in each tail.
+        k, v : uint16 (batch, n_kv_heads, n_new, head_dim), the last axis contiguous
+            Patterns of the new tokens.
+        valid : bool (batch, n_new), optional
+            Which of them are tokens, not padding. Default: all.
+        scale : float
+            Of the softmax.
+        stored : Partial (batch, n_kv_heads, group * n_new), optional
+            The attention of the same queries to what comes before the tail.
+
+        Returns
+        -------
+        float32 (batch, n_kv_heads, group * n_new, head_dim)
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not belong together, or a tail has more tokens than room.
+        """
+        library = native.library()
+        if library is None:
+            out, lse_log2 = self.attend_alone(q, tokens, k, v, valid, scale)
+            return out.astype(np.float32) if stored is None else stored.combine(out, lse_log2)
+        if stored is not None and stored.run_max.shape != q.shape[:3]:
+            raise ValueError(
+                f"a partial of shape {stored.run_max.shape} is not that of q {q.shape}"
+            )
+        both = np.empty(q.shape, np.float32)
+        sums = (None, None, 0)
+        if stored is not None:
+            limbs, top = (np.ascontiguousarray(x) for x in (stored.sums.limbs, stored.sums.top))
+            sums = address(limbs), address(top), stored.unit
+        self._native(library, q, tokens, k, v, valid, scale, *sums, address(both))
+        return both
+
+    def attend_alone(self, q, tokens, k, v, valid, scale) -> tuple[np.ndarray, np.ndarray]:
+        """Attend to tail and new tokens only; parameters as for `attend`.
+
+        Returns
+        -------
+        out : float64 (batch, n_kv_heads, group * n_new, head_dim)
+        lse_log2 : float64 (batch, n_kv_heads, group * n_new)
+            log2 of the sum of exponentials.
+        """
+        library = native.library()
+        if library is not None:
+            return self._native(library, q, tokens, k, v, valid, scale, None, None, 0, None)
+        self._check(q, tokens, k, v, valid)
+        out, lse_log2 = np.empty(q.shape), np.empty(q.shape[:3])
+        for row, past in enumerate(tokens):
+            keys, values = (
+                pages.to_float32(
+                    np.ascontiguousarray(np.concatenate([tail[row, :, :past], new[row]], axis=1)),
+                    self._kv_type,
+                ).astype(np.float64)
+                for tail, new in ((self._k, k), (self._v, v))
+            )
+            seen = _seen(past, k.shape[2], None if valid is None else valid[row])
+            out[row], lse_log2[row] = _attend(q[row], keys, values, seen, scale * _LOG2_E)
+        return out, lse_log2
+
+    def _native(self, library, q, tokens, k, v, valid, scale, *combined):
+        """Both results, and what `combined` asks for."""
+        self._check(q, tokens, k, v, valid)
+        batch, n_heads, n_rows, head_dim = q.shape
+        n_new = k.shape[2]
+        q = np.ascontiguousarray(q, np.float32)
+        if valid is not None:
+            valid = np.ascontiguousarray(valid, np.bool_)
+        out, lse_log2 = np.empty(q.shape), np.empty(q.shape[:3])
+        scratch = np.empty(n_rows * (max(tokens) + n_new + 1 + head_dim) + head_dim)
+        library.native_attend(
+            address(q), *self._elements, *_elements(k), *_elements(v), (c_int64 * batch)(*tokens),
+            None if valid is None else address(valid),
+            batch, n_heads, n_rows // n_new, n_new, head_dim, self._kv_type, scale * _LOG2_E,
+            address(scratch), address(out), address(lse_log2), *combined,
+        )  # fmt: skip
+        return out, lse_log2
+
+    def _check(self, q, tokens, k, v, valid) -> None:
+        batch, n_heads, capacity, head_dim = self._k.shape
+        n_new = k.shape[2]
+        new = (batch, n_heads, n_new, head_dim)
+        if (
+            k.shape != new or v.shape != new or k.strides[3] != 2 or v.strides[3] != 2 or not n_new
+            or q.shape != (batch, n_heads, q.shape[2], head_dim) or q.shape[2] % n_new
+            or len(tokens) != batch or (valid is not None and valid.shape != (batch, n_new))
+        ):  # fmt: skip
+            raise ValueError(
+                f"q {q.shape}, k {k.shape}, v {v.shape}, {len(tokens)} lengths and what is valid do not "
+                f"belong to tails of shape {self._k.shape}"
+            )
+        if min(tokens) < 0 or max(tokens) > capacity:
+            raise ValueError(f"tails have room for {capacity} tokens, not for {list(tokens)}")
 
 
-def _attend(q, tail_k, tail_v, tail_tokens, k, v, valid, scale, kv_type):
-    out, lse_log2 = np.empty(q.shape), np.empty(q.shape[:3])
-    n_new = k.shape[2]
-    for b, past in enumerate(tail_tokens):
-        keys, values = (
-            pages.to_float32(
-                np.ascontiguousarray(np.concatenate([tail[b, :, :past], new[b]], axis=1)), kv_type
-            ).astype(np.float64)
-            for tail, new in ((tail_k, k), (tail_v, v))
-        )
-        query, own = np.arange(n_new)[:, None], np.arange(n_new)
-        seen = np.ones((n_new, past + n_new), bool)
-        seen[:, past:] = (own < query) & (True if valid is None else valid[b]) | (own == query)
-        seen = np.tile(seen, (q.shape[2] // n_new, 1))
-        with np.errstate(invalid="ignore"):  # of K or V that are Inf or NaN, which others refuse
-            scores = np.where(seen, _products(q[b], keys) * scale, -np.inf)
-            largest = scores.max(axis=-1, keepdims=True)
-            p = exp2(scores - largest)
-            total, sums = np.zeros(p.shape[:2]), np.zeros(q[b].shape)
-            for t in range(p.shape[2]):
-                total += p[:, :, t]
-                sums += p[:, :, t, None] * values[:, None, t]
-            out[b] = sums / total[..., None]
-            lse_log2[b] = largest[..., 0] + log2(total)
-    return out, lse_log2
+def _elements(x: np.ndarray) -> tuple[int, ...]:
+    """What the native part wants to know of an array: where it is, and its strides."""
+    return (address(x), *x.strides[:3])
+
+
+def _seen(past: int, n_new: int, valid: np.ndarray | None) -> np.ndarray:
+    """Which tokens a query sees: bool (n_new, past + n_new)."""
+    query, own = np.arange(n_new)[:, None], np.arange(n_new)
+    seen = np.ones((n_new, past + n_new), bool)
+    seen[:, past:] = (own < query) & (True if valid is None else valid) | (own == query)
+    return seen
+
+
+def _attend(q, keys, values, seen, scale):
+    """Attention of one sequence: q (heads, rows, head_dim), keys, values (heads, tokens, head_dim)."""
+    seen = np.tile(seen, (q.shape[1] // len(seen), 1))
+    with np.errstate(invalid="ignore"):  # of K or V that are Inf or NaN, which others refuse
+        scores = np.where(seen, _products(q, keys) * scale, -np.inf)
+        largest = scores.max(axis=-1, keepdims=True)
+        p = exp2(scores - largest)
+        total, sums = np.zeros(p.shape[:2]), np.zeros(q.shape)
+        for t in range(p.shape[2]):
+            total += p[:, :, t]
+            sums += p[:, :, t, None] * values[:, None, t]
+        return sums / total[..., None], largest[..., 0] + log2(total)
 
 
 def _products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:

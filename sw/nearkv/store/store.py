@@ -15,12 +15,12 @@ import weakref
 import numpy as np
 
 from nearkv_hw import pages
-from nearkv_hw.abi import ABI_VERSION, PageLayout
+from nearkv_hw.abi import ABI_VERSION, KvType, PageLayout
 
 from ..io import FlashError, PageId, Read, Window, read_into
 from . import signals
 from .behind import WriteBehind
-from .home import Home
+from .home import Home, read_about
 from .journal import (
     Kind,
     encode_append,
@@ -172,6 +172,22 @@ class KvStore:
         )  # fmt: skip
         if not self._home.is_new:
             self._replay()
+
+    @staticmethod
+    def describe(directory) -> tuple[PageLayout, int, int]:
+        """Layout, kv heads and shards of the persistent store in a directory, without opening it.
+
+        Raises
+        ------
+        FlashError
+            If there is none, or its description is damaged.
+        ValueError
+            If it is of another format.
+        """
+        first = directory if isinstance(directory, (str, os.PathLike)) else directory[0]
+        about = read_about(Path(first))
+        layout = PageLayout(about["head_dim"], about["page_tokens"], KvType[about["kv_type"]])
+        return layout, about["n_kv_heads"], about["n_shards"]
 
     def __enter__(self):
         return self
@@ -802,20 +818,15 @@ class KvStore:
             )
         out = []
         for name, x in (("K", k), ("V", v)):
-            patterns = pages.to_patterns(x, kv_type)
+            patterns = pages.to_patterns(x, kv_type, patterns=True)
             at = pages.first_non_finite(patterns, kv_type)
             if at is not None:
                 head, token, channel = at
-                value = float(x[at]) if getattr(x, "dtype", None) != np.uint16 else None
-                remedy = (
-                    f"{value} is beyond fp16 (65504); store K and V as bf16: kv_dtype='bf16'"
-                    if value is not None and np.isfinite(value)
-                    else "the model computed it; nothing was written"
-                )
                 done = self.n_pages(sequence, layer) * self.layout.page_tokens
                 raise ValueError(
                     f"Inf or NaN in {name} of layer {layer}, sequence {sequence}, kv head {head}, "
-                    f"token {done + token}, channel {channel}: {remedy}"
+                    f"token {done + token}, channel {channel}: "
+                    f"{pages.cause_of_non_finite(x, at, kv_type)}"
                 )
             out.append(patterns)
         return out
