@@ -301,11 +301,6 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
         _refused(tmp_path, "built for head_dim up to 64, not 128", tiny, head_dim=128)
 
 
-def test_beams_are_refused_with_the_remedy(model, cache):
-    with pytest.raises(NotImplementedError, match="num_beams=1"):
-        _generate(model, cache, _ids(1, 40), "nearkv", 5, num_beams=2)
-
-
 def test_masks_of_four_dimensions_are_refused(model, cache):
     with pytest.raises(NotImplementedError, match="causal attention with padding"):
         _logits(model, cache, _ids(1, 4), "nearkv", torch.ones(1, 1, 4, 4, dtype=torch.bool))
@@ -331,7 +326,10 @@ def test_heads_of_any_size_are_filled_up_with_zeros(card, tmp_path, rounded_cach
 
 def test_another_batch_needs_another_cache(model, cache):
     _logits(model, cache, _ids(1, 4), "nearkv")
-    with pytest.raises(ValueError, match="holds 1 sequences and was given 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds 1 sequences and was given 2; call batch_repeat_interleave\(2\) first",
+    ):
         _logits(model, cache, _ids(2, 4), "nearkv")
 
 

@@ -190,7 +190,7 @@ def test_when_all_rows_are_dropped_the_call_ends(model, make, drive):
 def test_raising_is_the_default(model, make, drive):
     cache, bad = make(on_fault="raise"), []
     drive.fate = lambda *_: {"errno": errno.EIO} if bad else None
-    with pytest.raises(FlashError, match="page 0 of layer 0, sequence 0"):
+    with pytest.raises(FlashError, match=r"page 0 of layer \d, sequence 0"):
         _generate(model, cache, lambda: bad.append(1))
     with pytest.raises(ValueError, match='on_fault must be "raise" or "drop", not \'ignore\''):
         make(on_fault="ignore")

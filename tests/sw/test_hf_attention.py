@@ -40,7 +40,7 @@ CACHES = {
     "none": lambda config: None,
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=64),
-    "fp8": lambda config: QuantizedCache("fp8", config),
+    "fp8": lambda config: QuantizedCache("fp8", config),  # of transformers 5.23
 }
 
 
@@ -207,10 +207,12 @@ def test_training_without_our_cache_has_the_gradients_of_sdpa(model):
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_sinks_are_refused_with_any_cache(model):
+def test_sinks_and_caps_are_refused_with_any_cache(model):
     q = torch.zeros(1, 4, 3, 32)
     with pytest.raises(NotImplementedError, match="attention sinks"):
         attention_forward(model, q, q, q, None, s_aux=torch.zeros(4))
+    with pytest.raises(NotImplementedError, match="soft-capped scores"):
+        attention_forward(model, q, q, q, None, softcap=50.0)
 
 
 # --- our cache: what is not plain causal attention ---------------------------------------------

@@ -180,7 +180,6 @@ def test_every_model_has_its_own_tokens_or_is_refused(group, card, rounded_cache
         ("falcon", "FalconForCausalLM computes its attention itself"),
         ("bloom", "BloomForCausalLM computes its attention itself"),
         ("gpt_oss", "GptOssForCausalLM is not made for plain attention"),
-        ("gemma2", "Gemma2ForCausalLM is not made for plain attention"),
     ],
 )
 def test_models_without_the_attention_interface_are_refused_when_loaded(name, why, tmp_path):

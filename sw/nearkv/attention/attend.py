@@ -99,7 +99,7 @@ def attend(
     if not isinstance(q, np.ndarray):
         import torch
 
-        return torch.from_numpy(out).to(q.device), torch.from_numpy(lse_ln).to(q.device)
+        return tuple(torch.from_numpy(x).to(torch.as_tensor(q).device) for x in (out, lse_ln))
     return out, lse_ln
 
 

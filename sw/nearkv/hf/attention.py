@@ -21,7 +21,6 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 if TYPE_CHECKING:
     from .layer import Layer
 
-_ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
 # What may be done with a marked tensor: look at its shape and type.
 _HARMLESS = {"__get__", "size", "dim", "numel", "__len__"}
 
@@ -134,11 +133,12 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
     NotImplementedError
         If a NearStorageCache is used with what it does not support. Nothing has been stored then.
     """
-    if kwargs.get("s_aux") is not None:  # "sdpa" would ignore them
-        raise NotImplementedError(
-            "nearkv attention has no attention sinks (s_aux); load the model with another "
-            "attn_implementation"
-        )
+    for name, what in (("s_aux", "attention sinks"), ("softcap", "soft-capped scores")):
+        if kwargs.get(name) is not None:  # not every "sdpa" refuses them
+            raise NotImplementedError(
+                f"nearkv attention has no {what} ({name}); load the model with another "
+                "attn_implementation"
+            )
     if not isinstance(key, Handle) and not isinstance(value, Handle):
         if isinstance(attention_mask, _Marked):
             raise RuntimeError(
@@ -169,7 +169,7 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
 
 def _check_plain(module, query, mask, dropout: float, options: dict) -> None:
     """Raise unless this is plain causal attention."""
-    for name in ("sliding_window", "softcap", "position_bias"):
+    for name in ("sliding_window", "position_bias"):
         if options.get(name) is not None:
             raise NotImplementedError(
                 f"NearStorageCache has no {name}, which this model uses; use another cache"
@@ -211,57 +211,6 @@ class _NoGradient(torch.autograd.Function):
         raise NotImplementedError(
             "a NearStorageCache keeps no gradients; train with use_cache=False"
         )
-
-
-def attend_tail(
-    query: torch.Tensor,
-    tail_k: torch.Tensor,
-    tail_v: torch.Tensor,
-    tail_tokens: list[int],
-    k: torch.Tensor,
-    v: torch.Tensor,
-    valid: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to what is not on flash: the tail, wholly, and the new tokens, causally.
-
-    Parameters
-    ----------
-    query : float32 (batch, n_kv_heads, n_rows, head_dim)
-        Rows are the query heads of a group, and within each the new tokens.
-    tail_k, tail_v : fp16 or bf16 (batch, n_kv_heads, capacity, head_dim)
-    tail_tokens : ints (batch,)
-        How many of them there are.
-    k, v : the dtype of the tail (batch, n_kv_heads, n_new, head_dim)
-    valid : bool (batch, n_new) or None
-        Which new tokens are no padding. A query that is padding attends to itself, so that nothing
-        is NaN. Default: all.
-    scale : float
-
-    Returns
-    -------
-    out : float32 (batch, n_kv_heads, n_rows, head_dim)
-    lse_ln : float32 (batch, n_kv_heads, n_rows)
-        Natural logarithm of the sum of exponentials of the scaled scores.
-    """
-    batch, heads, n_rows, head_dim = query.shape
-    n_new, longest = k.shape[2], max(tail_tokens)
-    keys = torch.cat([tail_k[:, :, :longest], k], dim=2).float()
-    values = torch.cat([tail_v[:, :, :longest], v], dim=2).float()
-    tail_valid = torch.arange(longest) < torch.tensor(tail_tokens)[:, None]
-    valid = torch.ones(batch, n_new, dtype=torch.bool) if valid is None else valid
-    mask = causal_mask(torch.cat([tail_valid, valid], dim=1), n_new)
-    grouped = query.view(batch, heads, -1, n_new, head_dim)
-    outs, lses = [], []
-    for at in range(0, n_new, _ROWS_AT_ONCE):
-        some = slice(at, at + _ROWS_AT_ONCE)
-        scores = (grouped[:, :, :, some] * scale) @ keys[:, :, None].transpose(-1, -2)
-        scores = scores.masked_fill(~mask[:, :, None, some], -torch.inf)
-        lse = scores.logsumexp(-1)
-        outs.append((scores - lse[..., None]).exp() @ values[:, :, None])
-        lses.append(lse)
-    out = torch.cat(outs, dim=3).reshape(batch, heads, n_rows, head_dim)
-    return out, torch.cat(lses, dim=3).reshape(batch, heads, n_rows)
 
 
 def causal_mask(valid: torch.Tensor, n_queries: int) -> torch.Tensor:

@@ -14,7 +14,6 @@ Positions that are padding are counted and never stored.
 from collections.abc import Sequence
 import errno
 import logging
-import math
 import threading
 
 import numpy as np
@@ -25,10 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from nearkv_hw import pages
 from nearkv_hw.abi import KvType
 
-from ..attention import Figures, PageAttention, Partial, merge
+from ..attention import Figures, Partial
+from ..attention.tail import Tail
 from ..cards import CardError
 from ..io import FlashError, PageId
-from .attention import Handle, Length, attend_tail, causal_mask
+from .attention import Handle, Length, causal_mask
+from .backing import Backing
+from .state import State
 
 log = logging.getLogger("nearkv")
 
@@ -43,8 +45,8 @@ class Batch:
 
     Parameters
     ----------
-    attention : PageAttention
-    head_dim : int
+    backing : Backing
+    n_layers, head_dim : int
         Of the model; pages may have more channels, which are zero.
     spill_pages : int
         How many full pages of a sequence gather in the tail before they are stored.
@@ -56,27 +58,37 @@ class Batch:
     Attributes
     ----------
     size : int or None
-        Rows; None until the first K and V come. Row b is sequence b of the store.
+        Rows; None until the first K and V come.
+    sequences : list of int
+        Of the store, by row.
     faults : dict of int to Exception
         By row, why it was taken out.
     positions : int
         That all layers hold, padding included; during a forward pass, when it began.
     """
 
-    def __init__(self, attention: PageAttention, head_dim: int, *, spill_pages: int, keep: bool,
-                 drop: bool):  # fmt: skip
-        self.attention, self.store = attention, attention.store
+    def __init__(self, backing: Backing, n_layers: int, head_dim: int, *, spill_pages: int,
+                 keep: bool, drop: bool):  # fmt: skip
+        self.backing, self.store, self.attention = backing, backing.store, backing.attention
         self.layout, self.n_kv_heads = self.store.layout, self.store.n_kv_heads
         self.dtype = TORCH_TYPES[self.layout.kv_type]
         self.head_dim, self.missing_channels = head_dim, self.layout.head_dim - head_dim
+        self.spill_pages, self.keep, self.drop = spill_pages, keep, drop
         self.spill_tokens = spill_pages * self.layout.page_tokens
-        self.keep, self.drop = keep, drop
         self.may_write = True
-        self.layers: Sequence[Layer] = ()
         self.closed = False
         self.faults: dict[int, Exception] = {}
         self.size: int | None = None
+        self.sequences: list[int] = []
+        self.layers = [Layer(self, index) for index in range(n_layers)]
         self._clear()
+        backing.join()
+
+    def close(self) -> None:
+        """Give up the rows. May be called twice."""
+        if not self.closed:
+            self.closed = True
+            self.backing.leave(self.sequences)
 
     def _clear(self) -> None:
         self.positions = self._end = 0
@@ -87,10 +99,18 @@ class Batch:
         self._any_padding = False
         self._checked: tuple | None = None  # mask, how many positions it has, what is valid of them
 
+    def set_size(self, size: int) -> None:
+        """The first K and V have come."""
+        if self.size is None:
+            have = self.sequences[:size]  # from before a reset
+            self.size, self.sequences = size, have + self.backing.take(size - len(have))
+
     def reset(self) -> None:
         """Forget every token and fault."""
         self.check_open()
+        self.backing.drop(self.sequences)
         self.faults.clear()
+        self.size = None
         for layer in self.layers:
             layer.clear()
         self._clear()
@@ -127,6 +147,7 @@ class Batch:
                     f"while others went from {self.positions} to {self._end}; call reset(), or make "
                     "a new cache"
                 )
+            self.backing.collect()
             self.positions, self._end = layer.positions, layer.positions + n_new
             self._thread, self._checked = threading.get_ident(), None
         elif self._thread != threading.get_ident():
@@ -147,9 +168,13 @@ class Batch:
             raise error
         log.warning("row %d of the batch is dropped: %s", row, error)
         self.faults[row] = error
-        self.attention.discard()  # reads of its pages may be on their way
-        if row in self.store.sequences():
-            self.store.drop(row)
+        self.backing.drop([self.sequences[row]])
+
+    def take_out_of(self, error: FlashError | CardError) -> None:
+        """Go on without the row that an error is about; raise it if there is none."""
+        if error.page is None or error.page.sequence not in self.sequences:
+            raise error
+        self.take_out(self.sequences.index(error.page.sequence), error)
 
     # --- padding ------------------------------------------------------------------------------
 
@@ -235,16 +260,25 @@ class Batch:
         """That the first layer holds."""
         return self.layers[0].positions if self.layers else 0
 
-    def crop(self, n: int) -> None:
-        """Forget the last n positions of all layers, or all there are."""
+    # --- between calls ------------------------------------------------------------------------
+
+    def check_idle(self) -> None:
+        """Raise unless this is between two calls of the model, and nothing is amiss."""
         self.check_open()
         self.check_whole()
+        if any(layer.is_pending for layer in self.layers):
+            raise RuntimeError(
+                "this came between a layer's update and its attention; after an interruption call "
+                "reset()"
+            )
+
+    def crop(self, n: int) -> None:
+        """Forget the last n positions of all layers, or all there are."""
+        self.check_idle()
         end = self.positions_now
         n = min(n, end)
         if not n:
             return
-        if any(layer.is_pending for layer in self.layers):
-            raise RuntimeError("crop came between a layer's update and its attention")
         tokens = [n] * (self.size or 0)
         if self._any_padding:
             last = self._tokens(end)[:, end - n :]
@@ -259,6 +293,141 @@ class Batch:
         except BaseException as error:
             self.fail(error)
             raise
+
+    def arrange(self, sources: Sequence[int]) -> None:
+        """Row b becomes what row sources[b] is; there may be more rows then, or fewer.
+
+        Pages are shared, not copied; tails are copied.
+        """
+        self.check_idle()
+        if self.size is None or [*sources] == [*range(self.size)]:
+            return
+        if not sources or min(sources) < 0 or max(sources) >= self.size:
+            raise ValueError(f"rows must be among 0 to {self.size - 1}, not {[*sources]}")
+        before = self.sequences
+        kept = before[: len(sources)]
+        after = kept + self.backing.take(len(sources) - len(kept))
+        try:
+            self._share({mine: before[row] for mine, row in zip(after, sources, strict=True)})
+            self.backing.drop(before[len(sources) :])
+            for layer in self.layers:
+                layer.arrange(sources)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.size, self.sequences, self._checked = len(sources), after, None
+        if self._valid is not None:
+            self._valid = self._valid[[*sources]]
+        faults = {row: self.faults[of] for row, of in enumerate(sources) if of in self.faults}
+        self.faults.clear()
+        self.faults.update(faults)
+
+    def _share(self, sources: dict[int, int]) -> None:
+        """Give sequences the pages of others; those that have none leave none."""
+        while True:
+            known = {*self.store.sequences()}
+            pages = {a: b for a, b in sources.items() if b in known and a != b}
+            if not pages:
+                break
+            try:
+                self.store.arrange(pages)
+                break
+            except FlashError as error:  # pages of a source were not written
+                self.take_out_of(error)
+        self.backing.drop([a for a, b in sources.items() if b not in known])
+
+    def fork(self) -> "Batch":
+        """A copy that shares every page, and goes its own way from here."""
+        self.check_idle()
+        self.backing.collect()
+        other = Batch(
+            self.backing, len(self.layers), self.head_dim, spill_pages=self.spill_pages,
+            keep=self.keep, drop=self.drop,
+        )  # fmt: skip
+        other.may_write = self.may_write
+        if self.size is None:
+            return other
+        other.set_size(self.size)
+        try:
+            self._share(dict(zip(other.sequences, self.sequences, strict=True)))
+        except BaseException:
+            other.close()
+            raise
+        other.faults.update(self.faults)
+        other.positions = other._end = self.positions_now
+        other._valid = None if self._valid is None else self._valid.clone()
+        other._any_padding = self._any_padding
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            mine.copy_to(its)
+        return other
+
+    def state(self) -> State:
+        """All there is to save beside the pages."""
+        self.check_idle()
+        size = self.size or 0
+        store, layers = self.store, self.layers
+        longest = max((max(layer.tail_tokens, default=0) for layer in layers), default=0)
+        shape = (len(layers), 2, size, self.n_kv_heads, longest, self.layout.head_dim)
+        tails = np.zeros(shape, np.uint16)
+        for layer, tail in zip(layers, tails, strict=True):
+            if layer.is_initialized:
+                have = layer.tail[:, :, :, :longest]
+                tail[:, :, :, : have.shape[3]] = have
+        return State(
+            positions=[layer.positions for layer in layers],
+            sequences=[*self.sequences],
+            n_pages=[
+                [store.n_pages(sequence, layer.index) for sequence in self.sequences]
+                for layer in layers
+            ],
+            valid=self.mask.numpy(),
+            tails=tails,
+            tail_tokens=[layer.tail_tokens or [0] * size for layer in layers],
+            faults=dict(self.faults),
+        )
+
+    def resume(self, state: State) -> None:
+        """Go on from a state whose pages the store has again.
+
+        Raises
+        ------
+        FlashError
+            If the store has other pages.
+        """
+        size = len(state.sequences)
+        shape = (len(self.layers), 2, size, self.n_kv_heads)
+        if state.tails.shape[:4] != shape or state.tails.shape[5] != self.layout.head_dim:
+            raise self._not_of_this_store(f"tails of {state.tails.shape} for layers of {shape}")
+        for layer, counts in zip(self.layers, state.n_pages, strict=True):
+            for sequence, count in zip(state.sequences, counts, strict=True):
+                have = self.store.n_pages(sequence, layer.index)
+                if have != count:
+                    raise self._not_of_this_store(
+                        f"{count} pages of layer {layer.index}, sequence {sequence}, of which the "
+                        f"store has {have}"
+                    )
+        self.backing.drop([one for one in self.store.sequences() if one not in state.sequences])
+        if not size:
+            return
+        self.size, self.sequences = size, [*state.sequences]
+        self.faults.update(state.faults)
+        self.positions = self._end = max(state.positions)
+        self._valid = torch.from_numpy(state.valid.astype(bool))
+        self._any_padding = not bool(self._valid.all())
+        for layer in self.layers:
+            if state.positions[layer.index]:
+                layer.resume(
+                    state.positions[layer.index],
+                    state.tails[layer.index],
+                    state.tail_tokens[layer.index],
+                )
+
+    def _not_of_this_store(self, what: str) -> FlashError:
+        return FlashError(
+            f"the state that was saved and the pages do not belong together: {what}",
+            filename=self.store.directories[0],
+            remedy="compute the sequences again, in another directory",
+        )
 
 
 class Layer(CacheLayerMixin):
@@ -281,6 +450,10 @@ class Layer(CacheLayerMixin):
         self.index, self._batch = index, batch
         self.positions = 0
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None  # K and V to be attended
+        # uint16 (K or V, row, kv head, token, channel), with room for more than there are
+        self.tail = np.zeros((2, 0, batch.n_kv_heads, 0, batch.layout.head_dim), np.uint16)
+        self.tail_tokens: list[int] = []
+        self._tail: Tail | None = None  # the same memory
 
     @property
     def keys(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -302,14 +475,16 @@ class Layer(CacheLayerMixin):
                 f"{tuple(value_states.shape)}; the cache was made for {batch.n_kv_heads} kv "
                 f"heads of {batch.head_dim} channels"
             )
-        if batch.size is None:
-            batch.size = size
-        self.batch_size = batch.size
-        # (K or V, sequence, kv head, token, channel)
-        shape = (2, batch.size, heads, batch.spill_tokens, batch.layout.head_dim)
-        self._tail = torch.zeros(shape, dtype=batch.dtype)
-        self._tail_tokens = [0] * batch.size
+        batch.set_size(size)
+        self._make_tail(batch.spill_tokens)
+        self.tail_tokens = [0] * self.batch_size
         self.is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        if self._batch.size is None:
+            raise AttributeError("no K and V have come yet")
+        return self._batch.size
 
     def update(self, key_states, value_states, *args, **kwargs):
         batch = self._batch
@@ -322,14 +497,19 @@ class Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != batch.size:
-            raise ValueError(
-                f"the cache holds {batch.size} sequences and was given {len(key_states)}; "
-                "make a new cache"
-            )
+            raise ValueError(self._other_size(len(key_states)))
         batch.begin(self, key_states.shape[2])
         k, v = (x.detach().to("cpu", batch.dtype) for x in (key_states, value_states))
         self._pending = k, v
         return Handle.of(k, self), Handle.of(v, self)
+
+    def _other_size(self, given: int) -> str:
+        times, rest = divmod(given, self.batch_size)
+        repeat = f"call batch_repeat_interleave({times}) first, or " if times and not rest else ""
+        return (
+            f"the cache holds {self.batch_size} sequences and was given {given}; {repeat}make a new "
+            "cache"
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return Length(self.get_seq_length() + query_length), 0
@@ -346,25 +526,17 @@ class Layer(CacheLayerMixin):
         """Whether K and V wait for attention."""
         return self._pending is not None
 
-    def reset(self) -> None:
-        raise NotImplementedError("the layers of a NearStorageCache are reset together")
+    def _together(self, *args, **kwargs):
+        raise NotImplementedError(
+            "the layers of a NearStorageCache change together: call the method of the cache"
+        )
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("the layers of a NearStorageCache are cropped together")
+    reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _together
 
     def offload(self) -> None:
         """Nothing to do: the tail is in host memory already."""
 
     prefetch = offload
-
-    def reorder_cache(self, beam_idx) -> None:
-        raise NotImplementedError("pages on flash cannot be reordered: use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("pages on flash cannot be repeated: repeat the prompt instead")
-
-    def batch_select_indices(self, indices) -> None:
-        raise NotImplementedError("pages on flash cannot be selected: make a cache for each batch")
 
     # --- what the cache calls -----------------------------------------------------------------
 
@@ -380,13 +552,9 @@ class Layer(CacheLayerMixin):
         self._commit(k, v, valid)
 
     def clear(self) -> None:
-        """Forget every token."""
-        if self.is_initialized:
-            for row in range(self.batch_size):
-                if self._batch.store.n_pages(row, self.index):
-                    self._batch.store.truncate(row, self.index, 0)
-            self._tail_tokens = [0] * self.batch_size
-        self.positions, self._pending = 0, None
+        """Forget every token; the store has forgotten its pages."""
+        self.is_initialized = False
+        self.positions, self._pending, self.tail_tokens = 0, None, []
 
     def remove(self, n_positions: int, n_tokens: list[int]) -> None:
         """Forget the last positions, which are so many tokens of each row.
@@ -396,21 +564,47 @@ class Layer(CacheLayerMixin):
         if not self.is_initialized:
             return
         batch, page_tokens = self._batch, self._batch.layout.page_tokens
-        for row in range(self.batch_size):
+        for row, sequence in enumerate(batch.sequences):
             if row in batch.faults:
                 continue
-            n_pages = batch.store.n_pages(row, self.index)
-            left = n_pages * page_tokens + self._tail_tokens[row] - n_tokens[row]
+            n_pages = batch.store.n_pages(sequence, self.index)
+            left = n_pages * page_tokens + self.tail_tokens[row] - n_tokens[row]
             keep = min(left // page_tokens, n_pages)
             try:
                 if keep < n_pages:
                     if left > keep * page_tokens:
                         self._take_back(row, keep)
-                    batch.store.truncate(row, self.index, keep)
-            except (FlashError, CardError) as error:
+                    batch.store.truncate(sequence, self.index, keep)
+            except FlashError as error:
                 batch.take_out(row, error)
-            self._tail_tokens[row] = left - keep * page_tokens
+            self.tail_tokens[row] = left - keep * page_tokens
         self.positions -= n_positions
+
+    def arrange(self, sources: Sequence[int]) -> None:
+        """Row b becomes what row sources[b] was; the store has done so with the pages."""
+        if self.is_initialized:
+            self.tail_tokens = [self.tail_tokens[row] for row in sources]
+            self._set_tail(self.tail[:, [*sources]])
+
+    def copy_to(self, other: "Layer") -> None:
+        """Make a layer of a fork what this one is."""
+        if self.is_initialized:
+            other.resume(self.positions, self.tail, self.tail_tokens)
+
+    def resume(self, positions: int, tail: np.ndarray, tail_tokens: list[int]) -> None:
+        """Hold so many positions, of which these tokens are not in the store."""
+        self.positions, self.tail_tokens = positions, [*tail_tokens]
+        self._make_tail(max(self._batch.spill_tokens, tail.shape[3]))
+        self.tail[:, :, :, : tail.shape[3]] = tail
+        self.is_initialized = True
+
+    def _make_tail(self, room: int) -> None:
+        _, _, heads, _, channels = self.tail.shape
+        self._set_tail(np.zeros((2, self.batch_size, heads, room, channels), np.uint16))
+
+    def _set_tail(self, tail: np.ndarray) -> None:
+        self.tail = tail
+        self._tail = Tail(tail[0], tail[1], self._batch.layout.kv_type)
 
     # --- attention ----------------------------------------------------------------------------
 
@@ -476,54 +670,57 @@ class Layer(CacheLayerMixin):
         return out
 
     def _attend_past(self, query, k, v, valid, scale: float) -> torch.Tensor:
-        query, k, v = (self._widened(x) for x in (query, k, v))
-        batch, n_q_heads, n_new, channels = query.shape
+        """Attend to pages, tail and new tokens: float32 (batch, n_new, n_q_heads, head_dim)."""
+        batch, (size, n_q_heads, n_new, _) = self._batch, query.shape
         # Query heads of a group, then their tokens: all share a kv head's pages.
-        rows = query.reshape(batch, k.shape[1], -1, channels)
-        tail_k, tail_v = self._tail
-        out, lse_ln = attend_tail(rows, tail_k, tail_v, self._tail_tokens, k, v, valid, scale)
+        rows = self._widened(query.numpy())
+        rows = rows.reshape(size, batch.n_kv_heads, -1, rows.shape[3])
+        k, v = (self._widened(_patterns(x)) for x in (k, v))
+        valid = None if valid is None else valid.numpy()
+        stored = self._attend_pages(rows, scale)
         self._count(n_q_heads, n_new, valid)
-        alive, partial = self._attend_pages(rows.numpy(), scale)
-        if partial is not None:
-            card_out, lse_log2 = partial.normalise()
-            merged, _ = merge(
-                np.stack([out[alive].numpy(), card_out]),
-                np.stack([lse_ln[alive].numpy(), lse_log2 * math.log(2)]),
-            )
-            out = out.double()
-            out[alive] = torch.from_numpy(merged).double()
-        out = out.reshape(batch, n_q_heads, n_new, channels)[..., : self._batch.head_dim]
-        return out.transpose(1, 2).contiguous()
+        assert self._tail is not None
+        out = self._tail.attend(rows, self.tail_tokens, k, v, valid, scale, stored)
+        out = out.reshape(size, n_q_heads, n_new, -1)[..., : batch.head_dim]
+        return torch.from_numpy(out).transpose(1, 2).contiguous()
 
-    def _attend_pages(self, rows, scale: float) -> tuple[list[int], Partial | None]:
-        """The rows of the batch that were not dropped, and their partial if they have pages."""
-        batch = self._batch
-        stored = [batch.store.n_pages(row, self.index) for row in range(self.batch_size)]
+    def _attend_pages(self, rows: np.ndarray, scale: float) -> Partial | None:
+        """The partial of all rows over their pages; None if there are no pages."""
+        batch, n_rows = self._batch, len(rows)
+        stored = [batch.store.n_pages(sequence, self.index) for sequence in batch.sequences]
         while True:
-            alive = [row for row in range(len(rows)) if row not in batch.faults]
+            alive = [row for row in range(n_rows) if row not in batch.faults]
             if not any(stored[row] for row in alive):
-                return alive, None
+                return None
             try:
-                return alive, batch.attention.attend(
-                    self.index, alive, rows[alive], scale, [stored[row] for row in alive]
+                partial = batch.attention.attend(
+                    self.index,
+                    [batch.sequences[row] for row in alive],
+                    rows if len(alive) == n_rows else rows[alive],
+                    scale,
+                    [stored[row] for row in alive],
                 )
             except (FlashError, CardError) as error:
-                if error.page is None:  # it is nobody's in particular
-                    raise
-                batch.take_out(error.page.sequence, error)
+                batch.take_out_of(error)
+                continue
+            if len(alive) == n_rows:
+                return partial
+            whole = Partial.empty(batch.layout.kv_type, rows.shape[:3], rows.shape[3])
+            whole[alive] = partial
+            return whole
 
-    def _widened(self, x: torch.Tensor) -> torch.Tensor:
+    def _widened(self, x: np.ndarray) -> np.ndarray:
         """With as many channels as pages have; channels that are zero change no score."""
         missing = self._batch.missing_channels
-        return torch.nn.functional.pad(x, (0, missing)) if missing else x
+        return np.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
-    def _count(self, n_q_heads: int, n_new: int, valid) -> None:
+    def _count(self, n_q_heads: int, n_new: int, valid: np.ndarray | None) -> None:
         """Pairs of query row and token that the host attends."""
-        pairs = n_new * sum(self._tail_tokens)
+        pairs = n_new * sum(self.tail_tokens)
         if valid is None:
             pairs += self.batch_size * n_new * (n_new + 1) // 2
         else:  # a query that is padding attends to itself
-            pairs += int(valid.cumsum(dim=1).sum()) + int((~valid).sum())
+            pairs += int(valid.cumsum(axis=1).sum()) + int((~valid).sum())
         self.figures.host_tokens += pairs * n_q_heads
 
     @property
@@ -532,15 +729,18 @@ class Layer(CacheLayerMixin):
 
     # --- storing ------------------------------------------------------------------------------
 
-    def _commit(self, k, v, valid) -> None:
+    def _commit(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Tokens move to the tail, and from there to flash whenever they fill pages."""
         batch = self._batch
+        new = np.stack([self._widened(_patterns(x)) for x in (k, v)])
         try:
-            k, v = self._widened(k), self._widened(v)
             for row in range(self.batch_size):
                 if row not in batch.faults:
+                    mine = new[:, row]
+                    if valid is not None:
+                        mine = mine[:, :, valid[row].numpy()]
                     try:
-                        self._commit_one(row, k, v, valid)
+                        self._commit_one(row, mine)
                     except FlashError as error:
                         batch.take_out(row, error)
         except BaseException as error:
@@ -549,38 +749,33 @@ class Layer(CacheLayerMixin):
         self.positions += k.shape[2]
         self._pending = None
 
-    def _commit_one(self, row: int, k, v, valid) -> None:
-        page_tokens = self._batch.layout.page_tokens
-        new = torch.stack([k[row], v[row]])  # (K or V, kv head, token, channel)
-        if valid is not None:
-            new = new[:, :, valid[row]]
-        have, n_new = self._tail_tokens[row], new.shape[2]
-        if have + n_new >= self._batch.spill_tokens and self._batch.may_write:
-            tokens = torch.cat([self._tail[:, row, :, :have], new], dim=2)
+    def _commit_one(self, row: int, new: np.ndarray) -> None:
+        """new : uint16 (K or V, kv head, token, channel)"""
+        batch, page_tokens = self._batch, self._batch.layout.page_tokens
+        have, n_new = self.tail_tokens[row], new.shape[2]
+        if have + n_new >= batch.spill_tokens and batch.may_write:
+            tokens = np.concatenate([self.tail[:, row, :, :have], new], axis=2)
             full = (have + n_new) // page_tokens * page_tokens
             if self._spill(row, tokens[:, :, :full]):
                 have, new = 0, tokens[:, :, full:]
-        self._grow_tail(have + new.shape[2])
-        self._tail[:, row, :, have : have + new.shape[2]] = new
-        self._tail_tokens[row] = have + new.shape[2]
+        end = have + new.shape[2]
+        missing = end - self.tail.shape[3]
+        if missing > 0:
+            room = -(-missing // batch.spill_tokens) * batch.spill_tokens
+            self._set_tail(np.pad(self.tail, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))))
+        self.tail[:, row, :, have:end] = new
+        self.tail_tokens[row] = end
 
-    def _spill(self, row: int, tokens) -> bool:
+    def _spill(self, row: int, tokens: np.ndarray) -> bool:
         """Give full pages to the store, unless it may not write them and they are to be kept."""
         batch = self._batch
         try:
-            batch.store.append(row, self.index, *tokens)
+            batch.store.append(batch.sequences[row], self.index, *tokens)
         except FlashError as error:
             if not batch.keep or error.errno != errno.EDQUOT:
                 raise
             batch.may_write = False
         return batch.may_write
-
-    def _grow_tail(self, tokens: int) -> None:
-        missing = tokens - self._tail.shape[3]
-        if missing > 0:
-            step = self._batch.spill_tokens
-            missing = -(-missing // step) * step
-            self._tail = torch.nn.functional.pad(self._tail, (0, 0, 0, missing))
 
     def _check_finite(self, k, v) -> None:
         batch = self._batch
@@ -605,7 +800,11 @@ class Layer(CacheLayerMixin):
         """Read a page from flash into the tail."""
         batch, layout = self._batch, self._batch.layout
         for head in range(batch.n_kv_heads):
-            data = batch.store.read_pages(PageId(self.index, row, head, page), 1)
+            data = batch.store.read_pages(PageId(self.index, batch.sequences[row], head, page), 1)
             for which, patterns in enumerate(pages.unpack(layout, data)):
-                values = torch.from_numpy(patterns.view(np.int16)).view(batch.dtype)
-                self._tail[which, row, head, : layout.page_tokens] = values
+                self.tail[which, row, head, : layout.page_tokens] = patterns
+
+
+def _patterns(x: torch.Tensor) -> np.ndarray:
+    """The bits of a 16-bit tensor on the host: uint16, the same memory."""
+    return x.contiguous().view(torch.int16).numpy().view(np.uint16)

@@ -339,6 +339,38 @@ class Home:
         return [int(number) for head, _, number in names if head == "state" and number.isdigit()]
 
 
+def read_about(path: Path) -> dict:
+    """The description of the store in a directory, whoever has it.
+
+    Raises
+    ------
+    FlashError
+        If there is none, or it is damaged.
+    ValueError
+        If it is of another format.
+    """
+    if not (path / ABOUT_NAME).is_file():
+        raise FlashError(
+            "there is no KV store in this directory", filename=path,
+            remedy="name the directory that it was made in",
+        )  # fmt: skip
+    directory = Directory(path)
+    try:
+        file = directory.open(ABOUT_NAME)
+        try:
+            about, _ = _parse(file)
+        finally:
+            file.close()
+    finally:
+        directory.close()
+    if about.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has a store of format {about.get('format')}, and this version of nearkv reads "
+            f"format {_FORMAT}; choose another directory"
+        )
+    return about
+
+
 def _header(identity: str, shard: int, page_bytes: int) -> bytes:
     head = _HEADER.pack(_MAGIC, bytes.fromhex(identity), shard, page_bytes)
     head += struct.pack("<I", google_crc32c.value(head))

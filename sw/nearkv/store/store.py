@@ -15,11 +15,11 @@ import weakref
 import numpy as np
 
 from nearkv_hw import pages
-from nearkv_hw.abi import ABI_VERSION, PageLayout
+from nearkv_hw.abi import ABI_VERSION, KvType, PageLayout
 
 from ..io import FlashError, PageId, Read, Window, read_into
 from .behind import WriteBehind
-from .home import Home
+from .home import Home, read_about
 from .journal import (
     Kind,
     encode_append,
@@ -166,6 +166,22 @@ class KvStore:
             self._closed = True
             self._home.close()
             raise
+
+    @staticmethod
+    def describe(directory) -> tuple[PageLayout, int, int]:
+        """Layout, kv heads and shards of the persistent store in a directory, without opening it.
+
+        Raises
+        ------
+        FlashError
+            If there is none, or its description is damaged.
+        ValueError
+            If it is of another format.
+        """
+        first = directory if isinstance(directory, (str, os.PathLike)) else directory[0]
+        about = read_about(Path(first))
+        layout = PageLayout(about["head_dim"], about["page_tokens"], KvType[about["kv_type"]])
+        return layout, about["n_kv_heads"], about["n_shards"]
 
     def __enter__(self):
         return self
@@ -866,7 +882,9 @@ class KvStore:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names before the next CHANGE
+        fresh: list[
+            tuple[int, np.ndarray]
+        ] = []  # blocks that no table names before the next CHANGE
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
                 if kind == Kind.APPEND:
