@@ -473,6 +473,16 @@ def test_an_illegal_job_is_refused_and_the_next_one_runs(assert_twin_equals_mode
     assert_one_failed(memories, got, Status.ILLEGAL_JOB, abi.NO_PAGE)
 
 
+@pytest.mark.parametrize("config", [CONFIG, WIDE, preset("tiny")], ids=lambda config: config.name)
+def test_every_limit_of_the_abi_is_kept(assert_twin_equals_model, config):
+    memories, names, want = workload.walk_limits(config)
+    job = assert_twin_equals_model(memories, config)
+    for i, (name, status) in enumerate(zip(names, want, strict=True)):
+        header = memories.partial(job, i)
+        assert header["status"] == status, name
+        assert header["tag"] == i, name
+
+
 @pytest.mark.parametrize("name", ["page_table", "q"])
 def test_a_record_that_is_not_aligned_is_refused(assert_twin_equals_model, name):
     memories = surrounded(np.random.default_rng(14))

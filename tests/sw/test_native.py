@@ -17,7 +17,7 @@ import torch
 
 from nearkv.attention import Partial, elementary, native, query
 from nearkv.attention.fold import Sums
-from nearkv.attention.tail import Tail
+from nearkv.attention.tail import FEW_TOKENS, Tail
 from nearkv_hw import abi, number, pages
 from nearkv_hw.abi import KvType, PageLayout
 from nearkv_hw.number import Wide
@@ -368,7 +368,7 @@ def test_every_element_reads_as_what_it_is(kv_type):
     np.testing.assert_array_equal(lse_log2, want)
 
 
-@pytest.mark.parametrize("n_new", [1, 4])
+@pytest.mark.parametrize("n_new", [1, 4, FEW_TOKENS + 1, 300])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_the_tail_is_attended_as_torch_does_it(kv_type, n_new):
     rng = np.random.default_rng(2)
@@ -390,10 +390,11 @@ def test_the_tail_is_attended_as_torch_does_it(kv_type, n_new):
         want = torch.nn.functional.scaled_dot_product_attention(
             rows, keys[:, None], values[:, None], mask, scale=scale
         )
-        np.testing.assert_allclose(out[b], want.view(2, -1, 32).numpy(), rtol=1e-12, atol=1e-13)
+        bound = 1e-13 if n_new <= FEW_TOKENS else 2e-6
+        np.testing.assert_allclose(out[b], want.view(2, -1, 32).numpy(), rtol=0, atol=bound)
         scores = rows @ keys[:, None].transpose(-1, -2) * scale
         lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1).view(2, -1).numpy()
-        np.testing.assert_allclose(lse_log2[b] * math.log(2), lse, rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(lse_log2[b] * math.log(2), lse, rtol=bound, atol=bound)
 
 
 def test_what_a_query_sees_depends_on_nothing_else():

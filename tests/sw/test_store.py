@@ -873,11 +873,14 @@ def test_a_forked_process_has_no_store_and_its_end_disturbs_nothing(tmp_path, te
 
 def test_a_forked_process_that_lives_on_does_not_hold_the_lock(tmp_path):
     store = KvStore(tmp_path, LAYOUT, 2)
+    begun, begins = os.pipe()
     child = os.fork()
     if not child:
-        while os.getppid() != 1:
-            time.sleep(0.01)
-        os._exit(0)
+        os.write(begins, b"x")
+        signal.pause()
+    os.read(begun, 1)
+    os.close(begun)
+    os.close(begins)
     try:
         store.close()
         KvStore(tmp_path, LAYOUT, 2).close()

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import inspect
 import os
 from pathlib import Path
 import time
@@ -225,9 +224,6 @@ def _constants() -> str:
         "namespace twin {",
     ]
     values = {
-        "MAX_HEAD_DIM": inspect.signature(abi.check_head_dim).parameters["maximum"].default,
-        "MAX_PAGE_TOKENS": _longest_page(),
-        "N_KV_TYPES": len(KvType),
         "KV_ELEMENT_BYTES": {kv_type.element_bytes for kv_type in KvType},
         "LIMB_STEP_LOG2": (number.LIMB_STEP - 1).bit_length(),
         "EXP2_SEGMENT_BITS": (number.EXP2_SEGMENTS - 1).bit_length(),
@@ -236,15 +232,15 @@ def _constants() -> str:
         **{
             name: getattr(abi, name)
             for name in (
-                "BEAT_BYTES", "BURST_BYTES", "PAGE_ALIGN_BYTES", "BLOCK_TOKENS", "TILE_TOKENS",
-                "MAX_TILES", "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
+                "BEAT_BYTES", "BURST_BYTES", "BLOCK_TOKENS", "TILE_TOKENS", "MAX_HEAD_DIM",
+                "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
             )
         },
         **{
             name: getattr(number, name)
             for name in (
                 "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_BITS", "RAW_SHIFT",
-                "SCALE_BITS", "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
+                "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
                 "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
                 "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",
                 "WINDOW_TOP",
@@ -254,7 +250,7 @@ def _constants() -> str:
     (values["KV_ELEMENT_BYTES"],) = values["KV_ELEMENT_BYTES"]
     lines += [f"constexpr int {name} = {value};" for name, value in values.items()]
     lines += [
-        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u;",
+        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u, CRC_POLYNOMIAL = {abi.CRC_POLYNOMIAL:#x};",
         f"constexpr int64_t SCORE_LIMIT = {number.SCORE_LIMIT};",
         "struct KvFormat { int exponent_bits, mantissa_bits, align_bits, unit; };",
     ]
@@ -267,27 +263,38 @@ def _constants() -> str:
     lines += ["namespace abi {"]
     for record in (abi.JOB, abi.PAGE_ENTRY, abi.Q_RECORD, abi.PARTIAL_HEADER):
         lines += _struct(record)
+    lines += _legality(abi.JOB, abi.JOB_LIMITS, "n_tiles", "rows", "max_head_dim")
+    lines += _legality(abi.PAGE_ENTRY, abi.PAGE_ENTRY_LIMITS, "page_tokens")
     return "\n".join([*lines, "}  // namespace abi", "}  // namespace twin"])
 
 
-def _longest_page() -> int:
-    """The largest page_tokens that the ABI allows."""
-
-    def legal(page_tokens):
-        try:
-            abi.check_page_tokens(page_tokens)
-        except ValueError:
-            return False
-        return True
-
-    return max(filter(legal, range(0, 1 << 16, abi.TILE_TOKENS)))
+def _legality(record: abi.Record, limits: tuple[abi.Limit, ...], *given: str) -> list[str]:
+    """A C++ function that tells whether a record keeps its limits; `given` are its other arguments."""
+    conditions = []
+    for limit in limits:
+        value = limit.name if limit.name in given else f"it.{limit.name}"
+        if limit.least:
+            conditions.append(f"{value} >= {limit.least}u")
+        if limit.most is not None:
+            most = limit.most if isinstance(limit.most, str) else f"{limit.most}u"
+            conditions.append(f"{value} <= {most}")
+        if limit.step > 1:
+            conditions.append(f"{value} % {limit.step}u == 0")
+        if limit.coarse:
+            conditions.append(f"({value} < {limit.coarse}u || {value} % {limit.coarse}u == 0)")
+    arguments = ", ".join([f"const {_struct_name(record)}& it", *(f"uint64_t {x}" for x in given)])
+    return [
+        f"static inline bool legal({arguments}) {{",
+        f"    return {' && '.join(conditions)};",
+        "}",
+    ]
 
 
 def _struct(record: abi.Record) -> list[str]:
     """A record as a C++ struct, bytes that belong to no field included."""
     names = {"B": "uint8_t", "H": "uint16_t", "I": "uint32_t", "Q": "uint64_t",
              "b": "int8_t", "h": "int16_t", "i": "int32_t", "q": "int64_t"}  # fmt: skip
-    struct = "".join(word.capitalize() for word in record.name.split("_"))
+    struct = _struct_name(record)
     lines, end = [f"struct {struct} {{"], 0
     for field in record.fields:
         if field.offset > end:
@@ -298,3 +305,7 @@ def _struct(record: abi.Record) -> list[str]:
     if record.bytes > end:
         lines.append(f"    uint8_t reserved_{end}[{record.bytes - end}];")
     return [*lines, "};", f'static_assert(sizeof({struct}) == {record.bytes}, "{record.name}");']
+
+
+def _struct_name(record: abi.Record) -> str:
+    return "".join(word.capitalize() for word in record.name.split("_"))

@@ -22,9 +22,6 @@
 
 namespace twin {
 
-// CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4.
-constexpr uint32_t CRC_POLYNOMIAL = 0x82F63B78;
-
 uint32_t crc_multiply(uint32_t a, uint32_t b) {
     uint32_t product = 0;
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
@@ -294,14 +291,8 @@ class Card {
     }
 
     bool legal(const abi::Job& job) const {
-        int tokens = job.page_tokens;
-        bool whole = tokens % TILE_TOKENS == 0 && 0 < tokens && tokens <= MAX_PAGE_TOKENS;
-        bool small = tokens % BLOCK_TOKENS == 0 && 0 < tokens && tokens < TILE_TOKENS;
-        uint64_t tiles = uint64_t(job.n_pages) * ((tokens + TILE_TOKENS - 1) / TILE_TOKENS);
-        return (whole || small) && job.head_dim % BLOCK_TOKENS == 0 && 0 < job.head_dim &&
-               job.head_dim <= max_head_dim_ && 1 <= job.group_size && job.group_size <= rows_ &&
-               job.kv_type < N_KV_TYPES && job.score_mantissa >> (SCALE_BITS - 1) == 1 && 1 <= job.n_pages && tiles <= MAX_TILES &&
-               job.page_table % BEAT_BYTES == 0 && job.q % BEAT_BYTES == 0 && job.partial % BEAT_BYTES == 0;
+        const uint64_t n_tiles = uint64_t(job.n_pages) * ((job.page_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
+        return abi::legal(job, n_tiles, rows_, max_head_dim_);
     }
 
     void load_pages(Job& job) {
@@ -311,7 +302,7 @@ class Card {
             abi::PageEntry entry;
             memcpy(&entry, job_ + job.fields.page_table + n * sizeof entry, sizeof entry);
             Page page = {entry.address, static_cast<int>(entry.page_len), 0, entry.crc_k, entry.crc_v};
-            if (entry.address % PAGE_ALIGN_BYTES || entry.page_len > job.fields.page_tokens)
+            if (!abi::legal(entry, job.fields.page_tokens))
                 page.address = 0, page.tokens = 0, page.flags = STATUS_ILLEGAL_JOB;
             if (page.address > kv_bytes_ || page_bytes > kv_bytes_ - page.address)
                 page.address = 0, page.tokens = 0, page.flags |= STATUS_BUS_ERROR;

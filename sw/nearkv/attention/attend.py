@@ -87,7 +87,7 @@ def attend(
             store.append(0, 0, k, v, ragged=True)
             attention = PageAttention(cards, store)
             try:
-                partial = attention.attend(0, [0], rows, scale)
+                partial = attention.attend(0, [0], rows, scale, [store.n_pages(0, 0)])
             finally:
                 attention.close()
     finally:
