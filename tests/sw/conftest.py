@@ -47,6 +47,51 @@ def rounded_cache():
     return RoundedCache
 
 
+def _save_tokenizer(directory, template: str | None = None) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(100)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer():
+    """save_tokenizer(directory, template=None): one of the words w0 .. w99, a token each."""
+    return _save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def save_model():
+    """save_model(directory, head_dim=32, template=None, **config): a small Llama and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(directory, head_dim: int = 32, template: str | None = None, **more):
+        _save_tokenizer(directory, template)
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim,
+            "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 100, "initializer_range": 0.2,
+            "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+        }  # fmt: skip
+        config = LlamaConfig(**shape | more)
+        LlamaForCausalLM(config).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(save_model, tmp_path_factory):
+    """The directory of a small model; nothing may change it."""
+    return str(save_model(tmp_path_factory.mktemp("model")))
+
+
 @pytest.fixture(scope="session")
 def card():
     with nearkv.open_card("model") as card:
