@@ -124,7 +124,9 @@ class Ring:
         n_segments = min(segments, slots, max(4, used_bytes // SEGMENT_BYTES))
         self.room = Room.of(layout, slots // n_segments, card.job_bytes)
         self._segment_bytes = self.room.segment_pages * layout.page_bytes
-        self._free = deque(range(n_segments))
+        # The one that was free last is taken first: it is still in the processor's caches, where a
+        # drive writes, and what a run says of its segment is known from the step before.
+        self._free = [*reversed(range(n_segments))]
         self._loading: deque[_Loading] = deque()  # in the order of their runs
         self._on_card: _OnCard | None = None
         self._coming: Iterator[tuple[Plan, Run]] = iter(())  # to be loaded when segments are free
@@ -235,11 +237,11 @@ class Ring:
             plan, run = next(self._coming, (None, None))
             if plan is None or run is None:
                 return
-            segment = self._free.popleft()
+            segment = self._free.pop()
             try:
                 load = self.card.start_load(self._reads_of(plan, run, segment))
             except BaseException:
-                self._free.appendleft(segment)
+                self._free.append(segment)
                 raise
             self._loading.append(_Loading(plan, run, segment, load))
 
