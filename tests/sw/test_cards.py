@@ -101,6 +101,29 @@ def test_wrong_guesses_cost_nothing_but_the_reads(tmp_path, expected, card):
         fresh.close()
 
 
+def test_a_short_context_stays_in_the_same_places(tmp_path, card, monkeypatch):
+    """As many segments as are on their way and in work at once, however many steps there are."""
+    places = set()
+    start_load = card.start_load
+
+    def recording(reads):
+        places.update(read.kv_offset for read in reads)
+        return start_load(reads)
+
+    monkeypatch.setattr(card, "start_load", recording)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        k, v = np.random.default_rng(0).standard_normal((2, 2, 32, 32)).astype(np.float16)
+        for layer in range(4):
+            store.append(0, layer, k, v)
+        attention = PageAttention(card, store)
+        for _ in range(5):
+            for layer in range(4):
+                _attend(attention, layer, [0], np.ones((1, 2, 3, 32)), 0.2)
+        attention.close()
+    assert attention._rings[0].room.segment_pages > 2  # there are others
+    assert len(places) == 2 * 2  # segments, kv heads
+
+
 def test_several_stores_take_turns_with_a_card(tmp_path, expected, card):
     q, whole = expected
     with KvStore(tmp_path / "a", LAYOUT, 2) as a, KvStore(tmp_path / "b", LAYOUT, 2) as b:
