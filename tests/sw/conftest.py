@@ -102,7 +102,7 @@ class Drive:
     """Makes reads of page files fail, however they are made.
 
     `fate(file name, offset, nbytes)` says what becomes of a read: None, or a dict with any of
-    delay (s), errno, short (bytes that arrive).
+    delay (s), until (an event, for the read to arrive), errno, short (bytes that arrive).
     """
 
     def __init__(self, monkeypatch):
@@ -110,7 +110,7 @@ class Drive:
         self.reads = []  # (file name, offset, nbytes)
         preadv, read, wait = os.preadv, Uring.read, Uring.wait
         completions = Uring.completions
-        fates, held = {}, []  # by (ring, key); (due, key, result)
+        fates, held = {}, []  # by (ring, key); (ring, due, fate, key, result)
 
         def ask(fd, offset, nbytes):
             name = file_name(f"/proc/self/fd/{fd}")
@@ -120,6 +120,8 @@ class Drive:
         def faulty_preadv(fd, buffers, offset):
             fate = ask(fd, offset, len(buffers[0]))
             time.sleep(fate.get("delay", 0))
+            if "until" in fate:
+                fate["until"].wait(60)
             if "errno" in fate:
                 raise OSError(fate["errno"], os.strerror(fate["errno"]))
             return preadv(fd, [buffers[0][: fate.get("short")]], offset)
@@ -129,17 +131,25 @@ class Drive:
             read(ring, key, fd, offset, address, fate.get("short", nbytes))
 
         def faulty_wait(ring, timeout_s, *, completions=True):
-            left = [due - time.monotonic() for whose, due, *_ in held if whose is ring]
+            left = [
+                0.005 if "until" in fate else due - time.monotonic()
+                for whose, due, fate, *_ in held
+                if whose is ring
+            ]
             wait(ring, max(min([timeout_s, *left]), 0), completions=completions)
 
         def faulty_completions(ring):
             for key, result in completions(ring):
                 fate = fates.pop((ring, key))
                 due = time.monotonic() + fate.get("delay", 0)
-                held.append((ring, due, key, -fate["errno"] if "errno" in fate else result))
-            for work in [work for work in held if work[0] is ring and work[1] <= time.monotonic()]:
-                held.remove(work)
-                yield work[2:]
+                result = -fate["errno"] if "errno" in fate else result
+                held.append((ring, due, fate, key, result))
+            for work in list(held):
+                whose, due, fate, key, result = work
+                late = due > time.monotonic() or ("until" in fate and not fate["until"].is_set())
+                if whose is ring and not late:
+                    held.remove(work)
+                    yield key, result
 
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(os, "preadv", faulty_preadv)
@@ -203,7 +213,7 @@ class Board:
 
     `kv` is mapped into the host as a BAR would be; `job` is not, so that a forgotten sync shows. It
     computes as the card `model` does. `before(number)` is called before each run is carried out, and may
-    wait, or raise.
+    wait, raise, or return "skip".
     """
 
     def __init__(self, kv_bytes=1 << 20, job_bytes=1 << 18, config="tiny"):
@@ -225,8 +235,8 @@ class Board:
     def _work(self):
         while (run := self._queue.get()) is not None:
             try:
-                self.before(run.number)
-                self.model.execute(self.kv, self.job, *run.arguments)
+                if self.before(run.number) != "skip":
+                    self.model.execute(self.kv, self.job, *run.arguments)
             except RuntimeError as error:
                 run.error = error
             self._idle.set()
