@@ -76,13 +76,14 @@ $(PROOFS): $(READY)
 	@$(PIP) --editable '.[formal]'
 	@touch $@
 
-bench: setup ## measure: stream of the simulated kernel, twin, flash, decode (half an hour)
+bench: setup ## measure: stream of the simulated kernel, twin, flash, decode, step (half an hour)
 	$(BIN)/nearkv bench stream --config $(CONFIG)
 	$(BIN)/nearkv bench twin
 	$(BIN)/nearkv bench flash
 	$(BIN)/nearkv bench decode
+	$(BIN)/nearkv bench step
 
-mutants: setup ## break the gateware in 42 ways; the tests must notice each (minutes)
+mutants: setup ## break the gateware on purpose; the tests must notice each defect (minutes)
 	$(BIN)/python tests/mutants.py
 
 lint: setup ## check format and style

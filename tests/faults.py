@@ -242,7 +242,9 @@ def small_disks(base: Path, count: int) -> Iterator[tuple[list[Path], str]]:
                     else:
                         with open(image, "wb") as file:
                             file.truncate(DISK_BYTES)
-                        _quietly("mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", "256", image)
+                        _quietly(
+                            "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", "256", image
+                        )
                         _quietly("mount", "-o", "loop", image, mount)
                     disks.append(mount)
                     what = kind
@@ -266,7 +268,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="the first; with --only, one trial alone")
     parser.add_argument("--only", choices=KINDS, help="trials of this kind")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
-    parser.add_argument("--directory", type=Path, help="where the stores lie; default memory or TMPDIR")
+    parser.add_argument(
+        "--directory", type=Path, help="where the stores lie; default memory or TMPDIR"
+    )
     parser.add_argument("--times", action="store_true", help="show how long the kinds take")
     parser.add_argument(
         "--sabotage", choices=sabotage.SABOTAGES, help="break the store first; it must be noticed"

@@ -14,6 +14,7 @@ physical address and a record cannot point into the wrong bank.
 import builtins
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+import functools
 import struct
 
 ABI_VERSION = 1
@@ -25,9 +26,11 @@ BLOCK_TOKENS = 32  # tokens of a K block (a mini-page row), channels of a V bloc
 TILE_TOKENS = 128  # what the accelerator's softmax handles at once
 MAX_HEAD_DIM = 256
 MAX_PAGE_TOKENS = 32768
-MAX_TILES = 2048  # in one job: the headroom of a limb, see `number`. Longer spans take several jobs
+MAX_TILES = 2048  # in one job: the headroom of a limb, see `number`. More tokens take several jobs
 ROW_STEP = 2  # the softmax and merge datapaths handle query heads in pairs
 MAX_ROWS = 14  # a query-block record has room for 15 weights; pairs make it 14
+SCALE_BITS = 24  # of a job's score_mantissa
+CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4
 
 
 class KvType(IntEnum):
@@ -112,11 +115,27 @@ class Record:
                 return field
         raise KeyError(f"{self.name} has no field {name!r}")
 
+    @functools.cached_property
+    def _whole(self) -> struct.Struct:
+        """All fields at once, and what lies between them."""
+        code, end = "<", 0
+        for field in self.fields:
+            code += f"{field.offset - end}x{field.count}{field.code}"
+            end = field.offset + field.count * field.bits // 8
+        return struct.Struct(f"{code}{self.bytes - end}x")
+
     def pack(self, **values) -> builtins.bytes:
         """The record as bytes. Every field must be given; a value that does not fit raises."""
-        missing = {field.name for field in self.fields} ^ set(values)
-        if missing:
+        if values.keys() != self._names:
+            missing = self._names ^ values.keys()
             raise TypeError(f"{self.name}: fields missing or unknown: {sorted(missing)}")
+        items = []
+        for field in self.fields:
+            items += values[field.name] if field.count > 1 else (values[field.name],)
+        try:
+            return self._whole.pack(*items)
+        except struct.error:
+            pass  # of which field
         out = bytearray(self.bytes)
         for field in self.fields:
             value = values[field.name]
@@ -132,11 +151,15 @@ class Record:
 
     def unpack(self, data) -> dict:
         """Field values of a record that starts at the first byte of `data`."""
-        values = {}
+        items, values, at = self._whole.unpack_from(data), {}, 0
         for field in self.fields:
-            got = struct.unpack_from(f"<{field.count}{field.code}", data, field.offset)
-            values[field.name] = got if field.count > 1 else got[0]
+            values[field.name] = items[at : at + field.count] if field.count > 1 else items[at]
+            at += field.count
         return values
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {field.name for field in self.fields}
 
 
 JOB = Record(
@@ -150,8 +173,13 @@ JOB = Record(
         Field("group_size", 16, "B", "query heads, 1 .. rows built"),
         Field("kv_type", 17, "B", "KvType"),
         Field("head_dim", 18, "H", "multiple of 32, up to the built maximum"),
-        Field("page_tokens", 20, "H", "32, 64, 96, or a multiple of 128 up to 32768"),
-        Field("score_mantissa", 24, "I", "scale * log2(e), 24 bits, leading bit set"),
+        Field(
+            "page_tokens",
+            20,
+            "H",
+            f"32, 64, 96, or a multiple of {TILE_TOKENS} up to {MAX_PAGE_TOKENS}",
+        ),
+        Field("score_mantissa", 24, "I", f"scale * log2(e), {SCALE_BITS} bits, leading bit set"),
         Field("score_shift", 28, "h", "see number.score_scale"),
         Field("tag", 32, "I", "returned in the partial"),
     ),
@@ -169,6 +197,89 @@ PAGE_ENTRY = Record(
         Field("crc_v", 16, "I", "the same of V"),
     ),
 )
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The legal values of a field: multiples of `step` from `least` to `most`.
+
+    Attributes
+    ----------
+    name : str
+        Of the field; or `n_tiles`, which is what `n_tiles` makes of n_pages and page_tokens.
+    least : int
+    most : int, str or None
+        A str names what the limit is: `rows` or `max_head_dim` of the build, `page_tokens` of the
+        job. None: what the field can hold.
+    step : int
+    coarse : int, optional
+        Values from this one on are multiples of it as well.
+    """
+
+    name: str
+    least: int = 0
+    most: int | str | None = None
+    step: int = 1
+    coarse: int | None = None
+
+    def largest(self, given: dict[str, int]) -> int | None:
+        """`most` as a number; `given` has those that are named."""
+        return given[self.most] if isinstance(self.most, str) else self.most
+
+    def allows(self, value: int, given: dict[str, int]) -> bool:
+        """Whether a value is legal."""
+        largest = self.largest(given)
+        step = self.coarse if self.coarse and value >= self.coarse else self.step
+        return self.least <= value and (largest is None or value <= largest) and value % step == 0
+
+
+# What makes a job, and a page table entry, legal. This is the one home of these rules: the gateware's
+# logic, the twin's C++ and the functions below are made from them.
+JOB_LIMITS = (
+    Limit("group_size", 1, "rows"),
+    Limit("kv_type", min(KvType), max(KvType)),
+    Limit("head_dim", BLOCK_TOKENS, "max_head_dim", step=BLOCK_TOKENS),
+    Limit("page_tokens", BLOCK_TOKENS, MAX_PAGE_TOKENS, step=BLOCK_TOKENS, coarse=TILE_TOKENS),
+    Limit("score_mantissa", 1 << (SCALE_BITS - 1), (1 << SCALE_BITS) - 1),
+    Limit("n_pages", 1, MAX_TILES),
+    Limit("n_tiles", 0, MAX_TILES),
+    Limit("q", step=BEAT_BYTES),
+    Limit("page_table", step=BEAT_BYTES),
+    Limit("partial", step=BEAT_BYTES),
+)
+PAGE_ENTRY_LIMITS = (
+    Limit("address", step=PAGE_ALIGN_BYTES),
+    Limit("page_len", 0, "page_tokens"),
+)
+
+
+def n_tiles(n_pages: int, page_tokens: int) -> int:
+    """Tiles of so many full pages."""
+    return n_pages * -(-page_tokens // TILE_TOKENS)
+
+
+def broken_job_limit(record: dict, *, rows: int, max_head_dim: int) -> Limit | None:
+    """The first limit that the fields of a job break; None if the job is legal.
+
+    Parameters
+    ----------
+    record : dict
+        As `JOB.unpack` returns it.
+    rows, max_head_dim : int
+        Of the build.
+    """
+    values = {**record, "n_tiles": n_tiles(record["n_pages"], record["page_tokens"])}
+    return _broken(JOB_LIMITS, values, {"rows": rows, "max_head_dim": max_head_dim})
+
+
+def broken_page_entry_limit(entry: dict, *, page_tokens: int) -> Limit | None:
+    """The same of a page table entry, in a job with pages of so many tokens."""
+    return _broken(PAGE_ENTRY_LIMITS, entry, {"page_tokens": page_tokens})
+
+
+def _broken(limits: tuple[Limit, ...], values: dict, given: dict[str, int]) -> Limit | None:
+    return next((x for x in limits if not x.allows(values[x.name], given)), None)
+
 
 # One beat per channel r of the query block: the weights of all rows, and what they count in.
 Q_RECORD = Record(
@@ -218,7 +329,7 @@ SUMMARY = Record(
 
 @dataclass(frozen=True)
 class Register:
-    """One argument or constant in the AXI4-Lite block. `bits` 64 spans two words, low word first."""
+    """One argument or constant in the AXI4-Lite block. `bits` 64 takes two words, low word first."""
 
     name: str
     offset: int
@@ -289,7 +400,10 @@ class PageLayout:
         return [(at, min(step, page_len - at)) for at in range(0, max(page_len, 1), step)]
 
     def k_spans(self, page_len: int) -> list[tuple[int, int]]:
-        """(byte offset, bytes) of the K bytes that the card reads, in the order it reads them."""
+        """The spans of K that the card reads, in the order it reads them.
+
+        A span is a run of consecutive bytes: (offset in the page, bytes).
+        """
         row = self.head_dim * BEAT_BYTES
         return [
             (first // BLOCK_TOKENS * row, max(1, -(-tokens // BLOCK_TOKENS)) * row)
@@ -297,7 +411,7 @@ class PageLayout:
         ]
 
     def v_spans(self, page_len: int) -> list[tuple[int, int]]:
-        """The same for V: only rows of valid tokens are read (one row of an empty page)."""
+        """The spans of V: only rows of valid tokens are read (one row of an empty page)."""
         return [
             (self.part_bytes + (c * self.page_tokens + first) * BEAT_BYTES,
              max(1, tokens) * BEAT_BYTES)
@@ -320,9 +434,9 @@ def partial_bytes(head_dim: int, group_size: int) -> int:
     return PARTIAL_HEADER.bytes + -(-elements // BEAT_BYTES) * BEAT_BYTES
 
 
-def check_head_dim(head_dim: int, maximum: int = 256) -> None:
+def check_head_dim(head_dim: int, maximum: int = MAX_HEAD_DIM) -> None:
     """Raise ValueError unless a page can hold heads of this size."""
-    if head_dim % BLOCK_TOKENS or not 0 < head_dim <= maximum:
+    if _broken(_only("head_dim"), {"head_dim": head_dim}, {"max_head_dim": maximum}):
         raise ValueError(
             f"head_dim must be a multiple of {BLOCK_TOKENS} up to {maximum}, not {head_dim}; "
             "pad the head with zero channels"
@@ -331,10 +445,12 @@ def check_head_dim(head_dim: int, maximum: int = 256) -> None:
 
 def check_page_tokens(page_tokens: int) -> None:
     """Raise ValueError unless pages of this length are whole tiles or one short tile."""
-    whole = page_tokens % TILE_TOKENS == 0 and 0 < page_tokens <= 32768
-    short = page_tokens in range(BLOCK_TOKENS, TILE_TOKENS, BLOCK_TOKENS)
-    if not (whole or short):
+    if _broken(_only("page_tokens"), {"page_tokens": page_tokens}, {}):
         raise ValueError(
-            f"page_tokens must be 32, 64, 96 or a multiple of {TILE_TOKENS} up to 32768, "
-            f"not {page_tokens}"
+            f"page_tokens must be 32, 64, 96 or a multiple of {TILE_TOKENS} up to "
+            f"{MAX_PAGE_TOKENS}, not {page_tokens}"
         )
+
+
+def _only(name: str) -> tuple[Limit, ...]:
+    return tuple(limit for limit in JOB_LIMITS if limit.name == name)

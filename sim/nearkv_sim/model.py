@@ -21,7 +21,6 @@ from nearkv_hw.number import (
     N_LIMBS,
     Q_EXPONENT_BITS,
     RUN_MAX_EMPTY,
-    SCALE_BITS,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
     WEIGHT_BITS,
@@ -123,8 +122,8 @@ class _Job:
         self.tile_maxima: list[np.ndarray] = []
 
     def execute(self) -> Status:
-        record = self.record
-        if not self._legal():
+        record, config = self.record, self.config
+        if abi.broken_job_limit(record, rows=config.rows, max_head_dim=config.max_head_dim):
             self._write_header(Status.DONE | Status.ILLEGAL_JOB, abi.NO_PAGE, 0, [])
             return Status.DONE | Status.ILLEGAL_JOB
         self.kv_type = KvType(record["kv_type"])
@@ -159,23 +158,6 @@ class _Job:
         self._write_elements(functools.reduce(operator.add, parts))
         return flags
 
-    def _legal(self) -> bool:
-        record, config = self.record, self.config
-        try:
-            abi.check_head_dim(record["head_dim"], config.max_head_dim)
-            abi.check_page_tokens(record["page_tokens"])
-        except ValueError:
-            return False
-        tiles = record["n_pages"] * -(-record["page_tokens"] // abi.TILE_TOKENS)
-        return (
-            1 <= record["group_size"] <= config.rows
-            and record["kv_type"] in KvType.__members__.values()
-            and record["score_mantissa"].bit_length() == SCALE_BITS
-            and 1 <= record["n_pages"]
-            and tiles <= abi.MAX_TILES
-            and not any(record[name] % abi.BEAT_BYTES for name in ("page_table", "q", "partial"))
-        )
-
     def _load_q(self) -> None:
         start, head_dim = self.record["q"], self.record["head_dim"]
         words = self.job[start : start + head_dim * abi.Q_RECORD.bytes]
@@ -191,7 +173,7 @@ class _Job:
                 self.job[self.record["page_table"] + n * abi.PAGE_ENTRY.bytes :]
             )
             address, page_len, flags = entry["address"], entry["page_len"], Status(0)
-            if address % abi.PAGE_ALIGN_BYTES or page_len > self.layout.page_tokens:
+            if abi.broken_page_entry_limit(entry, page_tokens=self.layout.page_tokens):
                 address, page_len, flags = 0, 0, Status.ILLEGAL_JOB
             data = self.kv[address : address + self.layout.page_bytes]
             if len(data) < self.layout.page_bytes:
@@ -235,20 +217,20 @@ class _Job:
             v_all = v_words.reshape(parts, layout.page_tokens, abi.BLOCK_TOKENS)
             v[i] = v_all[:, first : first + tile_tokens]
         tokens = np.array([count for _, _, count in tiles])
-        keep = np.arange(tile_tokens) < tokens[:, None]  # (tiles, tile_tokens)
+        valid = np.arange(tile_tokens) < tokens[:, None]  # (tiles, tile_tokens)
 
-        keep_k = keep.reshape(len(tiles), blocks, 1, abi.BLOCK_TOKENS)
-        x, exponent, bad_k = align.model(k, self.kv_type, self.exponent, keep_k)
+        valid_k = valid.reshape(len(tiles), blocks, 1, abi.BLOCK_TOKENS)
+        x, exponent, bad_k = align.model(k, self.kv_type, self.exponent, valid_k)
         raw = (self.weight @ x.astype(np.float64)).astype(np.int64)  # (tiles, blocks, rows, 32)
         score, beyond = softmax.score_model(
             raw, self.record["score_mantissa"],
             (self.record["score_shift"] - exponent)[:, :, None, None],
         )  # fmt: skip
-        saturated = (beyond & keep_k).any()
+        saturated = (beyond & valid_k).any()
         score = score.swapaxes(1, 2).reshape(len(tiles), self.rows, tile_tokens)
-        p, tile_max, tile_sum, tile_wide = softmax.model(score, keep[:, None])
+        p, tile_max, tile_sum, tile_wide = softmax.model(score, valid[:, None])
 
-        x, exponent, bad_v = align.model(v, self.kv_type, 0, keep[:, None, :, None])
+        x, exponent, bad_v = align.model(v, self.kv_type, 0, valid[:, None, :, None])
         o = (p[:, None].astype(np.float64) @ x.astype(np.float64)).astype(np.int64)
         # o: (tiles, parts, rows, 32) -> (tiles, head_dim, rows)
         place = tile_max[:, None, :] + exponent[:, :, None]  # (tiles, parts, rows)

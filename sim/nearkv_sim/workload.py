@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from nearkv_hw import abi, pages
-from nearkv_hw.abi import KvType, PageLayout
+from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.config import Config
 from nearkv_hw.number import (
     KV_FORMATS,
@@ -365,6 +365,97 @@ def extreme_job(
         tag=int(rng.integers(1 << 32)), tail=tail, page_lens=page_lens, fields=fields,
         query=query_records(weights, exponents),
     )  # fmt: skip
+
+
+def walk_limits(
+    config: Config, *, skip: tuple[str, ...] = ()
+) -> tuple[Memories, list[str], list[Status]]:
+    """A queue that steps over every limit of a job and of a page table entry, one at a time.
+
+    The values of a field are those at its limits and at its steps, and beside them; everything else
+    is legal. Pages are empty or zeros; queries are zeros.
+
+    Parameters
+    ----------
+    config : Config
+        The build, which sets some of the limits.
+    skip : tuple of str
+        Names of limits to leave out.
+
+    Returns
+    -------
+    memories : Memories
+    names : list of str
+        Of each job: what is walked there, and its value.
+    want : list of Status
+        Of each job's partial, by `abi.JOB_LIMITS` and `abi.PAGE_ENTRY_LIMITS`.
+    """
+    build = {"rows": config.rows, "max_head_dim": config.max_head_dim}
+    # One query block and one table of empty pages for all jobs, with a beat to spare.
+    table = (abi.MAX_HEAD_DIM + 1) * abi.Q_RECORD.bytes
+    base = {
+        "page_table": table, "n_pages": 1, "q": 0, "group_size": 1, "kv_type": KvType.FP16,
+        "head_dim": abi.BLOCK_TOKENS, "page_tokens": abi.BLOCK_TOKENS,
+        "score_mantissa": 1 << (SCALE_BITS - 1), "score_shift": 0,
+    }  # fmt: skip
+    most_pages = abi.MAX_TILES // abi.n_tiles(1, abi.MAX_PAGE_TOKENS)
+    fields = [
+        {"page_tokens": abi.MAX_PAGE_TOKENS, "n_pages": n} for n in (most_pages, most_pages + 1)
+    ]
+    for limit in abi.JOB_LIMITS:
+        if limit.name not in ("n_tiles", *skip):
+            bits = abi.JOB[limit.name].bits
+            fields += [{limit.name: value} for value in _beside(limit, bits, build)]
+    entries = [
+        {"address": 0, "page_len": 1, limit.name: value}
+        for limit in abi.PAGE_ENTRY_LIMITS
+        for value in _beside(limit, abi.PAGE_ENTRY[limit.name].bits, base)
+    ]
+
+    # Then, for each job, a table of one page and a partial; the summary; the queue.
+    at = table + abi.MAX_TILES * abi.PAGE_ENTRY.bytes + abi.BEAT_BYTES
+    stride = 2 * abi.BEAT_BYTES + abi.partial_bytes(config.max_head_dim, config.rows)
+    n_jobs = len(fields) + len(entries)
+    summary = at + n_jobs * stride
+    queue = summary + abi.SUMMARY.bytes
+    layout = PageLayout(base["head_dim"], abi.MAX_PAGE_TOKENS)
+    memories = Memories(
+        np.zeros(layout.page_bytes, np.uint8),
+        np.zeros(queue + n_jobs * abi.JOB.bytes, np.uint8),
+        queue, n_jobs, summary, [[0]] * n_jobs,
+    )  # fmt: skip
+    layout = PageLayout(base["head_dim"], base["page_tokens"])
+    page = memories.kv[: layout.page_bytes]
+    want = []
+    for i in range(n_jobs):
+        own = at + i * stride
+        record = {**base, "partial": own + abi.BEAT_BYTES, "tag": i}
+        if i < len(fields):
+            for name, value in fields[i].items():
+                offset = name in ("q", "page_table", "partial")
+                record[name] = record[name] + value if offset else value
+            broken = abi.broken_job_limit(record, **build)
+        else:
+            entry = entries[i - len(fields)]
+            record["page_table"] = own
+            page_len = min(entry["page_len"], layout.page_tokens)
+            crc_k, crc_v = pages.checksums(layout, page, page_len)
+            memories._put(own, abi.PAGE_ENTRY.pack(**entry, crc_k=crc_k, crc_v=crc_v))
+            broken = abi.broken_page_entry_limit(entry, page_tokens=base["page_tokens"])
+        memories._put(queue + i * abi.JOB.bytes, abi.JOB.pack(**record))
+        want.append(Status.DONE | (Status.ILLEGAL_JOB if broken else Status(0)))
+    return memories, [str(walked) for walked in (*fields, *entries)], want
+
+
+def _beside(limit: abi.Limit, bits: int, given: dict[str, int]) -> list[int]:
+    """Values at and beside the ends and steps of a limit that fit a field."""
+    most, step = limit.largest(given), limit.step
+    if most is None:  # of offsets; no memory is as large as the field
+        return [0, 1, step // 2, step - 1, step]
+    edges = {0, limit.least, most, limit.coarse or 0, (1 << bits) - 1}
+    steps = {1, step, limit.coarse or 1}
+    values = {edge + sign * n for edge in edges for n in steps for sign in (-1, 0, 1)}
+    return sorted(value for value in values if 0 <= value < 1 << bits)
 
 
 def _extreme_patterns(

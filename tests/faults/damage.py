@@ -12,9 +12,9 @@ import numpy as np
 
 from nearkv.attention import PageAttention
 from nearkv.cards import Card, CardError, open_card
-from nearkv.io import FlashError, uring
+from nearkv.io import FlashError
 from nearkv.io.uring import Uring
-from nearkv.store import KvStore, journal
+from nearkv.store import KvStore
 
 from .world import (
     HEADS,
@@ -192,18 +192,28 @@ class _Damage(Kind):
         self.beside = Beside(root / "beside")
         self.attention = Attention(root / "card", self.template)
 
-    def spread(self, files: dict[str, tuple], root: Path) -> None:
+    def spread(self, files: dict[str, tuple], root: Path, rng: random.Random) -> None:
+        """Make the store's files, and decide whether a card is to look at it."""
         write_tree(root, files)
+        self.attends = rng.random() < 0.1
+        if self.attends:
+            self.attention.prepare()
 
     def judge(self, root: Path, rng: random.Random, truths=None, *, carry=0.2, **options) -> None:
         """Refused or right; what lies beside is as it was. `carry`: how often it goes on."""
         refusals: list[str] = []
         truths = [self.template.truth] if truths is None else truths
-        look = self.attention.look if rng.random() < 0.1 else None
+        look = self.attention.look if self.attends else None
         go_on = rng if rng.random() < carry else None
         try:
             verify(
-                self.template.setting, root, truths, refusals=refusals, rng=go_on, look=look, **options
+                self.template.setting,
+                root,
+                truths,
+                refusals=refusals,
+                rng=go_on,
+                look=look,
+                **options,
             )
         finally:
             self.beside.check()
@@ -219,15 +229,18 @@ class Attention:
         self._card: Card | None = None
         self._expected: dict[tuple[int, int], bytes] = {}
 
-    def look(self, store: KvStore, truth: Truth) -> None:
-        """Every table: right bit for bit, or refused by name."""
-        root = store.directories[0].parent
+    def prepare(self) -> None:
+        """Attend to the undamaged store, the first time."""
         if self._card is None:
             self._card = open_card("twin", threads=1)
             write_tree(self._root, self._template.files)
             with self._template.setting._replace(delayed=False).open(self._root) as whole:
                 for place, n_pages in self._tables(self._template.truth):
                     self._expected[place] = self._attend(whole, place, n_pages)
+
+    def look(self, store: KvStore, truth: Truth) -> None:
+        """Every table: right bit for bit, or refused by name."""
+        root = store.directories[0].parent
         for place, n_pages in self._tables(truth):
             if truth.table(*place) != self._template.truth.table(*place):
                 continue
@@ -303,7 +316,7 @@ class Pages(_Damage):
             elif data:  # the header
                 data[rng.randrange(min(HEADER_BYTES, len(data)))] ^= 1 << rng.randrange(8)
             files[name] = "file", bytes(data)
-        self.spread(files, root)
+        self.spread(files, root, rng)
         if rng.random() < 0.1:
             name, at = self._place(rng)
             with open(root / name, "r+b") as file:
@@ -348,7 +361,9 @@ class Journal(_Damage):
 
     def __init__(self, rng, root):
         super().__init__(rng, root)
-        other = Setting.draw(rng)._replace(**self.template.setting._replace(compact=False)._asdict())
+        other = Setting.draw(rng)._replace(
+            **self.template.setting._replace(compact=False)._asdict()
+        )
         self.foreign = Template(rng, root / "foreign", other, length=20)
 
     def trial(self, rng, root):
@@ -363,11 +378,15 @@ class Journal(_Damage):
         if how <= 1:
             changed = bytearray(data)
             for _ in range(rng.choice((1, 1, 2, 8))):
-                at = rng.choice((rng.randrange(len(data)), rng.choice(where[:-1]) + rng.randrange(28)))
+                at = rng.choice(
+                    (rng.randrange(len(data)), rng.choice(where[:-1]) + rng.randrange(28))
+                )
                 changed[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
             data = bytes(changed)
         elif how == 2:
-            at = rng.choice((rng.randrange(len(data)), rng.choice(where), len(data) - rng.randrange(64)))
+            at = rng.choice(
+                (rng.randrange(len(data)), rng.choice(where), len(data) - rng.randrange(64))
+            )
             data, cut = data[:at], at not in where
         elif how == 3:  # as after a loss of power
             at = rng.randrange(len(data))
@@ -394,7 +413,7 @@ class Journal(_Damage):
                 records[i : i + rng.randrange(2)] = [theirs[edge[k] : edge[k + 1]]]
             data = b"".join(records)
         files[name] = "file", data
-        self.spread(files, root)
+        self.spread(files, root, rng)
         self.judge(root, rng, truths, cut=cut)
 
 
@@ -431,7 +450,7 @@ class OldCopies(_Damage):
         for truth in truths:
             truth = truth.copy()
             truth.settle()
-        self.spread(files, root)
+        self.spread(files, root, rng)
         self.judge(root, rng, truths)
 
 
@@ -453,7 +472,8 @@ class Description(_Damage):
         names = [
             name
             for name in files
-            if Path(name).name in ("store.json", "journal.end") or Path(name).name.startswith("state-")
+            if Path(name).name in ("store.json", "journal.end")
+            or Path(name).name.startswith("state-")
         ]
         name = rng.choice(names)
         data = bytearray(files[name][1])
@@ -474,7 +494,7 @@ class Description(_Damage):
             theirs = self.foreign.files.get(name) or self.foreign.files["kv0/store.json"]
             data = bytearray(theirs[1])
         files[name] = "file", bytes(data)
-        self.spread(files, root)
+        self.spread(files, root, rng)
         self.judge(root, rng)
 
 
@@ -488,10 +508,12 @@ class Names(_Damage):
         self.foreign = Template(rng, root / "foreign", self.template.setting, length=12)
 
     def trial(self, rng, root):
-        self.spread(self.template.files, root)
+        self.spread(self.template.files, root, rng)
         write_tree(root / "elsewhere", self.foreign.files)
         files = [name for name, what in self.template.files.items() if what[0] == "file"]
-        directories = sorted(name for name, what in self.template.files.items() if what[0] != "file")
+        directories = sorted(
+            name for name, what in self.template.files.items() if what[0] != "file"
+        )
         path = root / rng.choice(files)
         how = rng.randrange(13)
         beside = root / "precious"
@@ -583,7 +605,7 @@ class Reads(_Damage):
     name, share = "reads", 1.0
 
     def trial(self, rng, root):
-        self.spread(self.template.files, root)
+        self.spread(self.template.files, root, rng)
         first, left = rng.randrange(60), rng.choice((1, 1, 3, 1000))
         count = 0
         kind = rng.choice(("errno", "short", "odd", "nothing"))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from nearkv_hw import abi
+from nearkv_hw.config import Config
 from nearkv_hw.jobs import Q_BANKS, Faults, JobInfo, JobReader, Params, Tile, q_layout
+from nearkv_sim import workload
 
 ROWS, MAX_HEAD_DIM = 4, 96
 KV_BASE, JOB_BASE = 0x3_FFFF_E000, 0x7_FFFF_EFC0
@@ -110,8 +112,8 @@ class Queue:
                     address, page_len = 0, 0
                 layout = abi.PageLayout(job.head_dim, job.page_tokens)
                 info["tokens"] += page_len
-                spans = layout.tiles(page_len)
-                for n, (first, tokens) in enumerate(spans):
+                pieces = layout.tiles(page_len)
+                for n, (first, tokens) in enumerate(pieces):
                     k_offset = first // 32 * job.head_dim * 64
                     tiles_of_job.append(
                         {
@@ -123,7 +125,7 @@ class Queue:
                             "k_address": KV_BASE + address + k_offset,
                             "v_address": KV_BASE + address + layout.part_bytes + first * 64,
                             "v_stride": job.page_tokens, "tokens": tokens, "page": page,
-                            "page_first": int(n == 0), "page_last": int(n == len(spans) - 1),
+                            "page_first": int(n == 0), "page_last": int(n == len(pieces) - 1),
                             "check": int(page_len > 0), "crc_k": job.crcs[page][0],
                             "crc_v": job.crcs[page][1], "job_first": 0, "job_last": 0,
                             "q_bank": bank,
@@ -309,6 +311,29 @@ def test_illegal_jobs_are_refused_and_the_next_one_runs(bench, pauses, rng):
         jobs.insert(at, Job())
     queue = Queue(rng, jobs)
     Run(bench, queue, pauses, limit=30000).check(queue)
+
+
+class Walk:
+    """`workload.walk_limits` as a queue."""
+
+    def __init__(self):
+        config = Config(name="walk", rows=ROWS, max_head_dim=MAX_HEAD_DIM)
+        self.memories, self.names, self.want = workload.walk_limits(config)
+        self.queue, self.jobs = self.memories.queue, range(self.memories.n_jobs)
+
+    def read(self, address):
+        at = address - JOB_BASE
+        assert 0 <= at <= len(self.memories.job) - 64
+        return self.memories.job[at : at + 64].tobytes()
+
+
+@pytest.mark.slow
+def test_every_limit_of_the_abi_is_kept(bench):
+    queue = Walk()
+    run = Run(bench, queue, limit=100_000)
+    infos = [bench.fields(JobInfo, value) for value in run.infos.items]
+    for name, info, status in zip(queue.names, infos, queue.want, strict=True):
+        assert info.faults.illegal == bool(status & abi.Status.ILLEGAL_JOB), name
 
 
 def test_records_that_are_not_aligned_to_beats_are_refused(bench, rng):

@@ -271,6 +271,16 @@ def test_an_illegal_job_is_refused_and_the_next_one_runs(open_rtl, assert_equals
     assert_one_failed(memories, got, Status.ILLEGAL_JOB, abi.NO_PAGE)
 
 
+@pytest.mark.parametrize("preset_name", ["tiny", "smartssd"])
+def test_every_limit_of_the_abi_is_kept(open_rtl, assert_equals_model, preset_name):
+    """But for the partial's: a header is written there before anybody can refuse it."""
+    card = open_rtl(preset_name)
+    memories, names, want = workload.walk_limits(card.config, skip=("partial",))
+    job = assert_equals_model(card, memories)
+    for i, (name, status) in enumerate(zip(names, want, strict=True)):
+        assert memories.partial(job, i)["status"] == status, name
+
+
 @pytest.mark.parametrize("name", ["page_table", "q"])
 def test_a_record_that_is_not_aligned_is_refused(open_rtl, assert_equals_model, name):
     memories = surrounded(np.random.default_rng(14))

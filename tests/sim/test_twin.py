@@ -36,7 +36,8 @@ def open_twin():
     def opener(config=CONFIG, path="auto", threads=1):
         key = config.name, path, threads
         if key not in cards:
-            cards[key] = TwinCard(config, path=path, threads=threads)
+            # Small as the queues are, all threads are to work on them.
+            cards[key] = TwinCard(config, path=path, threads=threads, alone_bytes=0)
         return cards[key]
 
     yield opener
@@ -275,7 +276,7 @@ def test_the_callers_floating_point_mode_does_not_matter(path, mode):
         libc.fegetenv(changed)
         got = []
         for threads in THREADS:  # a new thread inherits the mode
-            with TwinCard(CONFIG, path=path, threads=threads) as card:
+            with TwinCard(CONFIG, path=path, threads=threads, alone_bytes=0) as card:
                 got.append(memories.execute(card))
         libc.fegetenv(after)
     finally:
@@ -471,6 +472,16 @@ def test_an_illegal_job_is_refused_and_the_next_one_runs(assert_twin_equals_mode
     memories.set_record(1, **fields)
     got = assert_twin_equals_model(memories)
     assert_one_failed(memories, got, Status.ILLEGAL_JOB, abi.NO_PAGE)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WIDE, preset("tiny")], ids=lambda config: config.name)
+def test_every_limit_of_the_abi_is_kept(assert_twin_equals_model, config):
+    memories, names, want = workload.walk_limits(config)
+    job = assert_twin_equals_model(memories, config)
+    for i, (name, status) in enumerate(zip(names, want, strict=True)):
+        header = memories.partial(job, i)
+        assert header["status"] == status, name
+        assert header["tag"] == i, name
 
 
 @pytest.mark.parametrize("name", ["page_table", "q"])

@@ -214,7 +214,7 @@ def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, faults_
 @pytest.mark.slow
 def test_a_run_that_times_out_once_is_done_again(model, make, expected, monkeypatch, caplog):
     cache = make()
-    execute = type(cache.card._backend).execute
+    execute = type(cache.card.executor.backend).execute
     hang = []
 
     def sometimes(backend, *arguments):
@@ -223,7 +223,7 @@ def test_a_run_that_times_out_once_is_done_again(model, make, expected, monkeypa
             raise TimeoutError("it hangs")
         return execute(backend, *arguments)
 
-    monkeypatch.setattr(type(cache.card._backend), "execute", sometimes)
+    monkeypatch.setattr(type(cache.card.executor.backend), "execute", sometimes)
     got = _generate(model, cache, lambda: hang.append(1))
     _check(got, expected, cache, [])
     assert "it hangs; the card is reset and the work done again" in caplog.text

@@ -115,7 +115,9 @@ def test_transformers_knows_nearkv_whichever_is_imported_first(imports):
     assert "nearkv" in loaded
 
 
-@pytest.mark.parametrize("name", ["attention.attend", "cards.card", "attention.partial"])
+@pytest.mark.parametrize(
+    "name", ["attention.attend", "cards.opening", "io.shards", "attention.partial"]
+)
 def test_examples_in_docstrings_hold(name):
     module = importlib.import_module(f"nearkv.{name}")
     result = doctest.testmod(module, extraglobs={"np": numpy})

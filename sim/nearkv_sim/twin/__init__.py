@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import inspect
 import os
 from pathlib import Path
 import time
@@ -30,6 +29,8 @@ HEADERS = ("twin.h", "twin_kernel.h")
 
 # Python sees Ctrl-C and the clock between slices.
 _SLICE_S = 0.1
+# Of K and V: when another thread has woken up, one has done much of it.
+ALONE_BYTES = 1 << 20
 
 
 class TwinError(RuntimeError):
@@ -48,6 +49,8 @@ class TwinCard:
     path : str
         "ifma" (AVX-512 with IFMA, VBMI and VPCLMULQDQ: Ice Lake, Zen 4 and later), "avx512", "avx2",
         "portable", or "auto": the first of them that this processor has.
+    alone_bytes : int
+        Queues over fewer bytes of K and V are computed by the calling thread alone.
 
     Raises
     ------
@@ -55,7 +58,14 @@ class TwinCard:
         If the native part is not there, is of other sources, or the processor lacks the path.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None, path: str = "auto"):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        threads: int | None = None,
+        path: str = "auto",
+        alone_bytes: int = ALONE_BYTES,
+    ):
         if threads is None:
             threads = len(os.sched_getaffinity(0))
         if threads < 1:
@@ -70,7 +80,7 @@ class TwinCard:
             raise TwinError(f"this processor does not have the instructions of the path {path}")
         self.path = found.decode()
         self._handle = self._library.twin_open(
-            config.rows, config.max_head_dim, threads, self.path.encode()
+            config.rows, config.max_head_dim, threads, alone_bytes, self.path.encode()
         )
         if not self._handle:
             raise TwinError(f"no memory, or {threads} threads cannot be started")
@@ -190,7 +200,7 @@ def load() -> ctypes.CDLL:
     types = {
         "path": (ctypes.c_char_p, [ctypes.c_char_p]),
         "crc32c": (ctypes.c_uint32, [ctypes.c_char_p, ctypes.c_uint32, pointer, u64]),
-        "open": (pointer, [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]),
+        "open": (pointer, [ctypes.c_int, ctypes.c_int, ctypes.c_int, u64, ctypes.c_char_p]),
         "close": (None, [pointer]),
         "error": (ctypes.c_char_p, [pointer]),
         "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
@@ -225,9 +235,6 @@ def _constants() -> str:
         "namespace twin {",
     ]
     values = {
-        "MAX_HEAD_DIM": inspect.signature(abi.check_head_dim).parameters["maximum"].default,
-        "MAX_PAGE_TOKENS": _longest_page(),
-        "N_KV_TYPES": len(KvType),
         "KV_ELEMENT_BYTES": {kv_type.element_bytes for kv_type in KvType},
         "LIMB_STEP_LOG2": (number.LIMB_STEP - 1).bit_length(),
         "EXP2_SEGMENT_BITS": (number.EXP2_SEGMENTS - 1).bit_length(),
@@ -236,15 +243,15 @@ def _constants() -> str:
         **{
             name: getattr(abi, name)
             for name in (
-                "BEAT_BYTES", "BURST_BYTES", "PAGE_ALIGN_BYTES", "BLOCK_TOKENS", "TILE_TOKENS",
-                "MAX_TILES", "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
+                "BEAT_BYTES", "BURST_BYTES", "BLOCK_TOKENS", "TILE_TOKENS", "MAX_HEAD_DIM",
+                "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
             )
         },
         **{
             name: getattr(number, name)
             for name in (
                 "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_BITS", "RAW_SHIFT",
-                "SCALE_BITS", "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
+                "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
                 "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
                 "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",
                 "WINDOW_TOP",
@@ -254,7 +261,7 @@ def _constants() -> str:
     (values["KV_ELEMENT_BYTES"],) = values["KV_ELEMENT_BYTES"]
     lines += [f"constexpr int {name} = {value};" for name, value in values.items()]
     lines += [
-        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u;",
+        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u, CRC_POLYNOMIAL = {abi.CRC_POLYNOMIAL:#x};",
         f"constexpr int64_t SCORE_LIMIT = {number.SCORE_LIMIT};",
         "struct KvFormat { int exponent_bits, mantissa_bits, align_bits, unit; };",
     ]
@@ -267,27 +274,38 @@ def _constants() -> str:
     lines += ["namespace abi {"]
     for record in (abi.JOB, abi.PAGE_ENTRY, abi.Q_RECORD, abi.PARTIAL_HEADER):
         lines += _struct(record)
+    lines += _legality(abi.JOB, abi.JOB_LIMITS, "n_tiles", "rows", "max_head_dim")
+    lines += _legality(abi.PAGE_ENTRY, abi.PAGE_ENTRY_LIMITS, "page_tokens")
     return "\n".join([*lines, "}  // namespace abi", "}  // namespace twin"])
 
 
-def _longest_page() -> int:
-    """The largest page_tokens that the ABI allows."""
-
-    def legal(page_tokens):
-        try:
-            abi.check_page_tokens(page_tokens)
-        except ValueError:
-            return False
-        return True
-
-    return max(filter(legal, range(0, 1 << 16, abi.TILE_TOKENS)))
+def _legality(record: abi.Record, limits: tuple[abi.Limit, ...], *given: str) -> list[str]:
+    """A C++ function that tells whether a record keeps its limits; `given` are its other arguments."""
+    conditions = []
+    for limit in limits:
+        value = limit.name if limit.name in given else f"it.{limit.name}"
+        if limit.least:
+            conditions.append(f"{value} >= {limit.least}u")
+        if limit.most is not None:
+            most = limit.most if isinstance(limit.most, str) else f"{limit.most}u"
+            conditions.append(f"{value} <= {most}")
+        if limit.step > 1:
+            conditions.append(f"{value} % {limit.step}u == 0")
+        if limit.coarse:
+            conditions.append(f"({value} < {limit.coarse}u || {value} % {limit.coarse}u == 0)")
+    arguments = ", ".join([f"const {_struct_name(record)}& it", *(f"uint64_t {x}" for x in given)])
+    return [
+        f"static inline bool legal({arguments}) {{",
+        f"    return {' && '.join(conditions)};",
+        "}",
+    ]
 
 
 def _struct(record: abi.Record) -> list[str]:
     """A record as a C++ struct, bytes that belong to no field included."""
     names = {"B": "uint8_t", "H": "uint16_t", "I": "uint32_t", "Q": "uint64_t",
              "b": "int8_t", "h": "int16_t", "i": "int32_t", "q": "int64_t"}  # fmt: skip
-    struct = "".join(word.capitalize() for word in record.name.split("_"))
+    struct = _struct_name(record)
     lines, end = [f"struct {struct} {{"], 0
     for field in record.fields:
         if field.offset > end:
@@ -298,3 +316,7 @@ def _struct(record: abi.Record) -> list[str]:
     if record.bytes > end:
         lines.append(f"    uint8_t reserved_{end}[{record.bytes - end}];")
     return [*lines, "};", f'static_assert(sizeof({struct}) == {record.bytes}, "{record.name}");']
+
+
+def _struct_name(record: abi.Record) -> str:
+    return "".join(word.capitalize() for word in record.name.split("_"))

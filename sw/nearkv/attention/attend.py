@@ -87,7 +87,7 @@ def attend(
             store.append(0, 0, k, v, ragged=True)
             attention = PageAttention(cards, store)
             try:
-                partial = attention.attend(0, [0], rows, scale)
+                partial = attention.attend(0, [0], rows, scale, [store.n_pages(0, 0)])
             finally:
                 attention.close()
     finally:
@@ -96,7 +96,7 @@ def attend(
     out, lse_log2 = partial.normalise()
     out = out.reshape(n_q_heads, layout.head_dim)[:, :head_dim].astype(np.float32)
     lse_ln = (lse_log2.reshape(n_q_heads) * math.log(2)).astype(np.float32)
-    if pages.is_torch(q):
+    if not isinstance(q, np.ndarray):
         import torch
 
         return tuple(torch.from_numpy(x).to(torch.as_tensor(q).device) for x in (out, lse_ln))

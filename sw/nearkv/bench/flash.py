@@ -27,7 +27,7 @@ import numpy as np
 from nearkv_hw.abi import PageLayout
 
 from ..arguments import existing_directory, whole
-from ..attention.scheduler import RING_BYTES, SEGMENTS
+from ..attention import RING_BYTES, SEGMENTS
 from ..io import READ_BYTES, KvMemory, PageId, Read, Reader, open_reader
 from ..io.uring import refusal
 from ..store import KvStore

@@ -4,10 +4,22 @@
 from .errors import FlashError, LateError, PageId
 from .files import Directory, File
 from .memory import JobMemory, KvMemory
-from .reader import READ_BYTES, Load, Read, Reader, UringReader, open_reader, read_into, reader_kind
+from .reader import (
+    READ_BYTES,
+    Load,
+    Read,
+    Reader,
+    ReaderError,
+    UringReader,
+    open_reader,
+    read_into,
+    reader_kind,
+)
+from .shards import shards_of
 from .window import Window
 
 __all__ = [
-    "FlashError", "LateError", "PageId", "Directory", "File", "JobMemory", "KvMemory", "READ_BYTES",
-    "Load", "Read", "Reader", "UringReader", "open_reader", "read_into", "reader_kind", "Window",
+    "FlashError", "LateError", "ReaderError", "PageId", "Directory", "File", "JobMemory", "KvMemory",
+    "READ_BYTES", "Load", "Read", "Reader", "UringReader", "open_reader", "read_into", "reader_kind",
+    "shards_of", "Window",
 ]  # fmt: skip
