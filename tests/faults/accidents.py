@@ -254,7 +254,8 @@ class Power(_Accident):
                 self.events.append(("begin", i))
                 if op.name == "abandon":
                     assert runner.store is not None
-                    runner.store._abandon()
+                    runner.store._closed = True
+                    runner.store._home.close()
                     runner.store = None
                     op = Op("open")
                 runner.do(op, self.truths[i])
@@ -331,11 +332,16 @@ class Errors(_Accident):
         Child(work).wait()
 
     armed = True
+    retries = True  # whether what has failed succeeds when nothing is injected
+
+    def mend(self) -> None:
+        """From here on the drive is as it should be."""
 
     def run(self, rng: random.Random, root: Path, setting: Setting, length: int = 40) -> None:
         """Operations of which some fail; whatever fails changes nothing."""
         truth, refusals = Truth(setting.delayed), []
         runner = Runner(setting, root)
+        self.owing: Truth | None = None
         for _ in range(length):
             op = self.next_op(rng, truth) if runner.store is not None else Op("open")
             try:
@@ -345,8 +351,12 @@ class Errors(_Accident):
                 truth = self.after_error(op, truth, runner, rng, refusals)
             else:
                 truth.apply(op)
+                if op.name not in ("read", "flush"):
+                    self.owing = None
+        truths = [truth]
         if runner.store is not None and rng.random() < 0.6:
             self.armed = False
+            self.mend()
             if not self.broken(runner):
                 retried(runner, root, refusals)
                 truth.settle()
@@ -356,9 +366,11 @@ class Errors(_Accident):
                 runner.store.close()
             except FlashError as error:
                 refusals.append(check_error(error, root))
+                truths += [self.owing] if self.owing else []
         self.armed = False
+        self.mend()
         # What could not be written when it was closed is not there, and that was said.
-        verify(setting, root, [truth], rng=rng)
+        verify(setting, root, truths, rng=rng)
         if refusals:
             raise Refused(refusals[0])
 
@@ -377,33 +389,38 @@ class Errors(_Accident):
 
     def after_error(self, op, truth, runner, rng, refusals) -> Truth:
         """The truth after an operation that raised."""
-        truths = [truth]
-        if op.name == "open":
+        truths, root = [truth], runner.root
+        if op.name in (
+            "erase",
+            "save",
+        ):  # dropped, but not erased; recorded, but not taken back yet
+            done = truth.copy()
+            done.apply(op)
+            if op.name == "erase":
+                truths.append(done)
+            else:
+                self.owing = done
+        if truth.written and not self.retries:
             return truth
-        if op.name == "erase":  # dropped, but the drive has not erased it
-            truths.append(truth.copy())
-            truths[-1].apply(op)
-        if op.name in ("drop", "erase", "restore") and truth.written:
-            # What was not written yet is given up first.
-            pass
-        if runner.store is None or (len(truths) == 1 and rng.random() < 0.5 and not truth.written):
+        if len(truths) == 1 and rng.random() < 0.5 and op.name != "open":
             return truth
         armed, self.armed = self.armed, False
-        if not self.broken(runner):
-            retried(runner, self.root_of(runner), refusals)
-            truth = matches(runner.store, truths, self.root_of(runner))
+        if runner.store is not None and not self.broken(runner):
+            retried(runner, root, refusals)
+            self.owing = None
         else:
-            with contextlib.suppress(FlashError):
-                runner.store.close()
-            runner.store = None
-            runner.do(Op("open"), truth)
-            assert runner.store is not None
-            truth = matches(runner.store, truths, self.root_of(runner))
+            if runner.store is not None:
+                with contextlib.suppress(FlashError):
+                    runner.store.close()
+                runner.store = None
+            with contextlib.suppress(FlashError):  # a drive that is full
+                runner.do(Op("open"), truth)
+            if self.owing:
+                truths.append(self.owing)
+        if runner.store is not None:
+            truth = matches(runner.store, truths, root)
         self.armed = armed
         return truth
-
-    def root_of(self, runner: Runner) -> Path:
-        return runner.root
 
 
 class FullDisk(Errors):
@@ -419,14 +436,19 @@ class FullDisk(Errors):
         setting = Setting.draw(rng)
         status = os.statvfs(self.disk)
         free = status.f_bavail * status.f_frsize
-        filler = where / "filler"
-        fd = os.open(filler, os.O_CREAT | os.O_WRONLY)
+        self.filler = where / "filler"
+        fd = os.open(self.filler, os.O_CREAT | os.O_WRONLY)
         os.posix_fallocate(fd, 0, max(1, free - rng.randrange(60_000, 900_000)))
         os.close(fd)
         try:
             Child(lambda: self.run(rng, where, setting)).wait()
         finally:
             shutil.rmtree(where)
+
+    retries = False
+
+    def mend(self):
+        self.filler.unlink(missing_ok=True)
 
     def next_op(self, rng, truth) -> Op:
         if rng.random() < 0.5 and truth.n_pages < 400:
@@ -721,7 +743,7 @@ class _Worker:
             with self._rough():
                 store.append(Threads.CROWD, 0, *contents([page]))
         elif what < 0.22:
-            first = [len(worker.history) - 1 for worker in self.everyone]
+            first = [max(0, len(worker.history) - 2) for worker in self.everyone]
             number = len(self.saves)
             self.saves[number] = first, None
             store.save(f"{self.number} {number}".encode())
@@ -749,11 +771,13 @@ class _Worker:
         elif what < 0.6:
             target = self.number * 10 + rng.randrange(4)
             count = rng.randrange(1, 7)
-            store.arrange({target: Threads.SHARED}, n_pages=count)
-            of = truth.tables.setdefault(target, {})
+            after = truth.copy()
+            of = after.tables.setdefault(target, {})
             for layer in {*of, 0}:
                 of[layer] = [Page(10_000 + i) for i in range(count)] if layer == 0 else []
-            self.history.append(truth.copy())
+            self.history.append(after)
+            store.arrange({target: Threads.SHARED}, n_pages=count)
+            self.truth = after
         else:
             op = draw(rng, truth, but=("open", "flush", "save", "restore"))
             change = {"sequence": self.number * 10 + op.sequence % 4}
@@ -827,7 +851,7 @@ class Interrupts(_Accident):
             before, after = truth.copy(), truth.copy()
             after.apply(op)
             struck = False
-            arm = _trace(kind, int(rng.expovariate(1 / 120))) if exact else _timer(rng)
+            arm = _trace(int(rng.expovariate(1 / 120))) if exact else _timer(rng)
             store = runner.store
             try:
                 with arm:
@@ -891,8 +915,8 @@ class Interrupts(_Accident):
 
 
 @contextlib.contextmanager
-def _trace(kind, n: int):
-    """Raise at the n-th line of the store's code from here on."""
+def _trace(n: int):
+    """SIGINT at the n-th line of the store's code from here on."""
     left = n
     done = False
 
@@ -905,7 +929,7 @@ def _trace(kind, n: int):
             left -= 1
             if left < 0:
                 done = True
-                raise kind()
+                signal.raise_signal(signal.SIGINT)
         return trace
 
     before = sys.gettrace()

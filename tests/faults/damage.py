@@ -192,14 +192,18 @@ class _Damage(Kind):
         self.beside = Beside(root / "beside")
         self.attention = Attention(root / "card", self.template)
 
-    def spread(self, files: dict[str, tuple], root: Path) -> None:
+    def spread(self, files: dict[str, tuple], root: Path, rng: random.Random) -> None:
+        """Make the store's files, and decide whether a card is to look at it."""
         write_tree(root, files)
+        self.attends = rng.random() < 0.1
+        if self.attends:
+            self.attention.prepare()
 
     def judge(self, root: Path, rng: random.Random, truths=None, *, carry=0.2, **options) -> None:
         """Refused or right; what lies beside is as it was. `carry`: how often it goes on."""
         refusals: list[str] = []
         truths = [self.template.truth] if truths is None else truths
-        look = self.attention.look if rng.random() < 0.1 else None
+        look = self.attention.look if self.attends else None
         go_on = rng if rng.random() < carry else None
         try:
             verify(
@@ -225,15 +229,18 @@ class Attention:
         self._card: Card | None = None
         self._expected: dict[tuple[int, int], bytes] = {}
 
-    def look(self, store: KvStore, truth: Truth) -> None:
-        """Every table: right bit for bit, or refused by name."""
-        root = store.directories[0].parent
+    def prepare(self) -> None:
+        """Attend to the undamaged store, the first time."""
         if self._card is None:
             self._card = open_card("twin", threads=1)
             write_tree(self._root, self._template.files)
             with self._template.setting._replace(delayed=False).open(self._root) as whole:
                 for place, n_pages in self._tables(self._template.truth):
                     self._expected[place] = self._attend(whole, place, n_pages)
+
+    def look(self, store: KvStore, truth: Truth) -> None:
+        """Every table: right bit for bit, or refused by name."""
+        root = store.directories[0].parent
         for place, n_pages in self._tables(truth):
             if truth.table(*place) != self._template.truth.table(*place):
                 continue
@@ -309,7 +316,7 @@ class Pages(_Damage):
             elif data:  # the header
                 data[rng.randrange(min(HEADER_BYTES, len(data)))] ^= 1 << rng.randrange(8)
             files[name] = "file", bytes(data)
-        self.spread(files, root)
+        self.spread(files, root, rng)
         if rng.random() < 0.1:
             name, at = self._place(rng)
             with open(root / name, "r+b") as file:
@@ -406,7 +413,7 @@ class Journal(_Damage):
                 records[i : i + rng.randrange(2)] = [theirs[edge[k] : edge[k + 1]]]
             data = b"".join(records)
         files[name] = "file", data
-        self.spread(files, root)
+        self.spread(files, root, rng)
         self.judge(root, rng, truths, cut=cut)
 
 
@@ -443,7 +450,7 @@ class OldCopies(_Damage):
         for truth in truths:
             truth = truth.copy()
             truth.settle()
-        self.spread(files, root)
+        self.spread(files, root, rng)
         self.judge(root, rng, truths)
 
 
@@ -487,7 +494,7 @@ class Description(_Damage):
             theirs = self.foreign.files.get(name) or self.foreign.files["kv0/store.json"]
             data = bytearray(theirs[1])
         files[name] = "file", bytes(data)
-        self.spread(files, root)
+        self.spread(files, root, rng)
         self.judge(root, rng)
 
 
@@ -501,7 +508,7 @@ class Names(_Damage):
         self.foreign = Template(rng, root / "foreign", self.template.setting, length=12)
 
     def trial(self, rng, root):
-        self.spread(self.template.files, root)
+        self.spread(self.template.files, root, rng)
         write_tree(root / "elsewhere", self.foreign.files)
         files = [name for name, what in self.template.files.items() if what[0] == "file"]
         directories = sorted(
@@ -598,7 +605,7 @@ class Reads(_Damage):
     name, share = "reads", 1.0
 
     def trial(self, rng, root):
-        self.spread(self.template.files, root)
+        self.spread(self.template.files, root, rng)
         first, left = rng.randrange(60), rng.choice((1, 1, 3, 1000))
         count = 0
         kind = rng.choice(("errno", "short", "odd", "nothing"))

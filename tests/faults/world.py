@@ -110,12 +110,14 @@ class Truth:
         self.kept: tuple[bytes, Tables] | None = None
         self.written: dict[tuple[int, int], int] = {}
         self.next_key = 0
+        self.vague: set[int] = set()  # sequences without pages, which may be known or not
         self.unread: set[int] = set()  # keys that a store could not read, see `matches`
 
     def copy(self) -> "Truth":
         other = Truth(self.delayed)
         other.tables, other.kept = _copy(self.tables), self.kept  # `kept` is never changed in place
         other.written, other.next_key = dict(self.written), self.next_key
+        other.vague = set(self.vague)
         return other
 
     @property
@@ -194,6 +196,8 @@ class Truth:
                 return f"sequence {sequence} should not be there"
             mine = self.tables[sequence]
             if sequence not in seen:
+                if sequence in self.vague and not any(mine.values()):
+                    continue
                 if all(self.written.get((sequence, layer)) == 0 for layer in mine):
                     continue
                 return f"sequence {sequence} is not there"
@@ -370,6 +374,10 @@ def matches(
                 for s, of in truth.tables.items()
                 if s in seen
             }  # fmt: skip
+            # What lost all its pages before they were written is known to this process alone.
+            found.vague |= {
+                s for s, _ in truth.written if not any(found.tables.get(s, {}).values())
+            }
             found.written.clear()
             found.unread = {
                 truth.tables[s][layer][i].key

@@ -47,16 +47,18 @@ class Directory:
     """
 
     def __init__(self, path: Path):
-        self.path, self.fd = path, -1
+        self.path, self.fd, self._made = path, -1, False
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o700)
+                self._made = True
                 os.chmod(path, 0o700)
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(errno_codes.EACCES, "")
         except OSError as error:
             self.close()
+            self.unmake()
             remedy = "choose another with directory= (--kv-dir)"
             if not path.parent.exists():
                 remedy = (
@@ -73,10 +75,15 @@ class Directory:
             os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise self._failed("look for a file of the KV store", error, name) from error
         return True
 
     def names(self) -> list[str]:
-        return sorted(os.listdir(self.fd))
+        try:
+            return sorted(os.listdir(self.fd))
+        except OSError as error:
+            raise self._failed("list the KV directory", error) from error
 
     def create(self, name: str, *, direct: bool = False) -> "File":
         """Make a file that must not exist yet.
@@ -121,7 +128,7 @@ class Directory:
             # A file system that knows no O_TMPFILE: its name lives for an instant.
             name = f".nearkv-{secrets.token_hex(8)}"
             file = self.create(name, direct=direct)
-            os.unlink(name, dir_fd=self.fd)
+            self.remove(name)
             file.path = path
             return file
         os.fchmod(fd, 0o600)
@@ -132,23 +139,55 @@ class Directory:
         try:
             os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError as error:
-            raise FlashError(
-                "cannot rename a file of the KV store", errno=error.errno,
-                filename=self.path / old,
-            ) from error  # fmt: skip
+            raise self._failed("rename a file of the KV store", error, old) from error
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        """Remove a file, if it is there."""
+        try:
             os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._failed("remove a file of the KV store", error, name) from error
+
+    def holds(self, name: str, file: "File") -> bool:
+        """Whether it is this file that has a name, not another or none."""
+        try:
+            there = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(file.fd))
 
     def sync(self) -> None:
         """Make the drive keep the names."""
         _sync(self.fd, self.path)
 
+    def sync_own_name(self) -> None:
+        """Make the drive keep the directory's own name, where its parent can be opened."""
+        try:
+            parent = os.open(self.path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError:
+            return
+        except OSError as error:
+            raise self._failed("open what the KV directory is in", error) from error
+        try:
+            _sync(parent, self.path)
+        finally:
+            os.close(parent)
+
+    def unmake(self) -> None:
+        """Remove it again, if it was made here and nothing is in it."""
+        if self._made:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def _failed(self, what: str, error: OSError, name: str = "") -> FlashError:
+        return FlashError(f"cannot {what}", errno=error.errno, filename=self.path / name)
 
     def _open(self, name: str, flags: int, direct: bool) -> "File":
         path = self.path / name
@@ -158,17 +197,11 @@ class Directory:
                 lambda more: os.open(name, flags | more, 0o600, dir_fd=self.fd), direct
             )
         except OSError as error:
-            remedy = None
-            if error.errno == errno_codes.ELOOP:
-                remedy = "it is a symbolic link, and a store follows none inside its directory"
-            raise FlashError(
-                "cannot open a file of the KV store", errno=error.errno, filename=path,
-                remedy=remedy,
-            ) from error  # fmt: skip
+            raise self._failed("open a file of the KV store", error, name) from error
         about = os.fstat(fd)
         wrong = (
             "is not a plain file" if not stat.S_ISREG(about.st_mode)
-            else "has another name elsewhere (a hard link)" if about.st_nlink != 1
+            else "has another name elsewhere (a hard link)" if about.st_nlink > 1
             else f"belongs to user {about.st_uid}" if about.st_uid != os.geteuid()
             else ""
         )  # fmt: skip
@@ -179,7 +212,11 @@ class Directory:
                 remedy="somebody else put it there; choose another directory",
             )  # fmt: skip
         if flags & os.O_CREAT:
-            os.fchmod(fd, 0o600)
+            try:
+                os.fchmod(fd, 0o600)
+            except OSError as error:
+                os.close(fd)
+                raise self._failed("keep a file of the KV store private", error, name) from error
         return File(fd, path, got_direct)
 
 

@@ -3,6 +3,7 @@
 
 from collections import deque
 from collections.abc import Callable
+import errno
 import threading
 
 from ..io import FlashError, PageId
@@ -47,14 +48,19 @@ class WriteBehind:
         self._failed: dict[int, list[Spill]] = {}  # by sequence
         self._errors: dict[int, FlashError] = {}  # of these, until somebody has heard of them
         self.waiting_bytes = 0
-        self._n_writing = 0  # spills that the thread has taken
+        self._writing: list[Spill] = []  # that the thread has taken
+        self._held: list = []  # sets of sequences whose spills it must not take
         self._hurry = self._ending = False
         self._thread: threading.Thread | None = None
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits or is being written; what has failed does neither."""
-        return not self._spills and not self._n_writing
+        return not self._spills and not self._writing
+
+    def has_failed(self, sequence: int) -> bool:
+        """Whether something went wrong with a sequence that nobody has heard of. Without the lock."""
+        return sequence in self._errors
 
     @property
     def failed(self) -> dict[int, FlashError]:
@@ -63,9 +69,6 @@ class WriteBehind:
 
     def put(self, spill: Spill) -> None:
         """Let a spill wait. `make_room` first."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="nearkv-write", daemon=True)
-            self._thread.start()
         spill.table.n_waiting += 1
         self._spills.append(spill)
         self.waiting_bytes += spill.nbytes
@@ -88,6 +91,17 @@ class WriteBehind:
             "room for pages that are to be written",
         )
         self.raise_failed(sequence)
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name="nearkv-write", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise FlashError(
+                    f"cannot start the thread that writes KV pages: {error}",
+                    errno=errno.EAGAIN, filename=self.writer.path,
+                    remedy="raise the limit on threads (ulimit -u), or store without delay",
+                ) from error  # fmt: skip
+            self._thread = thread
 
     def settle(self, spilled, sequence: int, layer: int) -> None:
         """Wait until the pages of a table are written.
@@ -124,23 +138,26 @@ class WriteBehind:
         FlashError
             If the drive makes no progress.
         """
-        forgotten: list[Spill] = []
-
-        def done():
+        # Others have their turn while this waits: nothing is given up before it has come to pass.
+        self._held.append(sequences)
+        try:
+            self._wait(
+                lambda: not any(spill.sequence in sequences for spill in self._writing),
+                "pages that are being written",
+            )
+            forgotten = []
             for sequence in [sequence for sequence in self._failed if sequence in sequences]:
-                forgotten.extend(self._failed.pop(sequence))
+                forgotten += self._failed.pop(sequence)
                 self._errors.pop(sequence, None)
             for spill in [spill for spill in self._spills if spill.sequence in sequences]:
                 self._spills.remove(spill)
                 self.waiting_bytes -= spill.nbytes
                 forgotten.append(spill)
-            return not self._n_writing
-
-        if not done():
-            self._wait(done, "pages that are being written")
+        finally:
+            self._held.remove(sequences)
+            self._change.notify_all()
         for spill in forgotten:
             spill.table.n_waiting -= 1
-        self._change.notify_all()
         return sorted(forgotten, key=lambda spill: spill.position)
 
     def hurry(self) -> None:
@@ -178,25 +195,31 @@ class WriteBehind:
                     self._spills.remove(spill)
                     self.waiting_bytes -= spill.nbytes
                     self._failed.setdefault(spill.sequence, []).append(spill)
-                self._n_writing = 0
+                self._writing = []
                 self._change.notify_all()
 
     def _next(self) -> list[Spill]:
         """Wait for spills that are worth a window; none when it is time to end."""
         with self._change:
             while True:
-                self._change.wait_for(lambda: self._spills or self._ending)
+                self._change.wait_for(lambda: self._free() or (self._ending and not self._spills))
                 self._change.wait_for(
                     lambda: self._hurry or self._ending or self.waiting_bytes >= STAGING_BYTES,
                     GATHER_S,
                 )
                 self._hurry = False
-                spills = list(self._spills)
-                self._spills.clear()
-                self._n_writing = len(spills)
-                if spills or self._ending:
-                    return spills
+                self._writing = self._free()
+                self._spills = deque(spill for spill in self._spills if self._is_held(spill))
+                if self._writing or (self._ending and not self._spills):
+                    return self._writing
                 # Their sequence was dropped meanwhile; others will come.
+
+    def _free(self) -> list[Spill]:
+        """Spills that may be taken."""
+        return [spill for spill in self._spills if not self._is_held(spill)]
+
+    def _is_held(self, spill: Spill) -> bool:
+        return any(spill.sequence in sequences for sequences in self._held)
 
     def _attempt(self, spills: list[Spill]) -> list[tuple[Spill, FlashError | None]]:
         """Write spills together; if that fails one by one, so that only the broken ones suffer."""
@@ -205,7 +228,7 @@ class WriteBehind:
             return [(spill, None) for spill in spills]
         except Exception as error:  # or everybody would wait for ever
             if len(spills) == 1:
-                return [(spills[0], _described(error, spills[0]))]
+                return [(spills[0], _described(error, spills[0], self.writer.path))]
         outcomes: list[tuple[Spill, FlashError | None]] = []
         failed: dict[int, FlashError] = {}  # by sequence: what comes behind a gap is not written
         for spill in spills:
@@ -214,7 +237,7 @@ class WriteBehind:
                 try:
                     self.writer.write([spill])
                 except Exception as problem:
-                    error = failed[spill.sequence] = _described(problem, spill)
+                    error = failed[spill.sequence] = _described(problem, spill, self.writer.path)
             outcomes.append((spill, error))
         return outcomes
 
@@ -225,12 +248,15 @@ class WriteBehind:
         try:
             self._record(spill)
         except Exception as problem:
-            return _described(problem, spill)
+            return _described(problem, spill, self.writer.path)
         return None
 
 
-def _described(problem: Exception, spill: Spill) -> FlashError:
+def _described(problem: Exception, spill: Spill, filename) -> FlashError:
     if isinstance(problem, FlashError):
         return problem
     page = PageId(spill.layer, spill.sequence, 0, spill.position)
-    return FlashError(f"cannot write KV pages: {problem!r}", page=page)
+    return FlashError(
+        f"cannot write KV pages: {problem!r}", page=page, filename=filename,
+        remedy="what is stored already is untouched",
+    )  # fmt: skip

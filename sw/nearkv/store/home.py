@@ -7,6 +7,8 @@ A persistent store:
     pages-N.kv     the pages of shard N: a header of 4096 bytes, then a slot for each page
     journal        in the first directory (`journal.py`), with its mark `journal.end`
     state-N        what was saved with the snapshot, in the first directory
+    store.new      while the store is being made, in the first directory: which one. What a process
+                   that was killed then has left is told from a store by it, and made anew
 
 A temporary store has page files without names and nothing else, so that nothing is left of it whatever
 ends its process.
@@ -14,8 +16,11 @@ ends its process.
 
 from collections.abc import Sequence
 import contextlib
+import errno
 import fcntl
+import gc
 import json
+import logging
 import mmap
 import os
 from pathlib import Path
@@ -23,15 +28,19 @@ import struct
 import time
 from typing import Any
 import uuid
+import weakref
 
 import google_crc32c
 
 from nearkv_hw.abi import PAGE_ALIGN_BYTES
 
 from ..io import Directory, File, FlashError, shards_of
+from . import signals
 from .journal import END_NAME, NAME, NEW_NAME, Journal
 
-ABOUT_NAME = "store.json"
+log = logging.getLogger("nearkv")
+
+ABOUT_NAME, MAKING_NAME = "store.json", "store.new"
 HEADER_BYTES = PAGE_ALIGN_BYTES
 _HEADER = struct.Struct("<8s16sII")  # magic, store, shard, page_bytes
 _MAGIC = b"nkv-page"
@@ -75,8 +84,9 @@ class Home:
         self.files: list[File] = []
         self.journal: Journal | None = None
         self.is_new = True
+        _homes.add(self)
         self._locks: list[File] = []
-        self._made: list[Directory] = []  # in which there was no description before
+        self._made: list[tuple[Directory, str]] = []  # what is gone again if it cannot be opened
         try:
             for path in paths:
                 self.directories.append(Directory(path))
@@ -87,8 +97,7 @@ class Home:
             else:
                 self._open_persistent(about)
         except BaseException:
-            for directory in self._made:
-                directory.remove(ABOUT_NAME)
+            self._unmake()
             self.close()
             raise
 
@@ -100,6 +109,14 @@ class Home:
             for position, directory in enumerate(self.directories)
             if shard in shards_of(position, n, n_shards)
         )
+
+    def _unmake(self) -> None:
+        """Remove what was made; the mark of a store that is being made last, if nothing is left."""
+        with contextlib.suppress(FlashError):
+            for directory, name in reversed(self._made):
+                directory.remove(name)
+        for directory in self.directories:
+            directory.unmake()
 
     def close(self) -> None:
         """Close everything, the locks last."""
@@ -137,14 +154,21 @@ class Home:
     # --- persistent stores ------------------------------------------------------------------------
 
     def _open_persistent(self, about) -> None:
-        found = []
         for directory in self.directories:
-            found.append(self._lock(directory))
+            self._lock(directory)
+        first = self.directories[0]
+        if first.exists(MAKING_NAME):
+            file = first.open(MAKING_NAME)
+            making = file.read(0, 100).decode(errors="replace").strip()
+            file.close()
+            self._create(about, making if len(making) == 32 else "")
+            return
+        found = [_parse(file) for file in self._locks]
         if found[0] is None:
-            self._create(about, found)
+            self._create(about, "")
             return
         self.is_new = False
-        identity = found[0].get("store")
+        identity = found[0].get("store", "")
         for position, (directory, theirs) in enumerate(zip(self.directories, found, strict=True)):
             mine = {"format": _FORMAT, "store": identity, **about, "directory": position}
             if theirs is None:
@@ -155,7 +179,7 @@ class Home:
                 )  # fmt: skip
             if theirs != mine:
                 self._explain(directory, theirs, mine)
-        self.journal = Journal.open(self.directories[0])
+        self.journal = Journal.open(first)
         for shard in range(about["n_shards"]):
             file = self.directory_of(shard).open(f"pages-{shard}.kv", direct=True)
             self.files.append(file)
@@ -170,7 +194,8 @@ class Home:
             If they differ: one of them is damaged.
         """
         assert self.journal is not None
-        about, _ = _parse(self._locks[0])
+        about = _parse(self._locks[0])
+        assert about is not None
         about = {name: value for name, value in about.items() if name != "directory"}
         if about != self.journal.about:
             raise FlashError(
@@ -199,56 +224,110 @@ class Home:
             f"{directory.path} holds a store with {was}, not {now}; choose another directory"
         )
 
-    def _lock(self, directory: Directory) -> dict | None:
-        """Take a directory for this process; its description, None if it has none yet."""
-        if not directory.exists(ABOUT_NAME):
-            with contextlib.suppress(FlashError):  # somebody else was faster
-                directory.create(ABOUT_NAME).close()
-                self._made.append(directory)
-        file = directory.open(ABOUT_NAME)
-        self._locks.append(file)
-        patience = time.monotonic() + _LOCK_S
+    def _lock(self, directory: Directory) -> None:
+        """Take a directory for this process, by its description, which is empty if it is new."""
+        patience, collected = time.monotonic() + _LOCK_S, False
         while True:
+            made = False
+            if not directory.exists(ABOUT_NAME):
+                try:
+                    directory.create(ABOUT_NAME).close()
+                    made = True
+                except FlashError as error:
+                    if error.errno != errno.EEXIST:  # somebody else was faster
+                        raise
+            file = directory.open(ABOUT_NAME)
             try:
                 fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if directory.holds(ABOUT_NAME, file):
+                    break
+                # Whoever had it has given up making a store here, and removed it.
             except BlockingIOError:
-                if time.monotonic() < patience:
-                    time.sleep(0.01)
-                    continue
+                if not collected:  # perhaps a store of this process was forgotten, not closed
+                    gc.collect()
+                    patience, collected = time.monotonic() + _LOCK_S, True
+            except OSError as error:
+                file.close()
+                raise FlashError(
+                    "cannot lock the KV store", errno=error.errno, filename=directory.path,
+                    remedy="choose a directory on a file system that knows locks",
+                ) from error  # fmt: skip
+            file.close()
+            if time.monotonic() > patience:
                 raise FlashError(
                     "the KV store is in use by another process or cache", filename=directory.path,
                     remedy="close it there, or choose another directory",
-                ) from None  # fmt: skip
-        if not file.nbytes:
-            return None
-        return _parse(file)[0]
+                )  # fmt: skip
+            time.sleep(0.01)
+        self._locks.append(file)
+        if made and not file.nbytes:  # or somebody else has made a store before it was locked
+            self._made.append((directory, ABOUT_NAME))
 
-    def _create(self, about: dict, found: list[dict | None]) -> None:
-        """Make a store. Its first description is written last, so half of one is none."""
-        for directory, theirs in zip(self.directories, found, strict=True):
-            self._clear(directory, theirs)
-        identity = uuid.uuid4().hex
-        page_bytes = about["page_bytes"]
+    def _create(self, about: dict, making: str) -> None:
+        """Make a store.
+
+        `making` is which one was begun here by a process that was killed; empty if there was none.
+        """
+        first = self.directories[0]
+        left = []
+        for directory, file in zip(self.directories, self._locks, strict=True):
+            try:
+                theirs = _parse(file)
+            except FlashError:
+                if not making:
+                    raise
+                theirs = None  # half a description
+            if theirs is not None and theirs.get("store") != making:
+                raise FlashError(
+                    "the directory belongs to a store, and the first of the directories to none",
+                    filename=file.path,
+                    remedy="name the store's directories in their order, or choose others",
+                )  # fmt: skip
+            left += [(directory, name) for name in self._left(directory)]
+        # Gone again if this comes to nothing; the mark last, so that what is left is known by it.
+        self._made = [(first, MAKING_NAME), *((one, ABOUT_NAME) for one in self.directories)]
+        identity = making or uuid.uuid4().hex
+        if not making:
+            first.remove(MAKING_NAME)
+            file = first.create(MAKING_NAME)
+            try:
+                file.write(0, identity.encode(), what="make the store")
+                file.sync()
+            finally:
+                file.close()
+            first.sync()
+        for file in reversed(self._locks):
+            if file.nbytes:
+                file.cut(0)
+        for directory, name in left:
+            directory.remove(name)
         for shard in range(about["n_shards"]):
-            file = self.directory_of(shard).create(f"pages-{shard}.kv", direct=True)
+            directory, name = self.directory_of(shard), f"pages-{shard}.kv"
+            file = directory.create(name, direct=True)
+            self._made.append((directory, name))
             self.files.append(file)
-            with mmap.mmap(-1, HEADER_BYTES) as header:
-                header[:] = _header(identity, shard, page_bytes)
-                file.write(0, header)
+            header = mmap.mmap(-1, HEADER_BYTES)  # aligned, as O_DIRECT wants
+            header[:] = _header(identity, shard, about["page_bytes"])
+            file.write(0, header)
             file.sync()
         about = {"format": _FORMAT, "store": identity, **about}
-        self.journal = Journal.create(self.directories[0], about)
+        self._made += [(first, NAME), (first, END_NAME)]
+        self.journal = Journal.create(first, about)
+        for directory in self.directories:
+            directory.sync()
+            directory.sync_own_name()
         for position in reversed(range(len(self.directories))):
             text = json.dumps(about | {"directory": position}, indent=1)
             check = google_crc32c.value(text.encode())
             file = self._locks[position]
             file.write(0, f"{text}\n{check:08x}\n".encode(), what="write the store's description")
             file.sync()
-            self.directories[position].sync()
+        first.remove(MAKING_NAME)
+        first.sync()
+        self._made.clear()
 
-    def _clear(self, directory: Directory, about: dict | None) -> None:
-        """Remove what a process left that was killed while it made a store here.
+    def _left(self, directory: Directory) -> list[str]:
+        """What a process has left that was killed while it made a store in a directory.
 
         Raises
         ------
@@ -269,20 +348,17 @@ class Home:
                     remedy="put it back from a copy, name the store's directories in their order, or "
                     "choose another directory",
                 )  # fmt: skip
-        for name in left:
-            directory.remove(name)
-        if about is not None:
-            self._locks[self.directories.index(directory)].cut(0)
+        return left
 
     def _check_header(self, file: File, identity: str, shard: int, page_bytes: int) -> None:
-        with mmap.mmap(-1, HEADER_BYTES) as memory:
-            try:
-                got = os.preadv(file.fd, [memory], 0)
-            except OSError as error:
-                raise FlashError(
-                    "cannot read a page file", errno=error.errno, filename=file.path
-                ) from error
-            data = memory[:got]
+        memory = mmap.mmap(-1, HEADER_BYTES)
+        try:
+            got = os.preadv(file.fd, [memory], 0)
+        except OSError as error:
+            raise FlashError(
+                "cannot read a page file", errno=error.errno, filename=file.path
+            ) from error
+        data = memory[:got]
         if data == _header(identity, shard, page_bytes):
             return
         what = "its header is damaged"
@@ -336,14 +412,30 @@ class Home:
         return data
 
     def remove_states(self, but: int | None) -> None:
-        """Remove saved states, all but one."""
+        """Remove saved states, all but one. What cannot be removed does no harm."""
         for number in self._states():
             if number != but:
-                self.directories[0].remove(f"state-{number}")
+                try:
+                    self.directories[0].remove(f"state-{number}")
+                except FlashError as error:
+                    log.warning("%s", error)
 
     def _states(self) -> list[int]:
         names = [name.partition("-") for name in self.directories[0].names()]
         return [int(number) for head, _, number in names if head == "state" and number.isdigit()]
+
+
+_homes: "weakref.WeakSet[Home]" = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """A process that was forked has no store: files and locks are left to its parent."""
+    signals.forked()
+    for home in list(_homes):
+        home.close()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def read_about(path: Path) -> dict:
@@ -365,11 +457,16 @@ def read_about(path: Path) -> dict:
     try:
         file = directory.open(ABOUT_NAME)
         try:
-            about, _ = _parse(file)
+            about = _parse(file)
         finally:
             file.close()
     finally:
         directory.close()
+    if about is None or (path / MAKING_NAME).exists():
+        raise FlashError(
+            "a KV store was not made to its end in this directory", filename=path,
+            remedy="make one there, or name the directory of another",
+        )  # fmt: skip
     if about.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has a store of format {about.get('format')}, and this version of nearkv reads "
@@ -384,14 +481,16 @@ def _header(identity: str, shard: int, page_bytes: int) -> bytes:
     return head.ljust(HEADER_BYTES, b"\0")
 
 
-def _parse(file: File) -> tuple[dict, str]:
-    """The description in a store.json.
+def _parse(file: File) -> dict | None:
+    """The description in a store.json; None if it is empty.
 
     Raises
     ------
     FlashError
         If it is damaged.
     """
+    if not file.nbytes:
+        return None
     data = file.read(0, 1 << 16)
     try:
         text = data.decode()
@@ -399,7 +498,7 @@ def _parse(file: File) -> tuple[dict, str]:
         about = json.loads(body if len(check) == 8 and body else text)
         if about.get("format") == _FORMAT and int(check, 16) != google_crc32c.value(body.encode()):
             raise ValueError("its checksum differs")
-        return about, text
+        return about
     except (ValueError, AttributeError) as error:
         raise FlashError(
             f"the description of the KV store is damaged: {error}", filename=file.path,

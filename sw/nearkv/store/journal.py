@@ -148,6 +148,8 @@ class Journal:
     n_records : int
     cut_bytes : int
         Length of the torn tail that was found on opening.
+    unflushed : bool
+        Whether there were records on opening that the drive was not known to keep.
     """
 
     def __init__(self, directory: Directory, file: File, end_file: File):
@@ -155,8 +157,10 @@ class Journal:
         self.written_bytes = self.cut_bytes = 0
         self._at = _Place(0, 0, 0)
         self._reserved_bytes = 0
+        self.unflushed = False
         self._generation = 0
         self._end_turn = 0
+        self._renamed = False  # and the drive may not keep the name yet
         self._broken = ""
         self._about: dict[str, Any] = {}
 
@@ -233,8 +237,11 @@ class Journal:
                     end_bytes = end_check = 0
             elif not at:
                 raise self.damaged(at, "it does not begin with the store's description")
-            if at + size == end_bytes and (self._at.serial, check) != (end_serial, end_check):
-                raise self.damaged(at, "it is not the record that was flushed")
+            if at + size == end_bytes:
+                if (self._at.serial, check) != (end_serial, end_check):
+                    raise self.damaged(at, "it is not the record that was flushed")
+            elif at < end_bytes < at + size:
+                raise self.damaged(at, "its mark journal.end is of another journal")
             yield entry, at
             at += size
             self._at = _Place(at, self._at.serial + 1, check)
@@ -246,6 +253,7 @@ class Journal:
                 "again",
             )  # fmt: skip
         self.cut_bytes = len(data) - at
+        self.unflushed = at > end_bytes or bool(self.cut_bytes)
 
     def cut(self) -> None:
         """Cut a torn tail off, and what was left of a journal that was being written anew."""
@@ -343,16 +351,20 @@ class Journal:
             If it may not.
         """
         self._file.sync()
+        if self._renamed:
+            self._directory.sync()
+            self._renamed = False
         end = _END.pack(
             _END_MAGIC, self._generation, self.nbytes, self._at.serial - 1, self._at.check
         )
         end += struct.pack("<I", google_crc32c.value(end))
-        self._end_turn ^= 1
+        turn = 1 - self._end_turn  # the other copy is whole, whatever becomes of this one
         self._end_file.write(
-            self._end_turn * _END_BYTES, end.ljust(_END_BYTES, b"\0"),
+            turn * _END_BYTES, end.ljust(_END_BYTES, b"\0"),
             what="write the journal of the KV store",
         )  # fmt: skip
         self._end_file.sync()
+        self._end_turn = turn
 
     def due(self, used_bytes: int) -> bool:
         """Whether it has become far longer than the `used_bytes` that it would take."""
@@ -396,7 +408,7 @@ class Journal:
         self.written_bytes += at
         self._reserved_bytes = 0
         self._broken = ""
-        self._directory.sync()
+        self._renamed = True
         self.sync()
 
     def close(self) -> None:

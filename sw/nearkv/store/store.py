@@ -18,6 +18,7 @@ from nearkv_hw import pages
 from nearkv_hw.abi import ABI_VERSION, KvType, PageLayout
 
 from ..io import FlashError, PageId, Read, Window, read_into
+from . import signals
 from .behind import WriteBehind
 from .home import Home, read_about
 from .journal import (
@@ -29,13 +30,17 @@ from .journal import (
     encode_save,
 )
 from .space import Space, runs_of
-from .tables import STORED_PAGE, Change, Table, Tables
+from .tables import STORED_PAGE, Change, Snapshot, Table, Tables
 from .writer import PageWriter, Spill
 
 log = logging.getLogger("nearkv")
 
 DELAYED_BYTES = 128 << 20  # of K and V that may wait to be written
 TIMEOUT_S = 60.0
+# What a store that is never flushed may come to: pages whose places are not free yet, its journal.
+LIMBO_BYTES = 256 << 20
+LONG_BYTES = 16 << 20
+_SLICE_S = 0.05  # after which a wait looks for signals
 
 
 class KvStore:
@@ -132,6 +137,8 @@ class KvStore:
         self._unsafe = False  # there is something that a loss of power would take
         self._closed = False
         self._broken = ""
+        self._long_bytes = LONG_BYTES
+        self._owed: bytes | None = None  # a SAVE that takes back another, not recorded yet
         self._pid = os.getpid()
         self._change = threading.Condition(threading.RLock())
         about = {
@@ -140,32 +147,36 @@ class KvStore:
             "page_bytes": layout.page_bytes, "n_kv_heads": n_kv_heads, "n_shards": self.n_shards,
             "n_directories": len(paths),
         }  # fmt: skip
-        self._home = Home(paths, about, temporary=temporary)
-        _stores.add(self)
-        try:
-            if not all(file.direct for file in self._home.files):
-                log.warning(
-                    "%s: the file system has no O_DIRECT; pages go through the page cache", paths[0]
-                )
-            windows: dict[int, Window] = {}  # one for each drive
-            self._windows = [
-                windows.setdefault(self._home.directory_of(shard).device, Window(timeout_s))
-                for shard in range(self.n_shards)
-            ]
-            files = self._home.files
-            self._space = Space(files, layout.page_bytes, self.weights, self._sync)
-            self._writer = PageWriter(layout, files, self._windows)
-            self._delayed = delayed_bytes > 0
-            self._behind = WriteBehind(
-                PageWriter(layout, files, self._windows), self._change,
-                limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
-            )  # fmt: skip
-            if not self._home.is_new:
-                self._replay()
-        except BaseException:
-            self._closed = True
-            self._home.close()
-            raise
+        # A signal's handler may raise when all is open, and nobody would have the store to close it.
+        with contextlib.ExitStack() as opened:
+            with signals.waiting():
+                self._home = Home(paths, about, temporary=temporary)
+                opened.callback(self._home.close)
+                self._open(paths, delayed_bytes)
+                # Of a store that is forgotten without having been closed.
+                weakref.finalize(self, self._home.close).atexit = False
+            opened.pop_all()
+
+    def _open(self, paths: list[Path], delayed_bytes: int) -> None:
+        files = self._home.files
+        if not all(file.direct for file in files):
+            log.warning(
+                "%s: the file system has no O_DIRECT; pages go through the page cache", paths[0]
+            )
+        windows: dict[int, Window] = {}  # one for each drive
+        self._windows = [
+            windows.setdefault(self._home.directory_of(shard).device, Window(self.timeout_s))
+            for shard in range(self.n_shards)
+        ]
+        self._space = Space(files, self.layout.page_bytes, self.weights, self._sync)
+        self._writer = PageWriter(self.layout, files, self._windows)
+        self._delayed = delayed_bytes > 0
+        self._behind = WriteBehind(
+            PageWriter(self.layout, files, self._windows), self._change,
+            limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
+        )  # fmt: skip
+        if not self._home.is_new:
+            self._replay()
 
     @staticmethod
     def describe(directory) -> tuple[PageLayout, int, int]:
@@ -194,7 +205,7 @@ class KvStore:
         return self._closed
 
     def close(self) -> None:
-        """Write what waits, make the drive keep it, and close every file. May be called twice.
+        """Write what waits, make the drive keep it, and close every file. May be called again.
 
         A temporary store writes nothing more, and is gone afterwards.
 
@@ -203,29 +214,36 @@ class KvStore:
         FlashError
             If tokens that were to stay could not be written.
         """
-        if self._closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        broken, self._broken = self._broken, ""
         errors: list[FlashError] = []
-        with self._turn("to close the store"):
-            if self._closed:
-                return
-            with _collecting(errors):
-                if self.temporary:
-                    self._forget(_Everything())
-                self._behind.end()
-                self._wait(lambda: self._behind.idle, "the last pages")
-            errors += self._behind.failed.values()
-            if not self.temporary:
-                with _collecting(errors):
-                    self._sync()
-                    if not errors and not broken:  # or the tables name pages that are not there
-                        self._compact()
-            self._closed = True
-        if self._behind.join(self.timeout_s):
-            self._home.close()  # a thread that hangs in a write needs its files
+        with signals.waiting():
+            with self._entered("to close the store"):
+                if not self._closed:
+                    self._end(errors)
+            end = time.monotonic() + self.timeout_s
+            while not self._behind.join(_SLICE_S) and time.monotonic() < end:
+                signals.deliver()
+            if self._behind.join(0):  # a thread that hangs in a write needs its files
+                with self._change:
+                    self._home.close()
         if errors and not self.temporary:
             raise errors[0]
+
+    def _end(self, errors: list[FlashError]) -> None:
+        """What `close` does in its turn."""
+        with _collecting(errors):
+            if self.temporary:
+                self._forget(_Everything())
+            self._behind.end()
+            self._wait(lambda: self._behind.idle, "the last pages")
+        errors += self._behind.failed.values()
+        if not self.temporary:
+            with _collecting(errors):
+                self._sync()
+                if not errors and not self._broken:  # or the tables name pages that are not there
+                    self._compact()
+        self._closed = True
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -248,8 +266,7 @@ class KvStore:
         FlashError
             If the disk is full or fails.
         """
-        if sequence < 0:
-            raise ValueError(f"sequences are numbered from 0, not {sequence}")
+        _check_numbers([sequence], layer)
         with self._turn("to append pages"):
             self._behind.raise_failed(sequence)
             k, v = self._patterns(k, v, sequence, layer)
@@ -263,23 +280,24 @@ class KvStore:
                 return
             if self._delayed:  # others may have their turn meanwhile
                 self._behind.make_room(k.nbytes + v.nbytes, sequence)
+            self._tidy()
             table = self._tables.find(sequence, layer)
             position = len(table) if table else 0
             page = PageId(layer, sequence, 0, position)
             if table and position and self._last_len(table, layer) < page_tokens:
                 raise ValueError(f"the last page of layer {layer}, sequence {sequence} is ragged")
             self._check_budget(n_new, page)
-            table = self._tables.get(sequence, layer)
-            new = self._space.place(table, self._tables.blocks(layer), n_new, page)
-            new["page_len"] = page_tokens
-            new["page_len"][:, -1] = n_tokens - (n_new - 1) * page_tokens
-            ids = np.zeros(0, np.int64)
-            if self._delayed:
-                ids = self._tables.append(sequence, layer, position, new)
-                k, v = k.copy(), v.copy()
-                self._behind.put(Spill(sequence, layer, position, ids, k, v, new, table))
-            else:
-                self._append_now(Spill(sequence, layer, position, ids, k, v, new, table))
+            with self._tables.growing(sequence, layer) as table:
+                new = self._space.place(table, self._tables.blocks(layer), n_new, page)
+                new["page_len"] = page_tokens
+                new["page_len"][:, -1] = n_tokens - (n_new - 1) * page_tokens
+                ids = np.zeros(0, np.int64)
+                if self._delayed:
+                    k, v = k.copy(), v.copy()
+                    ids = self._tables.append(sequence, layer, position, new)
+                    self._behind.put(Spill(sequence, layer, position, ids, k, v, new, table))
+                else:
+                    self._append_now(Spill(sequence, layer, position, ids, k, v, new, table))
             self.bytes_given += k.nbytes + v.nbytes
 
     def _append_now(self, spill: Spill) -> None:
@@ -287,8 +305,8 @@ class KvStore:
         sequence, layer, position, new = spill.sequence, spill.layer, spill.position, spill.pages
         try:
             self._writer.write([spill])
-        except BaseException:  # an interrupt among them
-            self._space.give(new.reshape(-1))
+        except BaseException:
+            self._space.give(new.reshape(-1), punch=True)
             raise
         with self._changing():
             ids = self._tables.append(sequence, layer, position, new)
@@ -296,7 +314,7 @@ class KvStore:
                 self._record(Kind.APPEND, encode_append(sequence, layer, position, ids, new))
             except FlashError:
                 self._tables.apply([Change(layer, sequence, position, ids[:0])])
-                self._space.give(new.reshape(-1))
+                self._space.give(new.reshape(-1), punch=True)
                 raise
 
     def truncate(self, sequence: int, layer: int, n_pages: int) -> None:
@@ -307,10 +325,13 @@ class KvStore:
         FlashError
             If there is no such sequence.
         """
+        _check_numbers([sequence], layer, n_pages)
         with self._turn("to take pages back"):
-            table = self._table(sequence, layer)
+            self._known(sequence)
             self._settle(sequence, layer)
-            if n_pages < len(table):
+            self._known(sequence)  # others had their turn meanwhile
+            table = self._tables.find(sequence, layer)
+            if table is not None and n_pages < len(table):
                 self._space.give_room(table)
                 nothing = np.zeros(0, np.int64)
                 self._apply([Change(layer, sequence, n_pages, nothing)])
@@ -340,20 +361,21 @@ class KvStore:
         FlashError
             If a source is unknown, or its pages could not be written.
         """
-        if min((*sources, *sources.values()), default=0) < 0:
-            raise ValueError(f"sequences are numbered from 0, not {dict(sources)}")
+        _check_numbers([*sources, *sources.values()], layer, n_pages)
         with self._turn("to share pages"):
-            for source in sources.values():
-                if source not in self._tables.of:
-                    raise self._unknown(source)
-            involved = [
-                (sequence, one)
-                for sequence in {*sources, *sources.values()}
-                for one in self._layers(sequence, layer)
-            ]
-            while not all(self.settled(*one) for one in involved):
+            while True:  # others have their turn while it waits
+                for source in sources.values():
+                    self._known(source)
+                involved = [
+                    (sequence, one)
+                    for sequence in {*sources, *sources.values()}
+                    for one in self._layers(sequence, layer)
+                ]
+                if all(self.settled(*one) for one in involved):
+                    break
                 for one in involved:
                     self._settle(*one)
+            self._tidy()
             changes = []
             for target, source in sources.items():
                 for one in sorted({*self._layers(target, layer), *self._layers(source, layer)}):
@@ -368,7 +390,8 @@ class KvStore:
                         changes.append(Change(one, target, start, ids[start:]))
             if changes:
                 for change in changes:
-                    self._space.give_room(self._tables.get(change.sequence, change.layer))
+                    if (table := self._tables.find(change.sequence, change.layer)) is not None:
+                        self._space.give_room(table)
                 self._apply(changes)
 
     def drop(self, sequence: int, *, erase: bool = False) -> int:
@@ -391,10 +414,9 @@ class KvStore:
             If there is no such sequence, or it could not be erased.
         """
         with self._turn("to drop a sequence"):
-            if sequence not in self._tables.of:
-                raise self._unknown(sequence)
+            self._known(sequence)
             self._forget({sequence})
-            tables = self._tables.of[sequence]
+            tables = self._known(sequence)  # others had their turn meanwhile
             n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
             with self._changing():
                 self._record(Kind.DROP, encode_drop(sequence))
@@ -405,6 +427,13 @@ class KvStore:
                     if erase:
                         self._sync()  # or a loss of power could bring it back, without its bytes
                         self._space.erase(freed)
+                except FlashError as error:
+                    raise FlashError(
+                        "the sequence is forgotten, but its pages could not be overwritten",
+                        errno=error.errno, filename=error.filename, offset=error.offset,
+                        remedy="to be sure that nothing is left of it, delete the store and discard "
+                        "the drive's free space (fstrim)",
+                    ) from error  # fmt: skip
                 finally:
                     self._release(freed)
             if erase:
@@ -478,13 +507,24 @@ class KvStore:
         with self._turn("to save the store"):
             self._settle_all()
             about = self._home.write_state(data)
-            tables = self._tables.current()
+            tables, before = self._tables.current(), self._tables.snapshot or Snapshot({})
             with self._changing():
                 self._record(Kind.SAVE, encode_save(about, tables))
+                try:
+                    self._sync()
+                except FlashError:
+                    self._take_back(before)
+                    raise
                 self._release(self._tables.save(about, tables))
-            self._sync()
+                self._space.settle_limbo()
             self._home.remove_states(about["number"])
             self._compact()
+
+    def _take_back(self, before: Snapshot) -> None:
+        """The drive may not keep a snapshot that was recorded: the one before it is recorded again."""
+        self._owed = encode_save(before.about, before.tables)
+        with contextlib.suppress(FlashError):  # or as soon as the drive takes a record
+            self._record_owed()
 
     def saved(self) -> bytes | None:
         """What was given to the last `save`; None if there was none.
@@ -529,10 +569,8 @@ class KvStore:
 
     def layers(self, sequence: int) -> list[int]:
         """Those that have pages of a sequence."""
-        self._check()
-        if sequence not in self._tables.of:
-            raise self._unknown(sequence)
-        return sorted(layer for layer, table in self._tables.of[sequence].items() if len(table))
+        with self._turn("to look at the tables"):
+            return sorted(layer for layer, table in self._known(sequence).items() if len(table))
 
     def n_pages(self, sequence: int, layer: int) -> int:
         """Pages that each kv head of (layer, sequence) has; 0 of a sequence that is not known."""
@@ -542,13 +580,14 @@ class KvStore:
 
     def n_blocks(self, layer: int) -> int:
         """Blocks of a layer that are stored, each counted once, however many sequences have it."""
-        self._check()
-        return len(self._tables.layers[layer].used()) if layer in self._tables.layers else 0
+        with self._turn("to look at the tables"):
+            return len(self._tables.layers[layer].used()) if layer in self._tables.layers else 0
 
     def blocks(self, sequence: int, layer: int) -> np.ndarray:
         """The block table of (layer, sequence): int64 (n_pages,)."""
-        self._check()
-        return self._table(sequence, layer).ids.copy()
+        with self._turn("to look at the tables"):
+            table = self._known(sequence).get(layer)
+            return np.zeros(0, np.int64) if table is None else table.ids.copy()
 
     def stored(self, sequence: int, layer: int, n_pages: int | None = None) -> np.ndarray:
         """What is known of the pages: STORED_PAGE (n_kv_heads, n_pages), not to be changed.
@@ -565,6 +604,13 @@ class KvStore:
         FlashError
             If there are fewer than that, or one could not be written.
         """
+        # Asked for each layer of each step: what is known already takes no turn.
+        self._check()
+        table = self._tables.find(sequence, layer)
+        known = None if table is None else table.known
+        if known is not None and not self._behind.has_failed(sequence):
+            if n_pages is None or 0 <= n_pages <= known.shape[1]:
+                return known[:, :n_pages]
         with self._turn("for pages to be written"):
             self._settle(sequence, layer)
             table = self._tables.find(sequence, layer)
@@ -594,8 +640,8 @@ class KvStore:
         """
         page_bytes = self.layout.page_bytes
         numbers = np.asarray(numbers)
-        with self._turn("for pages to be written"):
-            entries = self.stored(page.sequence, page.layer)[page.kv_head][numbers]
+        n_pages = int(numbers.max(initial=-1)) + 1
+        entries = self.stored(page.sequence, page.layer, n_pages)[page.kv_head][numbers]
         edges = {edge for run in runs_of(entries, page_bytes) for edge in run}
         # A read names its first page; the others have the numbers that follow.
         edges |= {int(at) + 1 for at in np.flatnonzero(np.diff(numbers) != 1)}
@@ -677,15 +723,24 @@ class KvStore:
 
     @contextlib.contextmanager
     def _turn(self, what: str) -> Iterator[None]:
-        """One call at a time, for an open store."""
+        """One call at a time, for an open store. Signals wait until it is over."""
         self._check()
-        if not self._change.acquire(timeout=self.timeout_s):
-            raise self._late(f"another call on this store, {what}")
-        try:
+        with self._entered(what):
             self._check()
             yield
-        finally:
-            self._change.release()
+
+    @contextlib.contextmanager
+    def _entered(self, what: str) -> Iterator[None]:
+        with signals.waiting():
+            end = time.monotonic() + self.timeout_s
+            while not self._change.acquire(timeout=min(_SLICE_S, self.timeout_s)):
+                signals.deliver()
+                if time.monotonic() >= end:
+                    raise self._late(f"another call on this store, {what}")
+            try:
+                yield
+            finally:
+                self._change.release()
 
     def _wait(self, done: Callable[[], object], what: str) -> None:
         """Wait, in one's turn, until `done`; give up when the drive makes no progress."""
@@ -696,7 +751,8 @@ class KvStore:
             if left <= 0:
                 raise self._late(what)
             self._behind.hurry()
-            self._change.wait(left)
+            self._change.wait(min(left, _SLICE_S))
+            signals.deliver()
             if writer.written_bytes != seen:
                 seen, since = writer.written_bytes, time.monotonic()
 
@@ -722,22 +778,16 @@ class KvStore:
             remedy="is the drive alive? See the kernel's log",
         )  # fmt: skip
 
-    def _unknown(self, sequence: int) -> FlashError:
-        return FlashError(
-            f"there is no sequence {sequence} in the KV store", filename=self.directories[0]
-        )
-
-    def _abandon(self) -> None:
-        """In a process that was forked: leave files and lock to the parent."""
-        self._closed = True
-        self._home.close()
-
     # --- inside: tables and space -------------------------------------------------------------------
 
-    def _table(self, sequence: int, layer: int) -> Table:
+    def _known(self, sequence: int) -> dict[int, Table]:
+        """The tables of a sequence, by layer."""
         if sequence not in self._tables.of:
-            raise self._unknown(sequence)
-        return self._tables.get(sequence, layer)
+            raise FlashError(
+                f"there is no sequence {sequence} in the KV store", filename=self.directories[0],
+                remedy="it was dropped, or never stored; compute it again",
+            )  # fmt: skip
+        return self._tables.of[sequence]
 
     def _layers(self, sequence: int, layer: int | None) -> list[int]:
         return list(self._tables.of.get(sequence, {})) if layer is None else [layer]
@@ -752,8 +802,20 @@ class KvStore:
 
     def _record(self, kind: Kind, payload: bytes) -> None:
         if self._home.journal is not None:
-            self._home.journal.append(kind, payload)
+            self._record_owed()
+            try:
+                self._home.journal.append(kind, payload)
+            except FlashError as error:
+                if error.errno != errno.ENOSPC or not self._space.limbo_bytes:
+                    raise
+                self._sync()  # what was freed since the last flush is to be had now
+                self._home.journal.append(kind, payload)
             self._unsafe = True
+
+    def _record_owed(self) -> None:
+        if self._owed is not None and self._home.journal is not None:
+            self._home.journal.append(Kind.SAVE, self._owed)
+            self._owed, self._unsafe = None, True
 
     def _release(self, freed: list[np.ndarray]) -> None:
         """Take note of pages that nobody has any more."""
@@ -817,7 +879,7 @@ class KvStore:
             if spill.position < len(spill.table):
                 change = Change(spill.layer, spill.sequence, spill.position, spill.ids[:0])
                 for freed in self._tables.apply([change]):
-                    self._space.give(freed)
+                    self._space.give(freed, punch=True)
         self.epoch += 1
 
     def _settle_all(self) -> None:
@@ -842,10 +904,26 @@ class KvStore:
         if journal is None or not self._unsafe:
             return
         self._home.check_in_place()
+        self._record_owed()
         self._home.sync_pages()
         journal.sync()
         self._unsafe = False
         self._space.settle_limbo()
+
+    def _tidy(self) -> None:
+        """Sync now and then when nobody flushes, or space to be freed and the journal would only grow.
+
+        Before a change, so that an error leaves nothing half done.
+        """
+        journal = self._home.journal
+        if journal is None:
+            return
+        if self._space.limbo_bytes >= LIMBO_BYTES:
+            self._sync()
+        if journal.nbytes >= self._long_bytes and self._behind.idle:
+            self._sync()
+            self._compact()
+            self._long_bytes = max(LONG_BYTES, 2 * journal.nbytes)
 
     def _compact(self) -> None:
         """Write the journal anew if it has become far longer than what it describes.
@@ -924,6 +1002,9 @@ class KvStore:
             )
         number = tables.snapshot.about.get("number") if tables.snapshot else None
         self._home.remove_states(number)
+        if journal.unflushed:  # or what is free by it could be used while the drive still knows it
+            self._unsafe = True
+            self._sync()
 
     def _notice(self, text: str) -> None:
         self.notices.append(text)
@@ -937,21 +1018,19 @@ class _Everything:
         return True
 
 
+def _check_numbers(sequences, layer: int | None, n_pages: int | None = None) -> None:
+    for sequence in sequences:
+        if not 0 <= sequence < 1 << 63:
+            raise ValueError(f"sequences are numbered from 0 to 2^63 - 1, not {sequence}")
+    if layer is not None and not 0 <= layer < 1 << 32:
+        raise ValueError(f"layers are numbered from 0 to 2^32 - 1, not {layer}")
+    if n_pages is not None and n_pages < 0:
+        raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
+
+
 @contextlib.contextmanager
 def _collecting(errors: list[FlashError]) -> Iterator[None]:
     try:
         yield
     except FlashError as error:
         errors.append(error)
-
-
-_stores: "weakref.WeakSet[KvStore]" = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for store in list(_stores):
-        if not store._closed:
-            store._abandon()
-
-
-os.register_at_fork(after_in_child=_forked)

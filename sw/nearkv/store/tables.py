@@ -9,7 +9,8 @@ This is the state of a store without any file. The journal (`journal.py`) record
 reopening a store makes the same changes again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -138,8 +139,16 @@ class Table:
         """The blocks: int64 (n,), a view."""
         return self._ids[: self._n]
 
+    @property
+    def known(self) -> np.ndarray | None:
+        """What `pages` gave, if the table has not changed since."""
+        return self._pages
+
     def pages(self, blocks: Blocks) -> np.ndarray:
-        """What is known of its pages: STORED_PAGE (n_kv_heads, n). Not to be changed."""
+        """What is known of its pages: STORED_PAGE (n_kv_heads, n). Not to be changed.
+
+        Only when all of them are written: before that their checksums are not known.
+        """
         if self._pages is None:
             self._pages = blocks.pages[:, self.ids]
         return self._pages
@@ -202,6 +211,19 @@ class Tables:
             layers[layer] = Table(self._n_kv_heads)
         return layers[layer]
 
+    @contextlib.contextmanager
+    def growing(self, sequence: int, layer: int) -> Iterator[Table]:
+        """The table, to be appended to. One that was not there is not there after an error."""
+        known = self.find(sequence, layer) is not None
+        try:
+            yield self.get(sequence, layer)
+        except BaseException:
+            if not known:
+                del self.of[sequence][layer]
+                if not self.of[sequence]:
+                    del self.of[sequence]
+            raise
+
     def append(self, sequence, layer, position, pages, ids=None) -> np.ndarray:
         """New blocks at the end of a table; which they are.
 
@@ -256,6 +278,8 @@ class Tables:
     def save(self, about: dict, tables: Mapping[tuple[int, int], np.ndarray]) -> list[np.ndarray]:
         """Make `tables` the snapshot, in the place of the one before; the pages that are free then.
 
+        No `about`: there is no snapshot then.
+
         Raises
         ------
         ValueError
@@ -263,7 +287,7 @@ class Tables:
         """
         for (_, layer), ids in tables.items():
             self.blocks(layer).own(ids)
-        before, self.snapshot = self.snapshot, Snapshot(about, dict(tables))
+        before, self.snapshot = self.snapshot, Snapshot(about, dict(tables)) if about else None
         if before is None:
             return []
         return [self.blocks(layer).disown(ids) for (_, layer), ids in before.tables.items()]

@@ -47,6 +47,7 @@ class PageWriter:
 
     def __init__(self, layout: PageLayout, files: Sequence[File], windows: Sequence[Window]):
         self._layout, self._files, self._windows = layout, files, windows
+        self.path = files[0].path  # for messages
         self._staging: mmap.mmap | None = None
         self.written_bytes = 0
 
