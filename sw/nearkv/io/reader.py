@@ -386,7 +386,7 @@ class UringReader(Reader):
     # What has arrived is replaced when this thread gets Python's lock, some requests later. With 8 at
     # once the drive had too few by then: decode got 0.87 to 0.96 of it, with 32 0.90 to 1.07.
     DEPTH = 32
-    FEW = 8  # requests on their way that need no thread
+    FEW = 16  # requests on their way that need no thread
 
     _lost: ClassVar[list] = []  # readers that cannot learn what is still written to their memory
 
