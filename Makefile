@@ -11,6 +11,7 @@ CONFIG ?= smartssd
 # More arguments: make run RUN_ARGS='--prompt "..."', make test PYTEST_ARGS=-x
 RUN_ARGS ?=
 PYTEST_ARGS ?=
+FAULT_ARGS ?=
 
 BIN := .venv/bin
 # Written last, so that an interrupted set-up is taken up again by the next command.
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requi
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run quick test test-model sim bench mutants lint types verilog check-verilog record-verilog \
+.PHONY: help setup run quick test test-model sim bench faults mutants lint types verilog check-verilog record-verilog \
 	formal footprint abi-page clean
 .DELETE_ON_ERROR:
 
@@ -31,7 +32,8 @@ help: ## list the targets (default)
 
 setup: $(READY) ## create .venv with the pinned versions, the simulator and the demo model
 
-$(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/nearkv_sim/twin/*)
+$(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/nearkv_sim/twin/*) \
+		$(wildcard sw/nearkv/attention/native.*)
 	@test -n "$(PYTHON)" || { echo 'make setup: needs Python 3.11 or 3.12 as python3, or' \
 	'PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@echo 'setup 1/4: .venv with $(PYTHON)'
@@ -75,14 +77,18 @@ $(PROOFS): $(READY)
 	@$(PIP) --editable '.[formal]'
 	@touch $@
 
-bench: setup ## measure: stream of the simulated kernel, twin, flash, decode (half an hour)
+bench: setup ## measure: stream of the simulated kernel, twin, flash, decode, step (half an hour)
 	$(BIN)/nearkv bench stream --config $(CONFIG)
 	$(BIN)/nearkv bench twin
 	$(BIN)/nearkv bench flash
 	$(BIN)/nearkv bench decode
+	$(BIN)/nearkv bench step
 
 mutants: setup ## break the gateware on purpose; the tests must notice each defect (minutes)
 	$(BIN)/python tests/mutants.py
+
+faults: setup ## break stores in 10,000 seeded ways; none may give a wrong answer (minutes)
+	$(BIN)/python tests/faults.py $(FAULT_ARGS)
 
 lint: setup ## check format and style
 	$(BIN)/ruff format --check .

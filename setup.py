@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the native part of the card `twin`; everything else is in pyproject.toml."""
+"""Compiles the native parts of the card `twin` and of the host; everything else is in pyproject.toml."""
 
+import importlib.util
 from pathlib import Path
 import sys
 
@@ -12,20 +13,31 @@ sys.path[:0] = [str(ROOT / "hw"), str(ROOT / "sim")]
 
 from nearkv_sim import twin  # noqa: E402, its constants come from the gateware's
 
+# By itself: the package nearkv imports more than a build has.
+spec = importlib.util.spec_from_file_location("native", ROOT / "sw/nearkv/attention/native.py")
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
 
-class BuildTwin(build_ext):
-    """Writes the constants first, in a place of its own."""
+HEADERS = {
+    "nearkv_sim.twin._native": ("twin_constants.h", twin.header),
+    "nearkv.attention._native": ("native_constants.h", native.header),
+}
+
+
+class BuildNative(build_ext):
+    """Writes the constants first, in a place of their own."""
 
     def build_extension(self, ext):
-        folder = Path(self.build_temp) / "twin"
+        name, header = HEADERS[ext.name]
+        folder = Path(self.build_temp) / "constants"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "twin_constants.h").write_text(twin.header())
+        (folder / name).write_text(header())
         ext.include_dirs.append(str(folder))
         super().build_extension(ext)
 
 
 setup(
-    cmdclass={"build_ext": BuildTwin},
+    cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(
             "nearkv_sim.twin._native",
@@ -37,6 +49,15 @@ setup(
             language="c++",
             # Without a compiler everything but this card works; it says so when it is opened.
             optional=True,
-        )
+        ),
+        Extension(
+            "nearkv.attention._native",
+            ["sw/nearkv/attention/native.cpp"],
+            depends=[f"sw/nearkv/attention/{name}" for name in ("native.cpp", "native.py")]
+            + ["hw/nearkv_hw/abi.py", "hw/nearkv_hw/number.py"],
+            extra_compile_args=native.COMPILE_ARGS,
+            language="c++",
+            optional=True,  # numpy takes its place
+        ),
     ],
 )

@@ -51,8 +51,8 @@ def verilog(config: Config, family: str = "generic") -> str:
         )  # fmt: skip
     except YosysError as error:
         raise RuntimeError(
-            f"Amaranth found no usable Yosys ({error}); install it with "
-            "pip install 'nearkv[hardware]'"
+            "Verilog needs the extra 'hardware'; install it with: pip install 'nearkv[hardware]' "
+            f"(Amaranth found no usable Yosys: {error})"
         ) from error
 
 

@@ -156,10 +156,10 @@ def score_scale(scale: float, kv_type: KvType) -> tuple[int, int]:
     Raises
     ------
     ValueError
-        If scale is not positive and finite.
+        If scale is not positive, or too large.
     """
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be positive and finite, not {scale}")
+    if not (scale > 0 and math.isfinite(scale * math.log2(math.e))):
+        raise ValueError(f"scale must be positive and below 1.2e308, not {scale}")
     fraction, exponent = math.frexp(scale * math.log2(math.e))
     mantissa = round(fraction * (1 << SCALE_BITS))
     if mantissa == 1 << SCALE_BITS:

@@ -11,7 +11,7 @@ import sys
 import google_crc32c
 import numpy as np
 
-from .abi import BLOCK_TOKENS, KvType, PageLayout, Record
+from .abi import BLOCK_TOKENS, KvType, PageLayout, Record, check_head_dim
 from .number import KV_FORMATS
 
 
@@ -55,41 +55,80 @@ def default_kv_dtype(dtype) -> str:
     return "bf16" if str(dtype).endswith("bfloat16") else "fp16"
 
 
+def page_channels(head_dim: int) -> int:
+    """Channels that a page has for heads of this size: filled up with zeros, which change no score.
+
+    Raises
+    ------
+    ValueError
+        If no page has room for such heads.
+    """
+    channels = -(-head_dim // BLOCK_TOKENS) * BLOCK_TOKENS
+    try:
+        check_head_dim(channels)
+    except ValueError as error:
+        raise ValueError(f"heads of {head_dim} channels fit no page: {error}") from None
+    return channels
+
+
 def is_torch(x) -> bool:
     """Whether x is a torch tensor. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def to_patterns(x, kv_type: KvType) -> np.ndarray:
+def check_real(x, name: str) -> None:
+    """Raise TypeError unless x is an array of floating-point numbers, numpy's or torch's."""
+    if is_torch(x):
+        if x.is_floating_point():
+            return
+    elif x.dtype.kind == "f" or x.dtype.name == "bfloat16":
+        return
+    raise TypeError(
+        f"{name} must be floating-point numbers (float16, bfloat16, float32, float64), not "
+        f"{x.dtype}; convert it first"
+    )
+
+
+def to_patterns(x, kv_type: KvType, *, patterns: bool = False) -> np.ndarray:
     """Real numbers as fp16 or bf16 bit patterns, rounded to nearest, ties to even.
 
     Parameters
     ----------
     x : numpy (float16, float32, float64, ml_dtypes.bfloat16) or torch floating-point tensor
-        Any shape; on any device. uint16 arrays are taken to be patterns already.
+        Any shape; on any device.
     kv_type : KvType
+    patterns : bool
+        x may be patterns already: uint16 arrays are returned as they are.
 
     Returns
     -------
     uint16, the shape of x
-        Not necessarily a copy. NaN stays NaN; what is too large becomes Inf. `check_finite` refuses
-        both.
+        Not necessarily a copy. NaN stays NaN; what is too large becomes Inf. `first_non_finite`
+        finds both.
+
+    Raises
+    ------
+    TypeError
+        If x is of another type.
     """
     if is_torch(x):
         import torch
 
+        check_real(x, "x")
         kind = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}[kv_type]
         return x.detach().to("cpu", kind).contiguous().view(torch.int16).numpy().view(np.uint16)
     x = np.asarray(x)
-    if x.dtype == np.uint16:
+    if patterns and x.dtype == np.uint16:
         return x
+    check_real(x, "x")
     if x.dtype.name == "bfloat16" and kv_type == KvType.BF16:
         return x.view(np.uint16)
     if kv_type == KvType.FP16:
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
@@ -109,6 +148,19 @@ def first_non_finite(patterns: np.ndarray, kv_type: KvType) -> tuple[int, ...] |
     if not bad.any():
         return None
     return tuple(int(i) for i in np.argwhere(bad)[0])
+
+
+def cause_of_non_finite(x, at: tuple[int, ...], kv_type: KvType) -> str:
+    """Why element `at` of x has become Inf or NaN in this type, and what to do about it.
+
+    x : as for `to_patterns`, before it was rounded
+    """
+    value = None if x.dtype == np.uint16 else float(x[at])
+    if value is None or not np.isfinite(value):
+        return "the model computed it; nothing was written"
+    if kv_type == KvType.BF16:
+        return f"{value} is beyond bf16 (3.39e38); scale K and V down; nothing was written"
+    return f"{value} is beyond fp16 (65504); store K and V as bf16: kv_dtype='bf16'"
 
 
 def pack(layout: PageLayout, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:

@@ -12,6 +12,7 @@ both are imported, in whichever order.
 
 from typing import TYPE_CHECKING
 
+from . import extras
 from .attention import attend, merge
 from .cards import CardError, open_card
 from .hf import registration
@@ -27,7 +28,8 @@ registration.install()
 
 def __getattr__(name):
     if name == "NearStorageCache":  # needs torch and transformers
-        from .hf.cache import NearStorageCache
+        with extras.needed_by("NearStorageCache"):
+            from .hf.cache import NearStorageCache
 
         return NearStorageCache
     if name == "__version__":

@@ -9,6 +9,7 @@ and prices, keeps its default; the file says so and is meant to be edited.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+import json
 import os
 from pathlib import Path
 import random
@@ -46,8 +47,11 @@ class Profile:
     def toml(self, where: str) -> str:
         """A machine file."""
         gpu = "".join(f"{name} = {value:.4g}\n" for name, value in (self.gpu or {}).items())
+        source = f"measured: {self.cores} cores, drive behind {where}"
+        # A JSON text is one of TOML, but for these: bytes that are not UTF-8, and DEL.
+        source = source.encode(errors="replace").decode().replace("\x7f", "?")
         return f"""\
-source = "measured: {self.cores} cores, drive behind {where}"
+source = {json.dumps(source, ensure_ascii=False)}
 
 [host]
 memory_bytes = {self.memory_bytes:.4g}

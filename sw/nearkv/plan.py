@@ -4,13 +4,18 @@
 The arithmetic is `nearkv_sim.system`, loaded when the command runs.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 import json
 from pathlib import Path
 import re
+import shlex
 import tempfile
 import textwrap
+
+from . import extras
+from .arguments import MOST, amount, existing_directory, whole
 
 ACCURACY = {"exact": 0.0, "8bit": 0.01, "4bit": 0.2}
 BAR = 30
@@ -26,32 +31,81 @@ def tokens(text: str) -> int:
     ValueError
         If it is none of these.
     """
-    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    match = re.fullmatch(r"([0-9]{1,18})([kKmM]?)", text)
     if not match or not int(match[1]):
         raise ValueError(f"a number of tokens such as 4096, 128k or 1M, not {text!r}")
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 
 
+# Options with a value, and what they are where they are not given.
+_DEFAULTS = {
+    "model": "qwen2.5-32b", "machine": "smartssd-x16", "context": 32768, "batch": 16, "output": 64,
+    "accuracy": "exact", "min_drive_years": 0.0, "kv_dir": None,
+}  # fmt: skip
+_WORK = ("model", "machine", "context", "batch", "output")
+_PLAN = (*_WORK, "accuracy", "sparse", "min_drive_years", "events", "json")
+# What each thing to do, of which there is one at a time, takes into account.
+_TAKES = {
+    "list": ("json",),
+    "reproduce": ("json",),
+    "leave_one_out": ("json",),
+    "measure": ("kv_dir", "json"),
+    "scale": (*_WORK, "events", "json"),
+    "sweep": _WORK,
+}
+
+
+def _tokens(text: str) -> int:
+    try:
+        value = tokens(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be {error}") from None
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST}, not {text}")
+    return value
+
+
 def add_arguments(parser) -> None:
     """Add the options of `nearkv plan` to an argparse parser."""
     add = parser.add_argument
-    add("--model", default="qwen2.5-32b", metavar="M", help="name or .toml file (%(default)s)")
-    add("--machine", default="smartssd-x16", metavar="M", help="name or .toml file (%(default)s)")
-    add("--context", type=tokens, default=32768, metavar="N", help="tokens, such as 128k (32k)")
-    add("--batch", type=int, default=16, metavar="N", help="sequences (%(default)s)")
-    add("--output", type=int, default=64, metavar="N", help="tokens to generate (%(default)s)")
-    add("--accuracy", choices=ACCURACY, default="exact", help="how K and V may be stored (exact)")
+    default = _DEFAULTS
+    add("--model", metavar="M", help=f"name or .toml file ({default['model']})")
+    add("--machine", metavar="M", help=f"name or .toml file ({default['machine']})")
+    add("--context", type=_tokens, metavar="N", help="tokens, such as 128k (32k)")
+    add("--batch", type=whole(), metavar="N", help=f"sequences ({default['batch']})")
+    add("--output", type=whole(), metavar="N", help=f"tokens to generate ({default['output']})")
+    add("--accuracy", choices=ACCURACY, help=f"how K and V may be stored ({default['accuracy']})")
     add("--sparse", action="store_true", help="permit reading only half of the pages")
-    add("--min-drive-years", type=float, default=0.0, metavar="Y", help="years drives have to last")
+    add("--min-drive-years", type=amount, metavar="Y", help="years drives have to last (0)")
+    add("--events", action="store_true", help="also simulate the step, or cluster, event by event")
+    add(
+        "--kv-dir",
+        type=existing_directory,
+        metavar="DIR",
+        help="on the drive to profile (temporary files')",
+    )
+    add("--json", action="store_true", help="print JSON")
+    add = parser.add_argument_group("instead of a plan").add_mutually_exclusive_group().add_argument
+    add("--list", action="store_true", help="models and machines that come with the package")
     add("--reproduce", action="store_true", help="published results beside what the model predicts")
     add("--leave-one-out", action="store_true", help="fit without each system, then predict it")
     add("--scale", action="store_true", help="hosts x drives, and where more stop helping")
-    add("--events", action="store_true", help="also simulate the step, or cluster, event by event")
-    add("--measure", type=Path, metavar="FILE", help="profile this machine into a machine file")
-    add("--kv-dir", type=Path, metavar="DIR", help="on the drive to profile (temporary files')")
+    add(
+        "--measure",
+        type=_new_machine,
+        metavar="FILE",
+        help="profile this machine into a machine file",
+    )
     add("--sweep", type=Path, metavar="DIR", help="write sweep.csv, report.html and report.png")
-    add("--list", action="store_true", help="models and machines that come with the package")
-    add("--json", action="store_true", help="print JSON")
+
+
+def _new_machine(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".toml":
+        raise argparse.ArgumentTypeError(f"a machine file is called NAME.toml, not {text}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent} for {path.name}")
+    return path
 
 
 def run(args) -> int:
@@ -60,26 +114,39 @@ def run(args) -> int:
     Raises
     ------
     ValueError
-        If a name, a number or the work as a whole is not possible; the message says what is.
-    ImportError
-        If a package that the system model needs is missing.
+        If a name, a number, the options together or the work as a whole are not possible; the message
+        says what is.
+    ModuleNotFoundError
+        If the extra that it needs is not installed.
     """
-    try:
-        from nearkv_sim.system import describe
-    except ImportError as error:
-        raise ImportError(
-            f"nearkv plan needs the package {error.name}: pip install 'nearkv[plan]'"
-        ) from error
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    mode = next((mode for mode in _TAKES if mode in given), None)
+    takes = _TAKES[mode] if mode else (*_PLAN,)
+    for name in (*_PLAN, "kv_dir"):
+        if name in given and name not in takes:
+            what = f"--{mode.replace('_', '-')}" if mode else "a plan"
+            options = ", ".join(f"--{one.replace('_', '-')}" for one in takes)
+            raise ValueError(
+                f"--{name.replace('_', '-')} makes no difference to {what}; what does: {options}"
+            )
+    for name, value in _DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.measure:
+        return _measure(args)
+    with extras.needed_by("nearkv plan"):
+        return _run(args)
+
+
+def _run(args) -> int:
+    from nearkv_sim.system import describe
+
     if args.list:
         return _list(args, describe)
     if args.reproduce:
         return _reproduce(args)
     if args.leave_one_out:
         return _leave_one_out(args)
-    if args.measure:
-        return _measure(args)
-    if args.batch < 1 or args.output < 1:
-        raise ValueError("--batch and --output must be at least 1")
     model, machine = describe.load_model(args.model), describe.load_machine(args.machine)
     work = describe.Work(batch=args.batch, context=args.context, output=args.output)
     if args.sweep:
@@ -94,15 +161,17 @@ def run(args) -> int:
 
 
 def _measure(args) -> int:
+    extras.require("nearkv plan --measure", "torch", "transformers")
     from . import measure
 
     directory = args.kv_dir or Path(tempfile.gettempdir())
     profile = measure.measure(directory)
-    args.measure.write_text(profile.toml(str(directory)))
+    args.measure.write_text(profile.toml(str(directory)), encoding="utf-8")
     if args.json:
         print(json.dumps(profile.as_dict(), indent=1))
     else:
-        print(f"{args.measure.read_text()}\nplan with it: nearkv plan --machine {args.measure}")
+        text = args.measure.read_text(encoding="utf-8")
+        print(f"{text}\nplan with it: nearkv plan --machine {shlex.quote(str(args.measure))}")
     return 0
 
 

@@ -114,7 +114,7 @@ def test_scale_turns_sums_into_log2_units_within_2_to_the_minus_24(scale, kv_typ
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_scale_must_be_positive_and_finite(scale):
-    with pytest.raises(ValueError, match="scale must be positive and finite"):
+    with pytest.raises(ValueError, match="scale must be positive and below"):
         number.score_scale(scale, KvType.FP16)
 
 

@@ -83,9 +83,19 @@ def test_patterns_of_all_families_agree():
     for kv_type in KvType:
         a = pages.to_patterns(x, kv_type)
         np.testing.assert_array_equal(a, pages.to_patterns(torch.from_numpy(x), kv_type))
-        np.testing.assert_array_equal(a, pages.to_patterns(a, kv_type))
+        np.testing.assert_array_equal(a, pages.to_patterns(a, kv_type, patterns=True))
         np.testing.assert_array_equal(pages.to_patterns(pages.to_float32(a, kv_type), kv_type), a)
     assert pages.to_patterns(np.float32([1e5]), KvType.FP16) == 0x7C00
+    assert pages.to_patterns(np.array([1e300]), KvType.BF16) == 0x7F80
+
+
+def test_numbers_that_are_not_floating_point_are_refused():
+    for x in (np.ones(3, np.uint16), np.ones(3, np.int64), np.ones(3, bool), np.ones(3, complex),
+              torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.bool)):  # fmt: skip
+        with pytest.raises(TypeError, match="must be floating-point numbers .*; convert it first"):
+            pages.to_patterns(x, KvType.FP16)
+    with pytest.raises(TypeError, match="not uint8"):
+        pages.to_patterns(np.ones(3, np.uint8), KvType.FP16, patterns=True)
 
 
 def test_kv_types_have_names():

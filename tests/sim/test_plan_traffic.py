@@ -78,7 +78,7 @@ def test_groups_wider_than_the_array_read_card_memory_again_but_not_flash():
     assert many.kv_bytes == 3 * one.kv_bytes
 
 
-def test_a_span_longer_than_a_job_takes_several():
+def test_more_pages_than_a_job_has_take_several():
     layout = abi.PageLayout(128)
     limit = traffic.pages_per_job(128)
     assert limit * 128 == 262144
@@ -134,8 +134,8 @@ class CountingCard:
         self.read += nbytes
         return self._card.read_job(offset, nbytes)
 
-    def run(self, *args, **kwargs):
-        counters = self._card.run(*args, **kwargs)
+    def finish_run(self, *args, **kwargs):
+        counters = self._card.finish_run(*args, **kwargs)
         self.runs += 1
         self.jobs += counters["n_jobs"]
         self.kv_beats += counters["kv_beats"]
@@ -196,7 +196,7 @@ def check_bytes(directory, card_name, head_dim, group, page_tokens, pages, **opt
         attention = PageAttention(counting, store)
         for layer in range(n_layers):
             q = rng.standard_normal((len(pages), n_kv_heads, group, head_dim))
-            attention.attend(layer, range(len(pages)), q, head_dim**-0.5)
+            attention.attend(layer, range(len(pages)), q, head_dim**-0.5, pages)
     expect = traffic.decode_traffic(
         layout,
         pages,
@@ -204,7 +204,7 @@ def check_bytes(directory, card_name, head_dim, group, page_tokens, pages, **opt
         n_q_heads=n_kv_heads * group,
         n_kv_heads=n_kv_heads,
         rows=card.rows,
-        span_pages=attention.span_pages,
+        job_pages=attention.job_pages,
         n_launches=counting.runs,
         spilled_pages=n_layers * n_kv_heads * sum(pages),
     )

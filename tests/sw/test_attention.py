@@ -107,17 +107,65 @@ def test_attend_refuses_what_does_not_fit(card):
     q, k, v = _qkv(40)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 kv heads"):
         nearkv.attend(q, *(np.zeros((4, 3, 64)) for _ in "kv"), card=card)
-    with pytest.raises(ValueError, match="head_dim must be a multiple of 32.*not 80"):
-        nearkv.attend(*_qkv(40, head_dim=80), card=card)
+    with pytest.raises(ValueError, match="heads of 260 channels fit no page"):
+        nearkv.attend(*_qkv(40, head_dim=260), card=card)
     with nearkv.open_card("model", config="tiny") as tiny:
         with pytest.raises(ValueError, match="built for head_dim up to 64, not 128"):
             nearkv.attend(*_qkv(40, head_dim=128), card=tiny)
         _check(nearkv.attend(q, k, v, card=tiny), q, k, v)
     k[3, 1, 5] = np.nan
-    with pytest.raises(ValueError, match="K of layer 0, sequence 0, kv head 1, token 3"):
+    with pytest.raises(
+        ValueError, match="Inf or NaN in K, token 3, kv head 1, channel 5: the model computed it"
+    ):
         nearkv.attend(q, k, v, card=card)
     with pytest.raises(ValueError, match="q must be finite"):
         nearkv.attend(q * np.float16(np.inf), v, v, card=card)
+
+
+@pytest.mark.parametrize("head_dim", [1, 20, 80, 112, 250])
+def test_heads_of_any_size_are_filled_up_with_zeros(card, head_dim):
+    q, k, v = _qkv(200, 4, 2, head_dim)
+    out, lse_ln = nearkv.attend(q, k, v, card=card)
+    assert out.shape == (4, head_dim)
+    _check((out, lse_ln), q, k, v)
+    # Channels of zeros change no bit.
+    wide = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -head_dim % 32)]) for x in (q, k, v)]
+    wide_out, wide_lse = nearkv.attend(*wide, card=card, scale=head_dim**-0.5)
+    np.testing.assert_array_equal(wide_out[:, :head_dim], out)
+    np.testing.assert_array_equal(wide_lse, lse_ln)
+
+
+def test_attend_says_what_is_wrong_with_its_arrays(card, tmp_path):
+    q, k, v = _qkv(40)
+
+    def refused(match, *qkv, kind=ValueError, **options):
+        with pytest.raises(kind, match=match):
+            nearkv.attend(*qkv, card=card, directory=tmp_path / "none", **options)
+        assert not list(tmp_path.iterdir())
+
+    refused(r"q must have shape \(n_q_heads, head_dim\), not \(1, 4, 64\)", q[None], k, v)
+    refused(r"k must have shape \(kv_len, n_kv_heads, head_dim\), not \(40, 64\)", q, k[:, 0], v)
+    refused(r"v must have the shape of k, \(40, 2, 64\), not \(39, 2, 64\)", q, k, v[1:])
+    refused(r"v must have the shape of k", q, k, v[..., :32])
+    refused("need at least one head, not 4 and 0", q, k[:, :0], v[:, :0])
+    refused("need at least one head, not 0 and 2", q[:0], k, v)
+    refused("q has head_dim 64 and k 32", q, k[..., :32], v[..., :32])
+    for scale in (0, -1.0, np.nan, np.inf, 1.7e308):
+        refused("scale must be positive and below 1.2e308", q, k, v, scale=scale)
+    for x in (k.view(np.uint16), k.astype(np.int32), k > 0, torch.from_numpy(k.view(np.int16))):
+        refused("k must be floating-point numbers", q, x, v, kind=TypeError)
+        refused("v must be floating-point numbers", q, k, x, kind=TypeError)
+    refused("q must be floating-point numbers", q.astype(np.int8), k, v, kind=TypeError)
+    large = k.astype(np.float64)
+    large[3, 1, 5] = 1e5
+    refused(r"K, token 3, kv head 1, channel 5: 100000.0 is beyond fp16 \(65504\); store .* as bf16",
+            q, large, v)  # fmt: skip
+    large[3, 1, 5] = 3.4e38
+    refused(
+        r"3.4e\+38 is beyond bf16 \(3.39e38\); scale K and V down", q, v, large, kv_dtype="bf16"
+    )
+    refused(r"beyond bf16", torch.from_numpy(q), torch.from_numpy(large), torch.from_numpy(v),
+            kv_dtype="bf16")  # fmt: skip
 
 
 # --- merge -----------------------------------------------------------------------------------
@@ -159,31 +207,36 @@ def _stored(store, kv_len, seed=0, sequence=0, magnitude=1.0):
 
 def _assert_same_bits(a: Partial, b: Partial):
     np.testing.assert_array_equal(a.run_max, b.run_max)
-    for mine, its in zip(a._wides(), b._wides(), strict=True):
-        np.testing.assert_array_equal(mine.pack(), its.pack())
+    np.testing.assert_array_equal(a.sums.pack(), b.sums.pack())
 
 
-class _Spans(PageAttention):
+def _attend(attention, layer, sequences, q, scale):
+    """Attend to all pages there are."""
+    n_pages = [attention.store.n_pages(sequence, layer) for sequence in sequences]
+    return attention.attend(layer, sequences, q, scale, n_pages)
+
+
+class _ShortJobs(PageAttention):
     """Pages cut into jobs of a given length."""
 
-    def __init__(self, card, store, span_pages):
+    def __init__(self, card, store, job_pages):
         super().__init__(card, store)
         for ring in self._rings:
-            ring.span_pages = min(ring.span_pages, span_pages)
+            ring.room = ring.room._replace(job_pages=min(ring.room.job_pages, job_pages))
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    kv_len=st.integers(1, 400), span_pages=st.integers(1, 13), seed=st.integers(0, 2**32 - 1),
+    kv_len=st.integers(1, 400), job_pages=st.integers(1, 13), seed=st.integers(0, 2**32 - 1),
     magnitude=st.sampled_from([1e-3, 1.0, 30.0]),
 )  # fmt: skip
 def test_splitting_at_page_boundaries_changes_no_bit(
-    card, tmp_path_factory, kv_len, span_pages, seed, magnitude
+    card, tmp_path_factory, kv_len, job_pages, seed, magnitude
 ):
     with KvStore(tmp_path_factory.mktemp("kv"), PageLayout(32, 32), 1, temporary=True) as store:
         q = _stored(store, kv_len, seed, magnitude=magnitude)
-        whole = PageAttention(card, store).attend(0, [0], q, 0.2)
-        split = _Spans(card, store, span_pages).attend(0, [0], q, 0.2)
+        whole = _attend(PageAttention(card, store), 0, [0], q, 0.2)
+        split = _attend(_ShortJobs(card, store, job_pages), 0, [0], q, 0.2)
         _assert_same_bits(whole, split)
 
 
@@ -195,7 +248,7 @@ def test_partials_add_up_in_any_order_and_grouping(card, tmp_path_factory, seed,
         for part in range(4):
             q = _stored(store, 40 * part + 1, seed + part, sequence=part, magnitude=4.0**part)
         for part in range(4):
-            parts.append(attention.attend(0, [part], q, 0.2))
+            parts.append(_attend(attention, 0, [part], q, 0.2))
         a, b, c, d = parts
         w, x, y, z = (parts[i] for i in order)
         _assert_same_bits((a + b) + (c + d), ((w + x) + y) + z)
@@ -229,14 +282,14 @@ def test_small_memories_take_several_runs_and_change_no_bit(card, tmp_path):
             store.append(sequence, 3, *(rng.standard_normal(shape) for _ in "kv"))
         q = rng.standard_normal((3, 2, 21, 64))
         big = PageAttention(card, store)
-        whole = big.attend(3, range(3), q, 0.125)
+        whole = _attend(big, 3, range(3), q, 0.125)
         assert big.figures.runs == 1
         needed = abi.partial_bytes(64, 8) + 64 * 64 + 64 + 1024
         with nearkv.open_card(
             "model", kv_bytes=3 * layout.page_bytes, job_bytes=-(-2 * needed // 4096) * 4096
         ) as small_card:
             small = PageAttention(small_card, store)
-            _assert_same_bits(small.attend(3, range(3), q, 0.125), whole)
+            _assert_same_bits(_attend(small, 3, range(3), q, 0.125), whole)
             assert small.figures.runs > 6
             some = small.attend(3, [0, 2], q[[0, 2]], 0.125, [2, 3])
         _assert_same_bits(big.attend(3, [0, 2], q[[0, 2]], 0.125, [2, 3]), some)
@@ -270,7 +323,7 @@ def test_memories_that_are_too_small_are_named(card, tmp_path):
                 PageAttention(small, store)
         with nearkv.open_card("model", job_bytes=4096) as small:
             with pytest.raises(ValueError, match="job_bytes must hold a job of"):
-                PageAttention(small, store).attend(0, [0], q, 1.0)
+                _attend(PageAttention(small, store), 0, [0], q, 1.0)
 
 
 # --- errors ----------------------------------------------------------------------------------
@@ -294,7 +347,7 @@ def test_a_flipped_bit_in_a_page_file_is_a_card_error_that_names_the_page(card, 
         _flip(path, offset + 77 + (layout.part_bytes if part == "V" else 0))
         q = np.ones((1, 2, 3, 64))
         with pytest.raises(CardError, match=f"CRC-32C mismatch in a {part} part") as caught:
-            _Spans(card, store, 2).attend(6, [1], q, 0.125)
+            _attend(_ShortJobs(card, store, 2), 6, [1], q, 0.125)
         message = str(caught.value)
         assert "page 3 of layer 6, sequence 1, kv head 1" in message
         assert str(path) in message
@@ -313,7 +366,7 @@ def test_a_truncated_page_file_is_a_flash_error_that_names_the_page(card, tmp_pa
             file.truncate(offset)
         with pytest.raises(FlashError, match="page 2 of layer 0, sequence 0, kv head 0.*truncated|"
                            "truncated.*page 2 of layer 0, sequence 0, kv head 0"):  # fmt: skip
-            PageAttention(card, store).attend(0, [0], q, 0.125)
+            _attend(PageAttention(card, store), 0, [0], q, 0.125)
 
 
 def test_inf_that_got_past_the_store_is_reported(card, tmp_path, monkeypatch):
@@ -323,7 +376,7 @@ def test_inf_that_got_past_the_store_is_reported(card, tmp_path, monkeypatch):
         k[0, 40, 3] = np.inf
         store.append(0, 0, np.ones_like(k), k)
         with pytest.raises(CardError, match="page 1 of layer 0.*Inf or NaN in K or V"):
-            PageAttention(card, store).attend(0, [0], np.ones((1, 1, 1, 64)), 1.0)
+            _attend(PageAttention(card, store), 0, [0], np.ones((1, 1, 1, 64)), 1.0)
 
 
 def test_scores_out_of_range_are_an_error(card):
@@ -334,19 +387,19 @@ def test_scores_out_of_range_are_an_error(card):
 
 def test_a_job_without_an_answer_is_an_error(tmp_path):
     with nearkv.open_card("model") as silent, KvStore(tmp_path, PageLayout(64, 32), 1) as store:
-        execute = silent._backend.execute
+        execute = silent.executor.backend.execute
 
         def forget(kv, job, *args):
             before = job.copy()
             execute(kv, job, *args)
             job[abi.SUMMARY.bytes :] = before[abi.SUMMARY.bytes :]
 
-        silent._backend.execute = forget
+        silent.executor.backend.execute = forget
         q = _stored(store, 32)
         with pytest.raises(
             CardError, match="layer 0, sequence 0, kv head 0: no status was written"
         ):
-            PageAttention(silent, store).attend(0, [0], q, 0.125)
+            _attend(PageAttention(silent, store), 0, [0], q, 0.125)
 
 
 # --- the simulated hardware ------------------------------------------------------------------
@@ -366,11 +419,11 @@ def test_the_rtl_card_gives_the_bits_of_the_model_card(rtl_card, tmp_path):
         with KvStore(tmp_path, PageLayout(64, 32), 2) as store:
             q = _stored(store, 75)
             partials = [
-                PageAttention(card, store).attend(0, [0], q, 0.125)
+                _attend(PageAttention(card, store), 0, [0], q, 0.125)
                 for card in (rtl_card, model_card)
             ]
             _assert_same_bits(*partials)
             path, offset = store.locate(PageId(0, 0, 1, 1))
             _flip(path, offset)
             with pytest.raises(CardError, match="page 1 of layer 0, sequence 0, kv head 1"):
-                PageAttention(rtl_card, store).attend(0, [0], q, 0.125)
+                _attend(PageAttention(rtl_card, store), 0, [0], q, 0.125)

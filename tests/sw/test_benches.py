@@ -40,3 +40,21 @@ def test_bench_decode(capsys, tmp_path):
         record = json.loads((_RECORDS / f"{name}.json").read_text())
         assert set(record) == set(figures)
         assert "directory" not in record["arguments"]
+
+
+@pytest.mark.model
+def test_bench_step(capsys, tmp_path):
+    arguments = ["--directory", str(tmp_path), "--context", "150", "--tokens", "2", "--rounds", "2"]
+    figures = _run(capsys, "step", *arguments)
+    (row,) = figures["runs"]
+    assert row["context"] == 150
+    parts = row["ms_a_layer"]
+    assert set(parts) == {"attention", "drive", "card", "host", "attention, own"}
+    assert 0 < parts["card"] < parts["attention"]
+    assert 0 < parts["host"] < parts["attention"]
+    assert len(row["tokens_per_s_by_round"]["nearkv"]) == 2
+    assert cli.main(["bench", "step", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "behind 150 tokens" in lines[0]
+    assert "the host itself" in lines[1]
+    assert "goal 0.5" in lines[1]

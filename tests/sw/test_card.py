@@ -3,14 +3,14 @@
 
 import os
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from nearkv.cards import Card, CardError, MemoryCard, open_card
-from nearkv.cards import card as card_module
-from nearkv.io import FlashError, PageId, Read
+from nearkv.cards import Card, CardError, Simulated, open_card, opening
+from nearkv.io import FlashError, JobMemory, KvMemory, PageId, Read
 from nearkv_hw import abi
 from nearkv_hw.config import PRESETS, preset
 
@@ -35,8 +35,9 @@ class Backend:
         self.closed += 1
 
 
-def _card(backend=None, **options):
-    return MemoryCard("test", backend or Backend(), kv_bytes=1 << 16, job_bytes=1 << 16, **options)
+def _card(open_backend=Backend, **options):
+    kv, job = KvMemory(1 << 16), JobMemory(1 << 16)
+    return Card("test", kv, job, Simulated(open_backend), **options)
 
 
 def test_open_card_gives_the_build_that_was_asked_for():
@@ -53,22 +54,20 @@ def test_unknown_cards_are_answered_with_those_there_are():
     for name in ("modell", "", "xrt:0"):
         with pytest.raises(CardError, match=f"no card '{name}'; there are 'model', ") as caught:
             open_card(name)
-        assert all(repr(known) in str(caught.value) for known in card_module._FAMILIES)
+        assert all(repr(known) in str(caught.value) for known in opening._FAMILIES)
     with pytest.raises(CardError, match="'model:1'.*without a number"):
         open_card("model:1")
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(
-        card_module._FAMILIES, "odd", card_module._simulated("not_there.card", "Card", 1.0)
-    )
+    monkeypatch.setitem(opening._FAMILIES, "odd", opening._simulated("not_there.card", "Card", 1.0))
     with pytest.raises(CardError, match="needs the package not_there.*pip install not_there"):
         open_card("odd")
 
 
 def test_memory_sizes_are_pages():
     with pytest.raises(ValueError, match="kv_bytes must be a positive multiple of 4096, not 100"):
-        MemoryCard("test", Backend(), kv_bytes=100)
+        open_card("model", kv_bytes=100)
 
 
 def test_job_memory_keeps_what_was_written_and_guards_its_ends():
@@ -91,8 +90,8 @@ def test_loads_arrive_where_they_should(tmp_path):
     (tmp_path / "pages").write_bytes(data.tobytes())
     with _card() as card:
         card.load([_read(tmp_path / "pages", 8192, 12288), _read(tmp_path / "pages")])
-        np.testing.assert_array_equal(card._kv_seen[12288:20480], data)
-        np.testing.assert_array_equal(card._kv_seen[:4096], data[:4096])
+        np.testing.assert_array_equal(card._kv.simulated()[12288:20480], data)
+        np.testing.assert_array_equal(card._kv.simulated()[:4096], data[:4096])
         card.load([])
         with pytest.raises(ValueError, match="kv memory"):
             card.load([_read(tmp_path / "pages", 8192, 61440)])
@@ -108,13 +107,16 @@ def test_a_short_file_fails_the_load_and_leaves_the_card_usable(tmp_path):
 
 def test_a_load_that_hangs_says_what_it_waited_for(tmp_path, drive, reader_kind):
     (tmp_path / "pages").write_bytes(bytes(4096))
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.3}
+    arrives = threading.Event()
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     with _card(reader=reader_kind) as card:
         with pytest.raises(CardError, match=r"0\.05 s, 1 of 1 reads.*page 4 of layer 1.*pages"):
             card.load([_read(tmp_path / "pages")], timeout_s=0.05)
         with pytest.raises(CardError, match="unusable after a load"):
             card.load([])
-        time.sleep(0.4)
+        (late,) = card._late
+        arrives.set()
+        late.wait(30)
         card.load([])
 
 
@@ -124,7 +126,7 @@ def test_a_run_that_takes_too_long_says_so():
             time.sleep(timeout_s)
             raise TimeoutError("12 beats read")
 
-    with _card(Slow(), timeout_s=0.01) as card:
+    with _card(Slow, timeout_s=0.01) as card:
         with pytest.raises(CardError, match=r"3 jobs did not end within 0\.01 s: 12 beats read"):
             card.run(0, 3, 1024)
         with pytest.raises(CardError, match="open it again"):
@@ -136,7 +138,7 @@ def test_a_backend_that_breaks_is_a_card_error():
         def execute(self, *args):
             raise RuntimeError("burst crosses 4096 bytes")
 
-    with _card(Broken()) as card, pytest.raises(CardError, match="'test': burst crosses 4096"):
+    with _card(Broken) as card, pytest.raises(CardError, match="'test': burst crosses 4096"):
         card.run(0, 1, 1024)
 
 
@@ -150,13 +152,13 @@ def test_a_backend_that_breaks_is_a_card_error():
     ],
 )
 def test_a_summary_that_does_not_fit_is_refused(wrong, message):
-    with _card(Backend(**wrong)) as card, pytest.raises(CardError, match=message) as caught:
+    with _card(lambda: Backend(**wrong)) as card, pytest.raises(CardError, match=message) as caught:
         card.run(0, 2, 1024)
     assert caught.value.counters["n_jobs"] == wrong.get("n_jobs", 2)
 
 
 def test_the_summary_is_returned():
-    with _card(Backend(cycles=77)) as card:
+    with _card(lambda: Backend(cycles=77)) as card:
         assert card.run(0, 2, 1024)["cycles"] == 77
         with pytest.raises(ValueError, match="job memory"):
             card.run(65536, 1, 0)
@@ -164,7 +166,7 @@ def test_the_summary_is_returned():
 
 def test_closed_cards_refuse_work():
     backend = Backend()
-    with _card(backend) as card:
+    with _card(lambda: backend) as card:
         pass
     card.close()
     assert backend.closed == 1

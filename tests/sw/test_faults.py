@@ -2,7 +2,7 @@
 """One sequence of a batch goes wrong: it is named and taken out, the others do not notice."""
 
 import errno
-import os
+import threading
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
 from nearkv import CardError, FlashError, NearStorageCache
 from nearkv.cards import open_card
 from nearkv.io import PageId
+from nearkv.store.writer import PageWriter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEP, NEW_TOKENS, PAD = 10, 36, 3  # of the fault; in all
@@ -88,37 +89,36 @@ def _check(got, expected, cache, dropped):
             assert torch.equal(got[row], expected[row])
 
 
-def _path(cache, row):
-    return next(cache.store.directory.glob(f"sequence-{row:06d}.kv"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cards", [1, 2])
-def test_a_row_whose_drive_fails_is_dropped(model, make, expected, drive, cards, reader_kind):
+def test_a_row_whose_drive_fails_is_dropped(model, make, expected, faults_of, cards, reader_kind):
     cache = make(cards, reader_kind)
-    bad = {}
-    drive.fate = lambda name, *_: bad.get(name)
-    got = _generate(model, cache, lambda: bad.update({"sequence-000001.kv": {"errno": errno.EIO}}))
+    bad = faults_of(cache.store)
+    got = _generate(model, cache, lambda: bad.__setitem__(1, {"errno": errno.EIO}))
     _check(got, expected, cache, [1])
     error = cache.faults[1]
     assert isinstance(error, FlashError)
     assert (error.page.sequence, error.errno) == (1, errno.EIO)
-    assert "sequence-000001.kv" in error.filename
+    assert "pages-" in error.filename
 
 
 @pytest.mark.slow
-def test_rows_whose_files_are_damaged_or_truncated_are_dropped(model, make, expected, caplog):
+def test_rows_whose_pages_are_damaged_or_missing_are_dropped(
+    model, make, expected, faults_of, caplog
+):
     cache = make()
+    bad = faults_of(cache.store)
 
     def damage():
         cache.store.flush()
-        path, offset = cache.store.locate(PageId(1, 0, 1, 1))
+        (path,) = cache.store.page_files()
+        _, offset = cache.store.locate(PageId(1, 0, 1, 1))
         with open(path, "r+b") as file:
             file.seek(offset + 100)
             byte = file.read(1)
             file.seek(offset + 100)
             file.write(bytes([byte[0] ^ 4]))
-        os.truncate(_path(cache, 2), 4096)
+        bad[2] = {"short": 0}  # as if the file ended there
 
     got = _generate(model, cache, damage)
     _check(got, expected, cache, [0, 2])
@@ -127,7 +127,7 @@ def test_rows_whose_files_are_damaged_or_truncated_are_dropped(model, make, expe
         assert isinstance(error, kind)
         assert what in str(error)
         assert error.page.sequence == row
-        assert f"sequence-{row:06d}.kv" in error.filename
+        assert "pages-0.kv" in error.filename
         assert str(error) in caplog.text
 
 
@@ -158,21 +158,22 @@ def test_a_row_with_nan_is_dropped_also_when_tokens_are_drawn(model, make):
 def test_rows_that_cannot_be_written_are_dropped_and_their_space_is_given_back(
     model, make, expected, monkeypatch
 ):
-    cache, real = make(), os.pwrite
+    cache, real = make(), PageWriter.write
 
-    def pwrite(fd, data, offset):
-        if os.readlink(f"/proc/self/fd/{fd}").endswith("sequence-000003.kv"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(fd, data, offset)
+    def write(writer, spills):
+        if any(spill.sequence == 3 for spill in spills):
+            raise FlashError("cannot write KV pages", errno=errno.ENOSPC,
+                             page=PageId(spills[0].layer, 3, 0, spills[0].position))  # fmt: skip
+        return real(writer, spills)
 
     def fill():
         cache.store.flush()
-        monkeypatch.setattr(os, "pwrite", pwrite)
+        monkeypatch.setattr(PageWriter, "write", write)
 
     got = _generate(model, cache, fill)
     assert list(cache.faults) == [3]
     assert cache.faults[3].errno == errno.ENOSPC
-    assert not list(cache.store.directory.glob("sequence-000003*"))
+    assert 3 not in cache.store.sequences()
     for row in (0, 1, 2):
         assert torch.equal(got[row], expected[row])
 
@@ -190,22 +191,24 @@ def test_when_all_rows_are_dropped_the_call_ends(model, make, drive):
 def test_raising_is_the_default(model, make, drive):
     cache, bad = make(on_fault="raise"), []
     drive.fate = lambda *_: {"errno": errno.EIO} if bad else None
-    with pytest.raises(FlashError, match="page 0 of layer 0, sequence 0"):
+    with pytest.raises(FlashError, match=r"page 0 of layer \d, sequence 0"):
         _generate(model, cache, lambda: bad.append(1))
     with pytest.raises(ValueError, match='on_fault must be "raise" or "drop", not \'ignore\''):
         make(on_fault="ignore")
 
 
 @pytest.mark.slow
-def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, drive, reader_kind):
-    cache, bad = make(reader=reader_kind), {}
-    drive.fate = lambda name, *_: bad.get(name)
+def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, faults_of, reader_kind):
+    cache = make(reader=reader_kind)
+    bad = faults_of(cache.store)
 
     def hang():
         cache.card.timeout_s = 1.5
-        bad["sequence-000003.kv"] = {"delay": 5}
+        bad[3] = {"until": go_on}
 
+    go_on = threading.Event()
     got = _generate(model, cache, hang)
+    go_on.set()
     _check(got, expected, cache, [3])
     assert "1.5 s" in str(cache.faults[3])
     assert cache.faults[3].page.sequence == 3
@@ -214,7 +217,7 @@ def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, drive, 
 @pytest.mark.slow
 def test_a_run_that_times_out_once_is_done_again(model, make, expected, monkeypatch, caplog):
     cache = make()
-    execute = type(cache.card._backend).execute
+    execute = type(cache.card.executor.backend).execute
     hang = []
 
     def sometimes(backend, *arguments):
@@ -223,7 +226,7 @@ def test_a_run_that_times_out_once_is_done_again(model, make, expected, monkeypa
             raise TimeoutError("it hangs")
         return execute(backend, *arguments)
 
-    monkeypatch.setattr(type(cache.card._backend), "execute", sometimes)
+    monkeypatch.setattr(type(cache.card.executor.backend), "execute", sometimes)
     got = _generate(model, cache, lambda: hang.append(1))
     _check(got, expected, cache, [])
     assert "it hangs; the card is reset and the work done again" in caplog.text

@@ -25,18 +25,17 @@ before = peak_kib()
 with nearkv.NearStorageCache(config, sys.argv[1], "twin") as cache:
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(1, heads, context, head_dim, generator=generator, dtype=torch.float16)
-    for index, layer in enumerate(cache.layers):
-        for at in range(0, context, 1024):  # a chunk at a time, as chunked prefill does
-            some = k[:, :, at : at + 1024]
-            layer.fill(some, some)
+    for at in range(0, context, 1024):  # a chunk at a time, as chunked prefill does
+        some = k[:, :, at : at + 1024]
+        cache.fill([(some, some)] * layers)
     given = k.nbytes
     del k
     module = types.SimpleNamespace(is_causal=True, training=False)
     for token in range(3):
         for layer in cache.layers:
             q, k, v = (torch.randn(1, heads, 1, head_dim, generator=generator).half() for _ in "qkv")
-            k, v = layer.update(k, v)
-            out = layer.attend(module, q, k.plain, v.plain, None, head_dim ** -0.5)
+            layer.update(k, v)
+            out = layer.attend(module, q, None, head_dim ** -0.5)
             assert torch.isfinite(out).all()
     assert cache.store.bytes_written >= 3 << 29
     assert cache.figures.kv_bytes >= 3 * (3 << 29)

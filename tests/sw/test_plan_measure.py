@@ -61,6 +61,13 @@ def test_a_profile_with_a_gpu_is_a_machine_with_one(tmp_path):
     assert describe.load_machine(str(path)).gpu == describe.Gpu(**gpu)
 
 
+@pytest.mark.parametrize("where", ["/a b", '/a"b', "/a\\b", "/a\nb", "/caf\u00e9\x7f", "/\udce9"])
+def test_a_profile_loads_whatever_the_directory_is_called(tmp_path, where):
+    path = tmp_path / "here.toml"
+    path.write_text(PROFILE.toml(where), encoding="utf-8")
+    assert describe.load_machine(str(path)).source.startswith("measured: 8 cores, drive behind /")
+
+
 @pytest.mark.slow
 def test_this_machine_can_be_measured_and_planned_for(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
@@ -78,7 +85,7 @@ def test_this_machine_can_be_measured_and_planned_for(tmp_path, capsys, monkeypa
     assert all(value is None or value > 0 for key, value in found.items() if key != "gpu")
     words = ["--machine", str(path), "--model", "smollm2-135m", "--context", "8k", "--batch", "4"]
     assert plan.run(parser.parse_args(words)) == 0
-    assert "attended by the CPUs" in capsys.readouterr().out
+    assert "nearkv stores K and V in fp16" in capsys.readouterr().out
 
 
 def test_the_runtimes_plan_is_the_optimisers(machine, config):

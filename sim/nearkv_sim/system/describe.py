@@ -5,19 +5,75 @@ Models and machines are TOML files, `models/*.toml` and `machines/*.toml`, besid
 to a file of one's own works wherever a name does. Units are in the names: bytes, bytes per second,
 seconds, watts, USD. Any number of a `Machine` or of `Work` may be a numpy array: the model is written
 with array operations, so one call evaluates a whole sweep.
+
+The annotations of `Model` and of the parts of a `Machine` say what a file may hold; what does not
+fit is refused with the names of file and key.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
+import math
+import os
 from pathlib import Path
 import tomllib
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 HERE = Path(__file__).parent
 Number = Any  # float or ndarray
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value in a file has to be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    # Beyond this, products of a few rates and sizes leave the range of float64.
+    return type(value) in (int, float) and (value == 0 or 1e-30 < abs(value) < 1e30)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) <= 2**53
+
+
+TEXT = Kind("a text", lambda x: isinstance(x, str))
+TABLE = Kind("a table", lambda x: isinstance(x, dict))
+TRUTH = Kind("true or false", lambda x: isinstance(x, bool))
+_KINDS = {str: TEXT, bool: TRUTH}
+
+Count = Annotated[int, Kind("a whole number of at least 1", lambda x: _is_whole(x) and x > 0)]
+CountOrNone = Annotated[
+    int, Kind("a whole number of at least 0", lambda x: _is_whole(x) and x >= 0)
+]
+Positive = Annotated[Number, Kind("a number above 0", lambda x: _is_number(x) and x > 0)]
+Amount = Annotated[Number, Kind("a number of at least 0", lambda x: _is_number(x) and x >= 0)]
+Endurance = Annotated[
+    Number, Kind("a number above 0, or inf", lambda x: x == math.inf or _is_number(x) and x > 0)
+]
+Sizes = Annotated[
+    Sequence[float],
+    Kind(
+        "a list of rising numbers above 0",
+        lambda x: (
+            isinstance(x, list)
+            and all(map(_is_number, x))
+            and all(low < high for low, high in zip([0, *x], x, strict=False))
+        ),
+    ),
+]
+Rates = Annotated[
+    Sequence[float],
+    Kind(
+        "a list of numbers above 0",
+        lambda x: isinstance(x, list) and all(_is_number(y) and y > 0 for y in x),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -48,26 +104,30 @@ class Model:
 
     name: str
     source: str
-    n_layers: int
-    hidden: int
-    n_q_heads: int
-    n_kv_heads: int
-    head_dim: int
-    ffn: int
-    ffn_matrices: int
-    vocabulary: int
+    n_layers: Count
+    hidden: Count
+    n_q_heads: Count
+    n_kv_heads: Count
+    head_dim: Count
+    ffn: Count
+    ffn_matrices: Count
+    vocabulary: Count
     tied_embeddings: bool
     rope: bool
-    max_positions: int
-    n_experts: int = 1
-    experts_per_token: int = 1
-    moe_every: int = 1
+    max_positions: Count
+    n_experts: Count = 1
+    experts_per_token: Count = 1
+    moe_every: Count = 1
 
     def __post_init__(self):
         if self.n_q_heads % self.n_kv_heads:
             raise ValueError(
-                f"{self.name}: n_q_heads ({self.n_q_heads}) must be a multiple of "
-                f"n_kv_heads ({self.n_kv_heads})"
+                f"n_q_heads ({self.n_q_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+            )
+        if self.experts_per_token > self.n_experts:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) must be at most n_experts "
+                f"({self.n_experts})"
             )
 
     @property
@@ -150,14 +210,14 @@ class Model:
 class Gpu:
     """All GPUs of a host together: rates and bytes are sums, watts and USD are of one."""
 
-    count: int = 0
-    flops: Number = 0.0
-    memory_bytes: Number = 0.0
-    memory_bytes_per_s: Number = 0.0
-    link_bytes_per_s: Number = 0.0
-    watts: Number = 0.0
-    idle_watts: Number = 0.0
-    usd: Number = 0.0
+    count: CountOrNone = 0
+    flops: Amount = 0.0
+    memory_bytes: Amount = 0.0
+    memory_bytes_per_s: Amount = 0.0
+    link_bytes_per_s: Amount = 0.0
+    watts: Amount = 0.0
+    idle_watts: Amount = 0.0
+    usd: Amount = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,16 +230,16 @@ class Host:
     layer_seconds : of the host's program in a layer, which nothing hides; None: as of FlexGen
     """
 
-    memory_bytes: Number
-    memory_bytes_per_s: Number
-    attention_bytes_per_s: Number
-    twin_bytes_per_s: Number = 0.0
-    flops: Number = 0.0
-    layer_seconds: float | None = None
-    cpu_watts: Number = 230.0
-    cpu_idle_watts: Number = 70.0
-    other_watts: Number = 100.0
-    usd: Number = 0.0
+    memory_bytes: Positive
+    memory_bytes_per_s: Positive
+    attention_bytes_per_s: Positive
+    twin_bytes_per_s: Amount = 0.0
+    flops: Amount = 0.0
+    layer_seconds: Amount | None = None
+    cpu_watts: Amount = 230.0
+    cpu_idle_watts: Amount = 70.0
+    other_watts: Amount = 100.0
+    usd: Amount = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +251,19 @@ class Drives:
     raid : a striped volume, which the kernel reads ahead by twice its stripe
     """
 
-    count: Number
-    read_bytes_per_s: Number
-    latency_seconds: Number = 80e-6
-    request_bytes: Sequence[float] = ()
-    request_bytes_per_s: Sequence[float] = ()
-    write_bytes_per_s: Number
-    capacity_bytes: Number
-    write_endurance_bytes: Number
-    uplink_bytes_per_s: Number
+    count: Count
+    read_bytes_per_s: Positive
+    latency_seconds: Positive = 80e-6
+    request_bytes: Sizes = ()
+    request_bytes_per_s: Rates = ()
+    write_bytes_per_s: Positive
+    capacity_bytes: Positive
+    write_endurance_bytes: Endurance
+    uplink_bytes_per_s: Positive
     raid: bool = True
-    watts: Number = 13.0
-    idle_watts: Number = 5.0
-    usd: Number = 0.0
+    watts: Amount = 13.0
+    idle_watts: Amount = 5.0
+    usd: Amount = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,14 +276,14 @@ class Cards:
     a tier, `flash_cpu`.
     """
 
-    count: Number = 0
-    ingest_bytes_per_s: Number = 0.0
-    engine_bytes_per_s: Number = 0.0
-    memory_bytes: Number = 0.0
+    count: CountOrNone = 0
+    ingest_bytes_per_s: Amount = 0.0
+    engine_bytes_per_s: Amount = 0.0
+    memory_bytes: Amount = 0.0
     behind_uplink: bool = False
-    watts: Number = 0.0
-    idle_watts: Number = 0.0
-    usd: Number = 0.0
+    watts: Amount = 0.0
+    idle_watts: Amount = 0.0
+    usd: Amount = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +296,8 @@ class Machine:
     drives: Drives
     gpu: Gpu = field(default_factory=Gpu)
     cards: Cards = field(default_factory=Cards)
-    chassis_usd: float = 0.0
-    chassis_watts: float = 0.0
+    chassis_usd: Amount = 0.0
+    chassis_watts: Amount = 0.0
 
     @property
     def usd(self) -> Number:
@@ -324,31 +384,82 @@ def parameters() -> Parameters:
     return Parameters({name: entry["value"] for name, entry in entries.items()}, entries)
 
 
-def _read(kind: str, name: str) -> tuple[str, dict]:
-    path = Path(name)
-    if path.suffix != ".toml":
-        path = HERE / kind / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(names(kind))
-        raise ValueError(
-            f"no {kind[:-1]} {name!r}; give the path of a .toml file, or one of: {known}"
-        )
-    return path.stem, tomllib.loads(path.read_text())
-
-
 def names(kind: str) -> list[str]:
     """Names of the descriptions that come with the package; `kind` is "models" or "machines"."""
     return sorted(path.stem for path in (HERE / kind).glob("*.toml"))
 
 
-def _build(cls, values: dict, where: str):
-    known = {f.name for f in fields(cls)}
-    if unknown := set(values) - known:
-        raise ValueError(f"{where}: unknown {sorted(unknown)}; known are {sorted(known)}")
+def _file_of(kind: str, name: str, folder: Path) -> Path:
+    """The file of a name; paths count from `folder`."""
+    if name in (known := names(kind)):
+        return HERE / kind / f"{name}.toml"
+    path = folder / name
+    if path.suffix != ".toml":
+        raise ValueError(
+            f"no {kind[:-1]} {name!r}; give the path of a .toml file, or one of: {', '.join(known)}"
+        )
+    if not os.path.isfile(path):  # no error, whatever the name is
+        raise ValueError(f"no {kind[:-1]} {str(path)!r}: there is no such file")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "this list" if value else "an empty list"
+    if isinstance(value, int) and value.bit_length() > 100:  # Python may refuse to write it out
+        return "a number of more than 30 digits"
+    return str(value)
+
+
+def _kind(annotation: Any) -> Kind:
+    for one in (annotation, *getattr(annotation, "__args__", ())):  # those of `X | None`
+        if hasattr(one, "__metadata__"):
+            return one.__metadata__[0]
+    return _KINDS.get(annotation, TABLE)
+
+
+def _check(cls, values: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless every value is one that this field of the class may have."""
+    known = {f.name: f.type for f in fields(cls)}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{where}unknown key {name!r}; known are {', '.join(known)}")
+        kind = _kind(known[name])
+        if not kind.holds(value):
+            remedy = ""
+            if isinstance(value, str):
+                remedy = "; write it without quotes"
+            elif isinstance(value, float) and not _is_number(value):
+                remedy = "; the range of numbers is 1e-30 to 1e30"
+            raise ValueError(f"{where}{name} must be {kind.words}, not {_said(value)}{remedy}")
+
+
+def _build(cls, values: Mapping[str, Any], where: str):
+    required = {f.name: f.type for f in fields(cls) if f.default is f.default_factory is MISSING}
+    for name in required:
+        if name not in values:
+            raise ValueError(f"{where}{name} is missing: {_kind(required[name]).words}")
     try:
         return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
 
 
 def load_model(name: str) -> Model:
@@ -357,57 +468,126 @@ def load_model(name: str) -> Model:
     Raises
     ------
     ValueError
-        If there is none, or if a value is missing or unknown.
+        If there is none, or if a value is missing, unknown or impossible; the message names the file.
     """
-    stem, data = _read("models", name)
-    return _build(Model, {"name": stem, **data}, f"model {stem}")
+    path = _file_of("models", name, Path())
+    data, where = _read(path), f"model file {path}: "
+    _check(Model, data, where)
+    return _build(Model, {"name": path.stem, **data}, where)
 
 
 def model_of(config) -> Model:
-    """The shape of a transformers configuration of a decoder."""
-
-    def get(*names: str, default: Any = None) -> Any:
-        return next((v for n in names if (v := getattr(config, n, None)) is not None), default)
-
-    heads = get("num_attention_heads", "n_head")
-    hidden = get("hidden_size", "n_embd")
-    return Model(
-        name=get("model_type", default="model"),
-        source="a transformers configuration",
-        n_layers=get("num_hidden_layers", "n_layer"),
-        hidden=hidden,
-        n_q_heads=heads,
-        n_kv_heads=get("num_key_value_heads", default=heads),
-        head_dim=get("head_dim", default=hidden // heads),
-        ffn=get("moe_intermediate_size", "intermediate_size", "ffn_dim", default=4 * hidden),
-        ffn_matrices=2 if get("model_type") in ("opt", "gpt2") else 3,
-        vocabulary=config.vocab_size,
-        tied_embeddings=bool(get("tie_word_embeddings")),
-        rope=get("rope_parameters", "rope_theta") is not None,
-        max_positions=get("max_position_embeddings", default=1 << 20),
-        n_experts=get("num_local_experts", "num_experts", default=1),
-        experts_per_token=get("num_experts_per_tok", default=1),
-    )
-
-
-def load_machine(name: str) -> Machine:
-    """A machine by name or by the path of a TOML file. `base = "other"` inherits from another.
+    """The shape of a transformers configuration of a decoder.
 
     Raises
     ------
     ValueError
-        If there is none, or if a value is missing or unknown.
+        If the configuration does not say something that a plan needs, or not as one number.
     """
-    stem, data = _read("machines", name)
-    while "base" in data:
-        _, base = _read("machines", data.pop("base"))
-        for key, value in base.items():
-            own = data.get(key)
-            data[key] = (
-                {**value, **(own or {})} if isinstance(value, dict) else data.get(key, value)
-            )
-    parts = {"gpu": Gpu, "host": Host, "drives": Drives, "cards": Cards}
-    for key, cls in parts.items():
+
+    def get(*names: str, default: Any = None) -> Any:
+        return next((v for n in names if (v := getattr(config, n, None)) is not None), default)
+
+    kind = get("model_type", default="model")
+    heads, hidden = get("num_attention_heads", "n_head"), get("hidden_size", "n_embd")
+    whole = type(heads) is int and type(hidden) is int and heads > 0
+    values = {
+        "n_layers": get("num_hidden_layers", "n_layer"),
+        "hidden": hidden,
+        "n_q_heads": heads,
+        "n_kv_heads": get("num_key_value_heads", default=heads),
+        "head_dim": get("head_dim", default=hidden // heads if whole else None),
+        "ffn": get(
+            "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner",
+            default=4 * hidden if whole else None,
+        ),
+        "vocabulary": get("vocab_size"),
+        "max_positions": get("max_position_embeddings", default=1 << 20),
+        "n_experts": get("num_local_experts", "num_experts", default=1) or 1,
+        "experts_per_token": get("num_experts_per_tok", default=1) or 1,
+    }  # fmt: skip
+    where = f"the plan of a model of type {kind!r}: "
+    _check(Model, values, where)
+    rest = {
+        "name": kind,
+        "source": "a transformers configuration",
+        "ffn_matrices": 2 if kind in ("opt", "gpt2") else 3,
+        "tied_embeddings": bool(get("tie_word_embeddings")),
+        "rope": get("rope_parameters", "rope_theta") is not None,
+    }
+    return _build(Model, values | rest, where)
+
+
+_PARTS = {"gpu": Gpu, "host": Host, "drives": Drives, "cards": Cards}
+# Numbers that a part which is there has to have.
+_NEEDED = {
+    "gpu": ("flops", "memory_bytes", "memory_bytes_per_s", "link_bytes_per_s"),
+    "cards": ("ingest_bytes_per_s", "engine_bytes_per_s"),
+}
+
+
+def load_machine(name: str) -> Machine:
+    """A machine by name or by the path of a TOML file.
+
+    `base = "other"` inherits what the file does not say: from a name, or from a file, whose path
+    counts from the folder of the file that says so.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or if a value is missing, unknown or impossible; the message names the file.
+    """
+    path = _file_of("machines", name, Path())
+    chain = [path.resolve()]
+    files = [_read_machine(path)]
+    while base := files[-1].pop("base", None):
+        try:
+            one = _file_of("machines", base, chain[-1].parent)
+        except ValueError as error:
+            raise ValueError(f"machine file {chain[-1]}: base: {error}") from None
+        if one.resolve() in chain:
+            way = " -> ".join(file.name for file in [*chain, one])
+            raise ValueError(f"machine file {path}: base leads in a circle: {way}")
+        chain.append(one.resolve())
+        files.append(_read_machine(one))
+        files[-1].pop("name", None)
+    data: dict[str, Any] = {"name": path.stem}
+    for one in reversed(files):
+        for key, value in one.items():
+            data[key] = {**data.get(key, {}), **value} if key in _PARTS else value
+    where = f"machine file {path}: "
+    for key, cls in _PARTS.items():
         if key in data:
-            data[key] = _build(cls, data[key], f"machine {stem}, [{key}]")
-    return _build(Machine, {"name": stem, **data}, f"machine {stem}")
+            data[key] = _build(cls, data[key], f"{where}[{key}] ")
+    machine = _build(Machine, data, where)
+    for key, needed in _NEEDED.items():
+        part = getattr(machine, key)
+        for value in needed:
+            if part.count and not getattr(part, value):
+                raise ValueError(f"{where}[{key}] {value} is missing: a number above 0")
+    if not machine.has_gpu and not machine.host.flops:
+        raise ValueError(f"{where}[host] flops is missing: a number above 0, where there is no GPU")
+    drives = machine.drives  # without request_bytes, inherited rates mean nothing
+    if drives.request_bytes and len(drives.request_bytes) != len(drives.request_bytes_per_s):
+        raise ValueError(
+            f"{where}[drives] request_bytes and request_bytes_per_s must be lists of the same length"
+        )
+    return machine
+
+
+def _read_machine(path: Path) -> dict[str, Any]:
+    """What a file says itself, checked as far as it goes."""
+    data, where = _read(path), f"machine file {path}: "
+    plain = {}
+    for key, value in data.items():
+        if key in _PARTS:
+            if not TABLE.holds(value):
+                raise ValueError(f"{where}{key} must be a table, [{key}], not {_said(value)}")
+            _check(_PARTS[key], value, f"{where}[{key}] ")
+        elif key == "base":
+            if not TEXT.holds(value) or not value:
+                raise ValueError(f"{where}base must be the name of a machine, not {_said(value)}")
+        else:
+            plain[key] = value
+    _check(Machine, plain, where)
+    return data

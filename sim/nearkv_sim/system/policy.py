@@ -124,7 +124,9 @@ def inf2(model: Model, machine: Machine, work: Work, *, x: bool = True, wb: bool
     """INF2: attention in the drives; X in as much of host memory as the budget leaves."""
     weights = weight_shares(model, machine, True, parameters().working_share)
     room = machine.host.memory_bytes - weights["dram"] * model.weight_bytes
-    whole = np.asarray(work.batch) * (np.asarray(work.context) + work.output) * model.x_bytes()
+    whole = (
+        np.asarray(work.batch, float) * (np.asarray(work.context) + work.output) * model.x_bytes()
+    )
     share = np.clip(room / whole, 0.0, 1.0) if x else 0.0
     return Policy(
         name="inf2",

@@ -75,7 +75,7 @@ def head_traffic(
     page_lens: Iterable[int],
     group_size: int,
     rows: int = 8,
-    span_pages: int | None = None,
+    job_pages: int | None = None,
 ) -> Traffic:
     """One KV head of one sequence and layer, attended by its group of query heads.
 
@@ -89,13 +89,13 @@ def head_traffic(
         the pages are read from flash once, since they stay in their slots.
     rows : int
         Rows of the built array, `nearkv_hw.config.Config.rows`.
-    span_pages : int, optional
+    job_pages : int, optional
         Most pages of a job, if the card's memory holds fewer than `pages_per_job`.
     """
     page_lens = list(page_lens)
     if not page_lens:
         return Traffic()
-    limit = min(pages_per_job(layout.page_tokens), span_pages or len(page_lens))
+    limit = min(pages_per_job(layout.page_tokens), job_pages or len(page_lens))
     spans = [len(page_lens[at : at + limit]) for at in range(0, len(page_lens), limit)]
     count, width = slices(group_size, rows)
     n_jobs = len(spans) * count
@@ -122,7 +122,7 @@ def decode_traffic(
     n_q_heads: int,
     n_kv_heads: int,
     rows: int = 8,
-    span_pages: int | None = None,
+    job_pages: int | None = None,
     n_launches: int = 0,
     spilled_pages: int = 0,
 ) -> Traffic:
@@ -135,7 +135,7 @@ def decode_traffic(
         Full pages of each sequence (per layer and KV head).
     n_layers, n_q_heads, n_kv_heads : int
         Shape of the model.
-    rows, span_pages : int
+    rows, job_pages : int
         As for `head_traffic`.
     n_launches : int
         Queues started in the step: one a layer and card if a layer's pages fit the card's memory.
@@ -154,7 +154,7 @@ def decode_traffic(
     )
     for pages in stored_pages:
         lens, group = [layout.page_tokens] * pages, n_q_heads // n_kv_heads
-        head = head_traffic(layout, lens, group, rows, span_pages)
+        head = head_traffic(layout, lens, group, rows, job_pages)
         heads = n_layers * n_kv_heads
         total += Traffic(*(heads * getattr(head, f.name) for f in fields(Traffic)))
     return total

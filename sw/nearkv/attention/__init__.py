@@ -3,8 +3,10 @@
 
 from .attend import attend
 from .partial import Partial, merge
-from .scheduler import Figures, PageAttention, check_card, measure_cards
+from .ring import RING_BYTES, SEGMENTS, Figures
+from .scheduler import PageAttention, check_card, measure_cards
 
 __all__ = [
     "attend", "merge", "Partial", "PageAttention", "Figures", "check_card", "measure_cards",
+    "RING_BYTES", "SEGMENTS",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ import tempfile
 import numpy as np
 
 from nearkv_hw import pages
-from nearkv_hw.abi import PageLayout
+from nearkv_hw.abi import KvType, PageLayout
+from nearkv_hw.number import score_scale
 
 from ..cards import Card, open_cards
 from ..store import KvStore
@@ -30,13 +31,14 @@ def attend(
     Parameters
     ----------
     q : (n_q_heads, head_dim)
-        Query head h belongs to kv head h // (n_q_heads // n_kv_heads).
+        Query head h belongs to kv head h // (n_q_heads // n_kv_heads). Up to 256 channels, fewer
+        than the card is built for.
     k, v : (kv_len, n_kv_heads, head_dim)
-        numpy or torch, like q; any real dtype. Stored as `kv_dtype`.
+        numpy or torch, like q: float16, bfloat16, float32 or float64. Rounded to `kv_dtype`.
     card : Card, str, or a sequence of them, optional
         Names are opened for this call. Several share the work. Default: as `open_card`.
     scale : float, optional
-        Default 1/sqrt(head_dim).
+        Of the softmax: positive. Default 1/sqrt(head_dim).
     kv_dtype : "fp16" or "bf16", optional
         Default bf16 for bf16 K, otherwise fp16.
     page_tokens : int
@@ -52,29 +54,31 @@ def attend(
 
     Raises
     ------
+    TypeError
+        If q, k or v are not floating-point numbers.
     ValueError
-        If shapes do not fit, or an element of K or V is Inf or NaN.
+        If shapes or scale do not fit, or an element is Inf or NaN. Nothing has been written then.
     FlashError, CardError
         If pages cannot be stored or read, or the card does not succeed.
 
     >>> attend(np.ones((4, 64)), np.ones((10, 2, 64)), np.ones((10, 2, 64)))[0].shape
     (4, 64)
     """
+    q, k, v = (x if pages.is_torch(x) else np.asarray(x) for x in (q, k, v))
+    _check(q, k, v)
     n_q_heads, head_dim = q.shape
-    kv_len, n_kv_heads, _ = k.shape
-    if n_q_heads % n_kv_heads:
-        raise ValueError(f"{n_q_heads} query heads cannot share {n_kv_heads} kv heads evenly")
-    if q.shape[1] != k.shape[2]:
-        raise ValueError(f"q has head_dim {q.shape[1]} and k {k.shape[2]}")
-    if kv_dtype is None:
-        kv_dtype = pages.default_kv_dtype(k.dtype)
-    layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
-    scale = head_dim**-0.5 if scale is None else scale
+    n_kv_heads = k.shape[1]
+    kv_type = pages.parse_kv_type(pages.default_kv_dtype(k.dtype) if kv_dtype is None else kv_dtype)
+    layout = PageLayout(pages.page_channels(head_dim), page_tokens, kv_type)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    score_scale(scale, kv_type)  # raises if there is no such scale
     directory = tempfile.gettempdir() if directory is None else directory
-    heads_first = (1, 0, 2)
-    k, v = (x.permute(heads_first) if pages.is_torch(x) else np.transpose(x, heads_first)
-            for x in (k, v))  # fmt: skip
+    k, v = (_patterns(name, x, kv_type) for name, x in (("K", k), ("V", v)))
+    missing = layout.head_dim - head_dim  # channels that are zero change no score
     rows = to_numpy(q).reshape(1, n_kv_heads, n_q_heads // n_kv_heads, head_dim)
+    if missing:
+        k, v = (np.pad(x, ((0, 0), (0, 0), (0, missing))) for x in (k, v))
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, 0), (0, missing)))
     cards, opened = open_cards(card)
     try:
         for one in cards:
@@ -83,20 +87,52 @@ def attend(
             store.append(0, 0, k, v, ragged=True)
             attention = PageAttention(cards, store)
             try:
-                partial = attention.attend(0, [0], rows, scale)
+                partial = attention.attend(0, [0], rows, scale, [store.n_pages(0, 0)])
             finally:
                 attention.close()
     finally:
         for one in opened:
             one.close()
     out, lse_log2 = partial.normalise()
-    out = out.reshape(n_q_heads, head_dim).astype(np.float32)
+    out = out.reshape(n_q_heads, layout.head_dim)[:, :head_dim].astype(np.float32)
     lse_ln = (lse_log2.reshape(n_q_heads) * math.log(2)).astype(np.float32)
-    if pages.is_torch(q):
+    if not isinstance(q, np.ndarray):
         import torch
 
-        return torch.from_numpy(out).to(q.device), torch.from_numpy(lse_ln).to(q.device)
+        return tuple(torch.from_numpy(x).to(torch.as_tensor(q).device) for x in (out, lse_ln))
     return out, lse_ln
+
+
+def _check(q, k, v) -> None:
+    """Raise unless these are floating-point arrays whose shapes belong together."""
+    shapes = {"q": "(n_q_heads, head_dim)", "k": "(kv_len, n_kv_heads, head_dim)"}
+    shapes["v"] = shapes["k"]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        pages.check_real(x, name)
+        if x.ndim != shapes[name].count(",") + 1:
+            raise ValueError(f"{name} must have shape {shapes[name]}, not {tuple(x.shape)}")
+    n_q_heads, n_kv_heads = q.shape[0], k.shape[1]
+    if tuple(v.shape) != tuple(k.shape):
+        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, not {tuple(v.shape)}")
+    if not n_q_heads or not n_kv_heads:
+        raise ValueError(f"q and k need at least one head, not {n_q_heads} and {n_kv_heads}")
+    if n_q_heads % n_kv_heads:
+        raise ValueError(f"{n_q_heads} query heads cannot share {n_kv_heads} kv heads evenly")
+    if q.shape[1] != k.shape[2]:
+        raise ValueError(f"q has head_dim {q.shape[1]} and k {k.shape[2]}")
+
+
+def _patterns(name: str, x, kv_type: KvType) -> np.ndarray:
+    """Finite patterns, heads first, of K or V with tokens first."""
+    patterns = pages.to_patterns(x, kv_type)
+    at = pages.first_non_finite(patterns, kv_type)
+    if at is not None:
+        token, head, channel = at
+        raise ValueError(
+            f"Inf or NaN in {name}, token {token}, kv head {head}, channel {channel}: "
+            f"{pages.cause_of_non_finite(x, at, kv_type)}"
+        )
+    return patterns.transpose(1, 0, 2)
 
 
 def to_numpy(x) -> np.ndarray:

@@ -13,7 +13,11 @@ from nearkv_hw.abi import KvType
 from nearkv_hw.number import KV_FORMATS, N_LIMBS, OUT_UNIT, RUN_MAX_EMPTY, SUM_UNIT, Wide
 from nearkv_hw.pages import is_torch
 
-_EMPTY_TOP = -(1 << 15)  # below every top a card can send
+from . import native
+from .elementary import exp2, log2
+from .native import EMPTY_TOP, address
+
+_UNITS = {kind: SUM_UNIT - (form.unit + OUT_UNIT) for kind, form in KV_FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -27,77 +31,49 @@ class Partial:
     kv_type : KvType
     run_max : int16 (...)
         Integer maximum of the scores, log2 units; RUN_MAX_EMPTY without tokens.
-    run_sum, run_sum_wide : Wide (...)
-        Sums of p as used for out, and with more bits for the log-sum-exp; unit 2^-SUM_UNIT.
-    out : Wide (..., head_dim)
-        Unit 2^-(KvFormat.unit + OUT_UNIT).
+    sums : Wide (..., 2 + head_dim)
+        The sum of p as used for out, and with more bits for the log-sum-exp, both in units of
+        2^-SUM_UNIT; then out, in units of 2^-(KvFormat.unit + OUT_UNIT).
     """
 
     kv_type: KvType
     run_max: np.ndarray
-    run_sum: Wide
-    run_sum_wide: Wide
-    out: Wide
+    sums: Wide
 
     @classmethod
     def empty(cls, kv_type: KvType, shape: tuple[int, ...], head_dim: int) -> "Partial":
         """The partial of no tokens at all, the identity of `+`."""
+        elements = (*shape, 2 + head_dim)
+        sums = Wide(np.zeros((*elements, N_LIMBS), np.int64), np.full(elements, EMPTY_TOP))
+        return cls(kv_type, np.full(shape, RUN_MAX_EMPTY, np.int16), sums)
 
-        def zeros(shape):
-            return Wide(np.zeros((*shape, N_LIMBS), np.int64), np.full(shape, _EMPTY_TOP))
-
-        run_max = np.full(shape, RUN_MAX_EMPTY, np.int16)
-        return cls(kv_type, run_max, zeros(shape), zeros(shape), zeros((*shape, head_dim)))
+    @property
+    def head_dim(self) -> int:
+        return self.sums.top.shape[-1] - 2
 
     def __add__(self, other: "Partial") -> "Partial":
-        return Partial(
-            self.kv_type,
-            np.maximum(self.run_max, other.run_max),
-            self.run_sum + other.run_sum,
-            self.run_sum_wide + other.run_sum_wide,
-            self.out + other.out,
-        )
+        run_max = np.maximum(self.run_max, other.run_max)
+        return Partial(self.kv_type, run_max, self.sums + other.sums)
 
     def sum(self, axis: int) -> "Partial":
         """The sum along one of the leading axes."""
         axis %= self.run_max.ndim
-        total, wide, out = (part.sum(axis) for part in self._wides())
-        return Partial(self.kv_type, self.run_max.max(axis), total, wide, out)
-
-    def with_identity(self) -> "Partial":
-        """One more partial behind the last of the first axis: that of no tokens."""
-        shape = (1, *self.run_max.shape[1:])
-        none = Partial.empty(self.kv_type, shape, self.out.top.shape[-1])
-        total, wide, out = (
-            Wide(np.concatenate([a.limbs, b.limbs]), np.concatenate([a.top, b.top]))
-            for a, b in zip(self._wides(), none._wides(), strict=True)
-        )
-        return Partial(self.kv_type, np.concatenate([self.run_max, none.run_max]), total, wide, out)
+        return Partial(self.kv_type, self.run_max.max(axis), self.sums.sum(axis))
 
     def __getitem__(self, index) -> "Partial":
         """Index the leading axes."""
-        total, wide, out = (Wide(w.limbs[index], w.top[index]) for w in self._wides())
-        return Partial(self.kv_type, self.run_max[index], total, wide, out)
+        sums = Wide(self.sums.limbs[index], self.sums.top[index])
+        return Partial(self.kv_type, self.run_max[index], sums)
 
     def __setitem__(self, index, value: "Partial") -> None:
         self.run_max[index] = value.run_max
-        for mine, its in zip(self._wides(), value._wides(), strict=True):
-            mine.limbs[index], mine.top[index] = its.limbs, its.top
+        self.sums.limbs[index], self.sums.top[index] = value.sums.limbs, value.sums.top
 
     def reshape(self, *shape: int) -> "Partial":
         """Reshape the leading axes."""
-
-        def reshaped(wide, *last):
-            limbs = wide.limbs.reshape(*shape, *last, N_LIMBS)
-            return Wide(limbs, wide.top.reshape(*shape, *last))
-
-        return Partial(
-            self.kv_type,
-            self.run_max.reshape(shape),
-            reshaped(self.run_sum),
-            reshaped(self.run_sum_wide),
-            reshaped(self.out, self.out.top.shape[-1]),
-        )
+        limbs, top = self.sums.limbs, self.sums.top
+        sums = Wide(limbs.reshape(*shape, *limbs.shape[-2:]), top.reshape(*shape, top.shape[-1]))
+        return Partial(self.kv_type, self.run_max.reshape(shape), sums)
 
     def normalise(self) -> tuple[np.ndarray, np.ndarray]:
         """Attention over the part alone.
@@ -109,21 +85,80 @@ class Partial:
         lse_log2 : float64 (...)
             log2 of the sum of 2^score; -inf without tokens.
         """
+        library = native.library()
+        if library is None:
+            return self._normalise()
+        shape = self.run_max.shape
+        out, lse_log2 = np.empty((*shape, self.head_dim)), np.empty(shape)
+        limbs, top = (np.ascontiguousarray(x) for x in (self.sums.limbs, self.sums.top))
+        library.native_normalise(
+            address(limbs), address(top), lse_log2.size, self.head_dim, self.unit,
+            address(out), address(lse_log2),
+        )  # fmt: skip
+        return out, lse_log2
+
+    def combine(self, out: np.ndarray, lse_log2: np.ndarray) -> np.ndarray:
+        """Attention over this part and another one, which is there normalised.
+
+        Parameters
+        ----------
+        out : float64 (..., head_dim)
+        lse_log2 : float64 (...)
+            Of the other part, as `normalise` and `tail.attend` give them.
+
+        Returns
+        -------
+        float32 (..., head_dim)
+            0 where neither part has a token.
+
+        Raises
+        ------
+        ValueError
+            If the shapes differ from those of this part.
+        """
+        shape = self.run_max.shape
+        if lse_log2.shape != shape or out.shape != (*shape, self.head_dim):
+            raise ValueError(
+                f"out {out.shape} and lse_log2 {lse_log2.shape} do not belong to a partial of shape "
+                f"{shape} and head_dim {self.head_dim}"
+            )
+        library = native.library()
+        if library is None:
+            return self._combine(out, lse_log2)
+        both = np.empty(out.shape, np.float32)
+        limbs, top = (np.ascontiguousarray(x) for x in (self.sums.limbs, self.sums.top))
+        out, lse_log2 = (np.ascontiguousarray(x, np.float64) for x in (out, lse_log2))
+        library.native_combine(
+            address(limbs), address(top), lse_log2.size, self.head_dim, self.unit,
+            address(out), address(lse_log2), address(both),
+        )  # fmt: skip
+        return both
+
+    @property
+    def unit(self) -> int:
+        """The quotient of out and run_sum counts 2^unit."""
+        return _UNITS[self.kv_type]
+
+    def _normalise(self) -> tuple[np.ndarray, np.ndarray]:
         # Mantissas and exponents apart: run_max alone may be +-32768.
-        total, total_exponent = self.run_sum.to_float()
-        wide, wide_exponent = self.run_sum_wide.to_float()
-        out, out_exponent = self.out.to_float()
+        mantissa, exponent = self.sums.to_float()
+        total, wide, out = mantissa[..., 0], mantissa[..., 1], mantissa[..., 2:]
         some = total > 0
-        exponent = out_exponent - total_exponent[..., None]
-        exponent += SUM_UNIT - (KV_FORMATS[self.kv_type].unit + OUT_UNIT)
         quotient = out / np.where(some, total, 1.0)[..., None]
-        out = np.where(some[..., None], np.ldexp(quotient, exponent.astype(np.int32)), 0.0)
+        places = exponent[..., 2:] - exponent[..., :1] + self.unit
+        out = np.where(some[..., None], np.ldexp(quotient, places.astype(np.int32)), 0.0)
         some = wide > 0
-        lse_log2 = np.log2(np.where(some, wide, 1.0)) + (wide_exponent - SUM_UNIT)
+        lse_log2 = log2(np.where(some, wide, 1.0)) + (exponent[..., 1] - SUM_UNIT)
         return out, np.where(some, lse_log2, -np.inf)
 
-    def _wides(self):
-        return self.run_sum, self.run_sum_wide, self.out
+    def _combine(self, other_out: np.ndarray, other_lse: np.ndarray) -> np.ndarray:
+        out, lse_log2 = self._normalise()
+        largest = np.maximum(lse_log2, other_lse)
+        largest = np.where(np.isneginf(largest), 0.0, largest)
+        mine, its = (exp2(x - largest)[..., None] for x in (lse_log2, other_lse))
+        total = mine + its
+        both = (out * mine + other_out * its) / np.where(total == 0, 1.0, total)
+        return np.where(total == 0, 0.0, both).astype(np.float32)
 
 
 def merge(outs, lses):

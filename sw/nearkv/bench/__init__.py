@@ -15,6 +15,10 @@ import random
 import statistics
 from typing import Any
 
+from .. import extras
+from ..arguments import Parser
+from ..cards import CardError
+
 # Name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, what it measures).
 # Imported when asked for: a bench may need the simulator or torch.
 BENCHES = {
@@ -25,6 +29,7 @@ BENCHES = {
     "twin": ("nearkv.bench.twin", "the native card: GB/s a core, beside torch and the memory"),
     "flash": ("nearkv.bench.flash", "pages from the drive into card memory, beside a raw reader"),
     "decode": ("nearkv.bench.decode", "attention with KV on the drive, beside drive, card, peers"),
+    "step": ("nearkv.bench.step", "a step of the demo model, beside transformers' own cache"),
 }
 
 
@@ -36,8 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `nearkv bench NAME`; the exit status.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the extra that it needs is not installed.
+    CardError
+        If a card, or the simulation of one, cannot do what is measured.
+    """
+    try:
+        with extras.needed_by(f"nearkv bench {arguments.name}"):
+            return _run(arguments)
+    except RuntimeError as error:  # of simulations, which know no CardError
+        raise error if isinstance(error, CardError) else CardError(str(error)) from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
     module = importlib.import_module(BENCHES[arguments.name][0])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"nearkv bench {arguments.name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,12 +143,7 @@ def check_plot(path: str | Path) -> Path:
         raise ValueError(f"a plot is a file {', '.join(PLOT_SUFFIXES)}, not {path.name!r}")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {str(path.parent)!r} for the plot; create it first")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "plots need matplotlib; install it with: pip install 'nearkv[plan]'"
-        ) from error
+    extras.require("a plot", "matplotlib")
     return path
 
 

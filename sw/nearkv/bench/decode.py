@@ -27,8 +27,7 @@ and in random turns:
 A drive faster than the machine's own can be stood in by memory: `zramctl --find --size 5G`, `mkfs.ext4`
 on it, mounted as `--directory`. Its reads cost processor time, as those of a virtual drive do.
 
-Then the demo model as a whole, where it is installed: tokens/s behind a context, with nearkv's cache and
-with transformers' own, which is in memory.
+Then the demo model as a whole, where it is installed, as `nearkv bench step` measures it.
 """
 
 from collections.abc import Callable
@@ -36,7 +35,6 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import functools
 import itertools
-import math
 import mmap
 import os
 from pathlib import Path
@@ -49,13 +47,14 @@ import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
-from ..attention import Figures, PageAttention
-from ..attention.scheduler import RING_BYTES, SEGMENTS
+from .. import extras
+from ..arguments import existing_directory, whole
+from ..attention import RING_BYTES, SEGMENTS, Figures, PageAttention
 from ..cards import KV_BYTES, open_cards
 from ..io import reader_kind
 from ..io.uring import refusal
 from ..store import DELAYED_BYTES, KvStore
-from . import check_plot, in_turns, plot_bars, quartiles_of_ratio, to_json
+from . import check_plot, in_turns, plot_bars, quartiles_of_ratio, step, to_json
 from .flash import arguments, fill, read_raw, where
 
 
@@ -137,24 +136,33 @@ def attend_in_memory(q, k: np.ndarray, v: np.ndarray, kind):
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add("--directory", help="on the drive to measure (default: temporary files')")
-    add("--context", type=int, default=32768, help="tokens (default: %(default)s)")
-    add("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    add("--layers", type=int, default=6, help="default: %(default)s")
-    add("--kv-heads", type=int, default=8, help="default: %(default)s")
-    add("--head-dim", type=int, default=128, help="default: %(default)s")
-    add("--group", type=int, default=4, help="query heads of a kv head (default: %(default)s)")
-    add("--page-tokens", type=int, default=128, help="default: %(default)s")
+    add(
+        "--directory",
+        type=existing_directory,
+        help="on the drive to measure (default: temporary files')",
+    )
+    add("--context", type=whole(), default=32768, help="tokens (default: %(default)s)")
+    add("--batch", type=whole(), default=1, help="sequences (default: %(default)s)")
+    add("--layers", type=whole(), default=6, help="default: %(default)s")
+    add("--kv-heads", type=whole(), default=8, help="default: %(default)s")
+    add("--head-dim", type=whole(), default=128, help="default: %(default)s")
+    add("--group", type=whole(), default=4, help="query heads of a kv head (default: %(default)s)")
+    add("--page-tokens", type=whole(), default=128, help="default: %(default)s")
     add("--card", default="twin", help="default: %(default)s")
-    add("--cards", type=int, default=1, help="how many (default: %(default)s)")
-    add("--kv-mib", type=int, default=KV_BYTES >> 20, help="kv memory of a card (default: 64)")
-    add("--ring-mib", type=int, default=RING_BYTES >> 20, help="of it used (default: %(default)s)")
-    add("--segments", type=int, default=SEGMENTS, help="of the ring (default: %(default)s)")
-    add("--depth", type=int, help="reads at once (default: as many as nearkv itself has)")
-    add("--rounds", type=int, default=15, help="turns of each (default: %(default)s)")
+    add("--cards", type=whole(), default=1, help="how many (default: %(default)s)")
+    add("--kv-mib", type=whole(), default=KV_BYTES >> 20, help="kv memory of a card (default: 64)")
+    add(
+        "--ring-mib",
+        type=whole(),
+        default=RING_BYTES >> 20,
+        help="of it used (default: %(default)s)",
+    )
+    add("--segments", type=whole(), default=SEGMENTS, help="of the ring (default: %(default)s)")
+    add("--depth", type=whole(), help="reads at once (default: as many as nearkv itself has)")
+    add("--rounds", type=whole(), default=15, help="turns of each (default: %(default)s)")
     add("--no-peers", action="store_true", help="leave FlexGen and memory out")
     add(
-        "--model-context", type=int, default=4096,
+        "--model-context", type=whole(0), default=4096,
         help="of the demo model, tokens; 0 leaves it out (default: %(default)s)",
     )  # fmt: skip
     add("--json", action="store_true", help="figures as JSON")
@@ -164,6 +172,10 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.plot:
         check_plot(args.plot)
+    if not args.no_peers:
+        extras.require("nearkv bench decode without --no-peers", "torch")
+    if args.model_context:
+        extras.require("nearkv bench decode without --model-context 0", "torch", "transformers")
     directory = Path(args.directory or tempfile.gettempdir())
     with contextlib.ExitStack() as opened:
         temporary = Path(
@@ -226,17 +238,21 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     if args.cards == 1:
         ways["two cards"] = PageAttention(cards(2), store, **ring)
     counters = {name: [] for name in ways}
-    paths = sorted(store.directory.glob("*.kv"))
+    paths = store.page_files()
     file_bytes = sum(os.path.getsize(path) for path in paths)
     new = rng.standard_normal((args.kv_heads, args.page_tokens, args.head_dim))
     new = new.astype(np.float16).view(np.uint16)
 
+    def attend(attention, layer):
+        n_pages = [store.n_pages(sequence, layer) for sequence in range(args.batch)]
+        attention.attend(layer, range(args.batch), q, scale, n_pages)
+
     def step(attention, append=lambda layer: None):
         """Seconds of a step in the steady state."""
-        attention.attend(0, range(args.batch), q, scale)
+        attend(attention, 0)
         begin = time.perf_counter()
         for layer in [*range(1, args.layers), 0]:
-            attention.attend(layer, range(args.batch), q, scale)
+            attend(attention, layer)
             append(layer)
         return time.perf_counter() - begin
 
@@ -322,7 +338,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
 def _card_alone(card, store: KvStore, q, scale: float) -> float:
     """bytes/s of a card whose pages are there: runs only, of one head at a time."""
     attention = PageAttention(card, store, ahead=False, segments=1)
-    pages = min(attention.span_pages, store.n_pages(0, 0))
+    pages = min(attention.job_pages, store.n_pages(0, 0))
     only = q.repeat(store.n_kv_heads, axis=1)
     for _ in range(2):
         attention.attend(0, [0], only, scale, [pages])
@@ -378,58 +394,11 @@ def _tune_memory(resident: np.ndarray, q) -> dict:
 
 
 def _measure_model(args, directory: Path) -> dict | None:
-    """tokens/s of the demo model behind a context, with either cache; None if it is not there."""
-    import torch
-    from transformers import DynamicCache
-
-    from ..hf import models
-    from ..hf.cache import NearStorageCache
-
+    """What `nearkv bench step` says of the demo model behind a context; None if it is not there."""
     try:
-        model, _ = models.load()
+        return step.measure(directory, args.model_context, card=args.card, rounds=4, n_new=16)
     except ModuleNotFoundError:
         return None
-    config, n_tokens, n_new = model.config, args.model_context, 16
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    shape = (1, config.num_key_value_heads, n_tokens,
-             config.head_dim or config.hidden_size // config.num_attention_heads)  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    # What the values are makes no difference to the time.
-    k, v = (torch.randn(shape, generator=generator) for _ in "kv")
-
-    def nearkv():
-        cache = NearStorageCache(config, directory, args.card)
-        cache.fill([(k, v)] * config.num_hidden_layers)
-        cache.store.flush()
-        return cache
-
-    def own():
-        cache = DynamicCache(config=config)
-        for layer in range(config.num_hidden_layers):
-            cache.update(k, v, layer)
-        return cache
-
-    caches = {"nearkv": (nearkv(), "nearkv"), "transformers": (own(), "sdpa")}
-    rates = {name: [] for name in caches}
-    for round in range(4):
-        for name, (cache, attention) in caches.items():
-            model.set_attn_implementation(attention)
-            ids = torch.zeros(1, 1, dtype=torch.long)
-            with torch.no_grad():
-                begin = time.perf_counter()
-                for _ in range(n_new):
-                    ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-                seconds = time.perf_counter() - begin
-            if round:
-                rates[name].append(n_new / seconds)
-    caches["nearkv"][0].close()
-    return {
-        "name": Path(config.name_or_path).name,
-        "context": n_tokens,
-        "kv_bytes": 4 * config.num_hidden_layers * math.prod(shape),
-        "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
-        "tokens_per_s_by_round": rates,
-    }
 
 
 def _print(figures: dict, rows: list[dict]) -> None:
@@ -449,12 +418,9 @@ def _print(figures: dict, rows: list[dict]) -> None:
         print(f"of FlexGen's path: {median:.2f}x (goal 4x at 32 k tokens; quartiles {low:.2f} .. "
               f"{high:.2f}); the drive is {figures['drive_of_flexgen'][1]:.2f}x as fast as that path, "
               f"which is tuned to {figures['flexgen_tuned']}")  # fmt: skip
-    model = figures.get("model")
-    if model:
-        ours, own = (model["tokens_per_s"][name] for name in ("nearkv", "transformers"))
-        print(f"{model['name']} behind {model['context']} tokens "
-              f"({model['kv_bytes'] / 2**20:.0f} MiB of KV): {ours:.1f} tokens/s with KV on the drive, "
-              f"{own:.1f} with transformers' cache in memory: {ours / own:.2f}x")  # fmt: skip
+    if figures.get("model"):
+        for line in step.describe(figures["model"]):
+            print(line)
 
 
 def _plot(args, rows: list[dict], here: dict) -> None:

@@ -26,7 +26,8 @@ import numpy as np
 
 from nearkv_hw.abi import PageLayout
 
-from ..attention.scheduler import RING_BYTES, SEGMENTS
+from ..arguments import existing_directory, whole
+from ..attention import RING_BYTES, SEGMENTS
 from ..io import READ_BYTES, KvMemory, PageId, Read, Reader, open_reader
 from ..io.uring import refusal
 from ..store import KvStore
@@ -132,21 +133,27 @@ def read_pages(batches: list[list[Read]], reader: Reader, segments: int = SEGMEN
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--directory", help="on the drive to measure (default: temporary files')")
-    parser.add_argument("--mib", type=int, default=768, help="to read (default: %(default)s)")
     parser.add_argument(
-        "--depth", type=int, action="append",
+        "--directory",
+        type=existing_directory,
+        help="on the drive to measure (default: temporary files')",
+    )
+    parser.add_argument("--mib", type=whole(), default=768, help="to read (default: %(default)s)")
+    parser.add_argument(
+        "--depth", type=whole(), action="append",
         help="requests at once (default: 8, 16, 32)",
     )  # fmt: skip
-    parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--context", type=int, default=32768, help="tokens (default: %(default)s)")
+    parser.add_argument("--head-dim", type=whole(), default=128, help="default: %(default)s")
+    parser.add_argument(
+        "--context", type=whole(), default=32768, help="tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--ring-mib",
-        type=int,
+        type=whole(),
         default=RING_BYTES >> 20,
         help="kv memory (default: %(default)s MiB)",
     )
-    parser.add_argument("--rounds", type=int, default=25, help="turns of each (default: 25)")
+    parser.add_argument("--rounds", type=whole(), default=25, help="turns of each (default: 25)")
     parser.add_argument("--json", action="store_true", help="figures as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw them: .png, .svg or .html")
 
@@ -161,7 +168,7 @@ def run(args) -> int:
     with KvStore(directory, layout, 8, temporary=True) as store:
         per_layer = 8 * args.context * 4 * args.head_dim
         fill(store, 1, max(1, (args.mib << 20) // per_layer), args.context)
-        paths = sorted(store.directory.glob("*.kv"))
+        paths = store.page_files()
         nbytes = sum(os.path.getsize(path) for path in paths)
         memory = KvMemory(args.ring_mib << 20)
         batches = ring_reads(store, memory.nbytes)

@@ -28,7 +28,8 @@ import time
 import numpy as np
 
 import nearkv
-from nearkv import bench
+from nearkv import bench, extras
+from nearkv.arguments import whole
 from nearkv_hw import abi, pages
 from nearkv_hw.abi import KvType
 from nearkv_hw.config import Config
@@ -278,17 +279,19 @@ def add_arguments(parser) -> None:
         "--kv-dtype", choices=("fp16", "bf16"), action="append", help="default: both"
     )
     parser.add_argument(
-        "--head-dim", type=int, action="append",
+        "--head-dim", type=whole(), action="append",
         help="default: 64 and 128; 128 with several threads",
     )  # fmt: skip
-    parser.add_argument("--group", type=int, action="append", help="default: 1, 2, 3, 4 and 8")
+    parser.add_argument("--group", type=whole(), action="append", help="default: 1, 2, 3, 4 and 8")
     parser.add_argument("--path", choices=("auto", *twin.PATHS), default="auto")
     parser.add_argument(
-        "--threads", type=int, action="append",
+        "--threads", type=whole(), action="append",
         help=f"of twin, torch and plain read (default: 1, then all: {cores})",
     )  # fmt: skip
-    parser.add_argument("--kv-mib", type=int, default=64, help="K and V (default: %(default)s MiB)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each (default: 10)")
+    parser.add_argument(
+        "--kv-mib", type=whole(), default=64, help="K and V (default: %(default)s MiB)"
+    )
+    parser.add_argument("--rounds", type=whole(), default=10, help="turns of each (default: 10)")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
     parser.add_argument("--json", action="store_true", help="figures as JSON")
     parser.add_argument("--plot", metavar="FILE", help="figures as bars: .png, .svg or .html")
@@ -297,6 +300,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.plot:
         bench.check_plot(args.plot)
+    if not args.no_torch:
+        extras.require("nearkv bench twin without --no-torch", "torch")
     where = bench.machine()
     crc = crc_rates(args.rounds)
     types = [pages.parse_kv_type(name) for name in args.kv_dtype or ("fp16", "bf16")]

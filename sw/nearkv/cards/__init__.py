@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards: what loads pages from flash and runs jobs on them. `open_card` is the way to get one."""
+"""Cards: what brings pages from flash to where they are attended, and runs jobs on them.
 
-from .card import (
-    DEFAULT_CARD,
-    KV_BYTES,
-    Card,
-    CardError,
-    MemoryCard,
-    check_summary,
-    open_card,
-    open_cards,
-)
+card.py      Card: two memories, a reader, an executor, and every state these can be in
+executor.py  what a kind of card supplies, and how a program becomes one
+opening.py   open_card("twin")
+turns.py     whose pages are in a card's memory
+"""
+
+from .card import Card, CardRun, check_summary
+from .errors import CardError
+from .executor import Executor, Run, Simulated
+from .opening import DEFAULT_CARD, KV_BYTES, open_card, open_cards
+from .turns import Tenancy, Turns
 
 __all__ = [
-    "Card", "CardError", "MemoryCard", "open_card", "open_cards", "check_summary", "DEFAULT_CARD",
-    "KV_BYTES",
+    "Card", "CardError", "CardRun", "Executor", "Run", "Simulated", "Tenancy", "Turns", "open_card",
+    "open_cards", "check_summary", "DEFAULT_CARD", "KV_BYTES",
 ]  # fmt: skip

@@ -1,58 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV on flash for Hugging Face models: `NearStorageCache` and the attention that goes with it.
+"""KV on flash for Hugging Face models: `NearStorageCache`.
 
-transformers calls `cache.update(k, v, layer)` first and hands what it returns to the attention
-function, which is not given the cache. So `update` returns handles: tensors that carry their layer,
-and refuse every operation, so that no other attention function can use them by mistake.
-
-What a layer holds of a sequence: full pages on flash, and a *tail* of fewer than page_tokens tokens
-in host memory, both rounded to the KV type. New tokens are attended first and stored afterwards:
-
-    pages on flash   by the card, for every query row    \
-    tail, new tokens   on the host, causally              / merged
+cache.py       opens cards and store, and what can be done with the whole
+layer.py       what a layer holds, how it is attended and stored; what the layers have in common
+attention.py   how a model comes to attend to that: the attention and mask functions "nearkv"
+support.py     which models can
+state.py       what is saved beside the pages
+backing.py     what a cache and its copies share
 """
 
 from collections.abc import Sequence
-import errno
-import logging
-import math
 import tempfile
 from typing import cast
 import weakref
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from nearkv_hw import pages
-from nearkv_hw.abi import KvType, PageLayout
 
-from ..attention import Figures, PageAttention, Partial, check_card, measure_cards, merge
-from ..cards import Card, CardError, open_cards
-from ..io import FlashError, PageId
+from ..attention import Figures, PageAttention, check_card, measure_cards
+from ..cards import Card, open_cards
+from ..io import FlashError
 from ..store import DELAYED_BYTES, KvStore
-
-log = logging.getLogger("nearkv")
-
-_TORCH_TYPES = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}
-_ROWS_AT_ONCE = 256  # query tokens whose scores the host holds at once
+from .backing import Backing
+from .layer import Batch, Layer
+from .state import Identity, from_bytes, to_bytes
+from .support import check_model, decoder_config, layout_for
 
 
 class NearStorageCache(Cache):
     """A transformers cache whose K and V lie in page files and are attended by a card.
 
     Pass it as `past_key_values=` to `generate` or `forward` of a model that was loaded with
-    `attn_implementation="nearkv"`. Its pages live in a new directory inside `directory`, removed by
-    `close` (or at the latest when the process ends). A context manager.
+    `attn_implementation="nearkv"`. Everything that transformers does with a DynamicCache of full
+    attention works: beams, assisted decoding, chunked prefill, `copy.deepcopy` (which shares pages).
+    A context manager. One thread at a time may use it; several caches may share a card.
+
+    A temporary cache leaves nothing behind. A persistent one can be saved, and opened again by another
+    process, which goes on with the same tokens, bit for bit.
 
     Parameters
     ----------
     config : transformers.PreTrainedConfig
-        Of the model: full attention, head_dim a multiple of 32 that the card supports.
+        Of the model: a decoder with full causal attention and heads of up to 256 channels.
     directory : path, or a sequence of them, optional
         Where pages go: a directory on the drive to use, or one for each card. Default: that for
         temporary files.
@@ -63,6 +57,8 @@ class NearStorageCache(Cache):
         32, 64, 96 or a multiple of 128.
     kv_dtype : "fp16" or "bf16", optional
         What K and V are rounded to. Default bf16 for bf16 models, otherwise fp16.
+    persistent : bool
+        Whether `save` will be used; the directory then belongs to this cache alone.
     spill_pages : int
         How many full pages of a head gather in host memory before they are written. Until then the
         host attends to them. Processor time for a token, measured over 520 tokens behind 4096 (twin,
@@ -85,17 +81,18 @@ class NearStorageCache(Cache):
 
     Attributes
     ----------
-    figures : nearkv.attention.Figures
-        What the card and the host have done so far.
+    cards : list of Card
+    store : nearkv.store.KvStore
+        Of the pages. Row b of the batch is one of its sequences.
     faults : dict of int to Exception
         By row of the batch: why it was dropped. FlashError and CardError have `page` and `filename`.
 
     Raises
     ------
-    ValueError
-        If model or card do not fit; nothing has been written then.
+    TypeError, ValueError
+        If model, card, directory or options do not fit; nothing has been written then.
     FlashError
-        If the directory cannot be written.
+        If the directory cannot be written, or another process has its store.
     CardError
         If the card cannot be opened.
     """
@@ -108,61 +105,148 @@ class NearStorageCache(Cache):
         page_tokens: int = 128,
         kv_dtype=None,
         *,
+        persistent: bool = False,
         spill_pages: int = 1,
         weights: Sequence[float] | str | None = None,
         budget_bytes: int | None = None,
         beyond_budget: str = "raise",
         on_fault: str = "raise",
     ):
-        if spill_pages < 1:
-            raise ValueError(f"spill_pages must be at least 1, not {spill_pages}")
-        if beyond_budget not in ("raise", "keep"):
-            raise ValueError(f'beyond_budget must be "raise" or "keep", not {beyond_budget!r}')
-        if on_fault not in ("raise", "drop"):
-            raise ValueError(f'on_fault must be "raise" or "drop", not {on_fault!r}')
-        config = config.get_text_config(decoder=True)
-        if kv_dtype is None:
-            kv_dtype = pages.default_kv_dtype(config.dtype)
-        head_dim, n_kv_heads = _check_model(config)
+        _check_options(spill_pages, weights, beyond_budget, on_fault)
+        kv_type = None if kv_dtype is None else pages.parse_kv_type(kv_dtype)
+        decoder = decoder_config(config)
+        if kv_type is None:
+            kv_type = pages.parse_kv_type(pages.default_kv_dtype(decoder.dtype))
+        shape = check_model(decoder)
+        layout = layout_for(decoder, shape.head_dim, page_tokens, kv_type)
+        if directory is None:
+            if persistent:
+                raise ValueError("a persistent cache needs a directory of its own")
+            directory = tempfile.gettempdir()
+        backing = _open(
+            directory, card, layout, shape.n_kv_heads, None, temporary=not persistent,
+            weights=weights, budget_bytes=budget_bytes,
+        )  # fmt: skip
+        batch = Batch(
+            backing, shape.n_layers, shape.head_dim, spill_pages=spill_pages,
+            keep=beyond_budget == "keep", drop=on_fault == "drop",
+        )  # fmt: skip
+        self._adopt(batch, config)
+        if persistent:
+            try:
+                if self.store.saved() is not None:
+                    raise ValueError(
+                        f"a cache is saved in {self.store.directories[0]}; go on with it by "
+                        "NearStorageCache.open, or choose another directory"
+                    )
+                backing.drop(self.store.sequences())  # of a process that did not come to save them
+            except BaseException:
+                self.close()
+                raise
+
+    @classmethod
+    def open(
+        cls,
+        directory,
+        config,
+        card: Card | str | Sequence[Card | str] | None = None,
+        *,
+        model: str | None = None,
+        tokenizer=None,
+        spill_pages: int = 1,
+        weights: Sequence[float] | str | None = None,
+        budget_bytes: int | None = None,
+        beyond_budget: str = "raise",
+        on_fault: str = "raise",
+    ) -> "NearStorageCache":
+        """The cache that was saved in a directory, as it was then.
+
+        Nothing that is saved is changed before the next `save`, so many may be opened from it, one
+        after the other.
+
+        Parameters
+        ----------
+        directory : path, or a sequence of them
+            As it was given when the cache was made.
+        config : transformers.PreTrainedConfig
+            Of the model, which must be the one that the cache was saved with.
+        model, tokenizer
+            As for `save`. Compared with what was saved, where both are known.
+        card, spill_pages, weights, budget_bytes, beyond_budget, on_fault
+            As for a new cache; they may differ from those it was saved with, and change no token.
+
+        Raises
+        ------
+        ValueError
+            If it belongs to another model or tokenizer; the message says what differs.
+        FlashError
+            If nothing is saved there, it is damaged, or another process has it.
+        """
+        _check_options(spill_pages, weights, beyond_budget, on_fault)
+        decoder = decoder_config(config)
+        shape = check_model(decoder)
+        layout, n_kv_heads, n_shards = KvStore.describe(directory)
+        backing = _open(
+            directory, card, layout, n_kv_heads, n_shards, temporary=False, weights=weights,
+            budget_bytes=budget_bytes,
+        )  # fmt: skip
+        batch = Batch(
+            backing, shape.n_layers, shape.head_dim, spill_pages=spill_pages,
+            keep=beyond_budget == "keep", drop=on_fault == "drop",
+        )  # fmt: skip
+        self = cls.__new__(cls)
+        self._adopt(batch, config)
         try:
-            layout = PageLayout(head_dim, page_tokens, pages.parse_kv_type(kv_dtype))
-        except ValueError as error:
-            raise ValueError(f"model {_name(config)} cannot use nearkv: {error}") from None
-        self.cards, owned = open_cards(card)
-        try:
-            for one in self.cards:
-                check_card(one, layout)
-            directory = tempfile.gettempdir() if directory is None else directory
-            if isinstance(weights, str):
-                if weights != "measure":
-                    raise ValueError(f'weights must be numbers or "measure", not {weights!r}')
-                weights = measure_cards(self.cards, directory, layout, n_kv_heads)
-            self.store = KvStore(
-                directory, layout, n_kv_heads, temporary=True, n_shards=len(self.cards),
-                weights=weights, delayed_bytes=DELAYED_BYTES, budget_bytes=budget_bytes,
-            )  # fmt: skip
-            self._pages = PageAttention(self.cards, self.store)
+            where, data = backing.store.directories[0], backing.store.saved()
+            if data is None:
+                raise FlashError(
+                    "no cache is saved here", filename=where,
+                    remedy="its process ended before save(); make a new one",
+                )  # fmt: skip
+            state, saved, token_ids = from_bytes(data, where)
+            mine = self._identity_of(model, tokenizer)
+            saved.check(mine, where)
+            self._identity = Identity(
+                mine.config, mine.model or saved.model, mine.tokenizer or saved.tokenizer
+            )
+            backing.store.restore()
+            batch.resume(state)
+            self._token_ids = token_ids
         except BaseException:
-            for one in owned:
-                one.close()
+            self.close()
             raise
-        self._finalizer = weakref.finalize(self, _close, self._pages, self.store, owned)
-        self.faults: dict[int, Exception] = {}
-        tokens = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return self
+
+    def _adopt(self, batch: Batch, config) -> None:
+        """Become the cache of these rows."""
+        self._batch, self._config = batch, config
+        self._finalizer = weakref.finalize(self, batch.close)
+        self.cards, self.store = list(batch.backing.cards), batch.store
+        self.faults = batch.faults
+        self._identity: Identity | None = None
+        self._token_ids: np.ndarray | None = None
+        decoder = decoder_config(config)
+        tokens = (getattr(decoder, name, None) for name in ("pad_token_id", "eos_token_id"))
         # What a dropped row goes on with. Any token does: nobody is to read it.
         self._filler = next((token for token in tokens if isinstance(token, int)), 0)
-        super().__init__(
-            layers=[
-                _Layer(
-                    self._pages,
-                    index,
-                    spill_pages,
-                    beyond_budget == "keep",
-                    on_fault == "drop",
-                    self.faults,
-                )  # fmt: skip
-                for index in range(config.num_hidden_layers)
-            ]
+        super().__init__(layers=[*batch.layers])
+
+    def _identity_of(self, model: str | None, tokenizer) -> Identity:
+        name = self._config.name_or_path if model is None else model
+        return Identity.of(decoder_config(self._config), name or "", tokenizer)
+
+    def __deepcopy__(self, memo) -> "NearStorageCache":
+        """A copy that shares every page, and goes its own way from here."""
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy._adopt(self._batch.fork(), self._config)
+        copy._identity, copy._token_ids = self._identity, self._token_ids
+        return copy
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a NearStorageCache cannot be pickled, its pages are this process's: use copy.deepcopy, "
+            "or make it persistent, save() it and open() it in the other process"
         )
 
     def __enter__(self):
@@ -171,9 +255,38 @@ class NearStorageCache(Cache):
     def __exit__(self, *exception):
         self.close()
 
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """For transformers: K and V on their way to the attention "nearkv", which alone can use them.
+
+        Raises
+        ------
+        ValueError
+            If the cache is closed, or was made for another model.
+        RuntimeError
+            If layers come in another order than in the calls before, or in several threads.
+        """
+        _not_in_a_graph()
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(
+                f"the cache was made for {len(self.layers)} layers, and the model has a layer "
+                f"{layer_idx}; make it with the config of this model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that a layer holds, padding included."""
+        _not_in_a_graph()
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """For transformers: how many positions there will be, and 0."""
+        _not_in_a_graph()
+        return super().get_mask_sizes(query_length, layer_idx)
+
     @property
     def figures(self) -> Figures:
-        return self._pages.figures
+        """What cards and host have done so far, for this cache and its copies together."""
+        return self._batch.attention.figures
 
     @property
     def card(self) -> Card:
@@ -186,10 +299,102 @@ class NearStorageCache(Cache):
         Parameters
         ----------
         past : sequence of (k, v)
-            By layer: (batch, n_kv_heads, n_tokens, head_dim) each.
+            By layer: (batch, n_kv_heads, n_tokens, head_dim) each. All are tokens, no padding.
         """
         for layer, (k, v) in zip(self.layers, past, strict=True):
-            cast(_Layer, layer).fill(k, v)
+            cast(Layer, layer).fill(k, v)
+
+    def reset(self) -> None:
+        """Forget every token and fault; the cache can be used again, also after an error."""
+        self._batch.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last positions of every row, whichever of them are padding there.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            How many, as a negative number. More than there are removes all.
+
+        Raises
+        ------
+        FlashError
+            If a page that is cut cannot be read back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the negative number of tokens to remove, not {tokens_to_remove}"
+            )
+        self._batch.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx) -> None:
+        """Row b becomes what row beam_idx[b] is. No page is copied: it has one more owner."""
+        self._batch.arrange([int(row) for row in beam_idx])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes so many; they share their pages."""
+        self._batch.arrange([row for row in range(self._batch.size or 0) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices) -> None:
+        """Only these rows stay, in this order; `indices` as for a tensor's first dimension."""
+        self._batch.arrange(torch.arange(self._batch.size or 0)[indices].tolist())
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def save(self, input_ids=None, *, model: str | None = None, tokenizer=None) -> None:
+        """Make the drive keep the cache as it is now, in place of what was saved before.
+
+        If it fails, or the process is killed meanwhile, what was saved before is whole.
+
+        Parameters
+        ----------
+        input_ids : int (batch, n), optional
+            The tokens of all positions, and perhaps more behind them: `token_ids` of the cache that
+            is opened. Default: none are kept.
+        model : str, optional
+            A name for the model's weights. Default: what its config was loaded from.
+        tokenizer : tokenizer or str, optional
+            Whose tokens they are. Default: not known.
+
+        Raises
+        ------
+        ValueError
+            If the cache is temporary, or input_ids do not fit.
+        FlashError
+            If pages or state could not be written.
+        """
+        if self.store.temporary:
+            raise ValueError(
+                "a temporary cache cannot be saved; make it with NearStorageCache(config, "
+                "directory=..., persistent=True)"
+            )
+        state = self._batch.state()
+        ids = None if input_ids is None else np.asarray(torch.as_tensor(input_ids).cpu())
+        rows, positions = state.valid.shape
+        if ids is not None and (ids.ndim != 2 or len(ids) != rows or ids.shape[1] < positions):
+            raise ValueError(
+                f"input_ids must be ({rows}, {positions} or more) for the rows and positions of the "
+                f"cache, not {ids.shape}"
+            )
+        mine, before = self._identity_of(model, tokenizer), self._identity
+        if before is not None:
+            mine = Identity(
+                mine.config, mine.model or before.model, mine.tokenizer or before.tokenizer
+            )
+        self.store.save(to_bytes(state, mine, ids))
+        self._identity, self._token_ids = mine, ids
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """int64 (batch, n): what `save` was given, last or before this cache was opened."""
+        return None if self._token_ids is None else torch.from_numpy(self._token_ids.copy())
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """int64 (batch, positions): 1 where a position is a token, 0 where it is padding."""
+        return self._batch.mask.long()
+
+    # --- faults -------------------------------------------------------------------------------
 
     @property
     def logits_processor(self) -> LogitsProcessorList:
@@ -202,7 +407,10 @@ class NearStorageCache(Cache):
         return StoppingCriteriaList([_StopDropped(self.faults)])
 
     def close(self) -> None:
-        """Delete the pages. May be called twice."""
+        """Give the pages up; what was saved stays. May be called twice.
+
+        Cards that were opened by name, and the store, are closed with the last copy of the cache.
+        """
         self._finalizer()
 
 
@@ -229,413 +437,48 @@ class _StopDropped(StoppingCriteria):
         return stop
 
 
-class _Handle(torch.Tensor):
-    """New K or V on its way to `attention_forward`, with the layer it belongs to."""
+def _not_in_a_graph() -> None:
+    """Keep what touches the cache out of compiled graphs.
 
-    layer: "_Layer"
-    plain: torch.Tensor
-
-    @classmethod
-    def of(cls, x: torch.Tensor, layer: "_Layer") -> "_Handle":
-        handle = x.as_subclass(cls)
-        handle.layer, handle.plain = layer, x
-        return handle
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device, ...
-            return super().__torch_function__(func, types, args, kwargs or {})
-        raise RuntimeError(
-            "K and V of a NearStorageCache are on flash, only the nearkv attention can use them: "
-            'load the model with attn_implementation="nearkv", or call '
-            'model.set_attn_implementation("nearkv")'
-        )
-
-
-class _Layer(CacheLayerMixin):
-    """K and V of one layer for a batch of sequences; row b of the batch is sequence b."""
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(
-        self,
-        attention: PageAttention,
-        index: int,
-        spill_pages: int,
-        keep: bool,
-        drop: bool,
-        faults: dict[int, Exception],
-    ):
-        super().__init__()
-        self._drop, self._faults = drop, faults  # of the whole cache
-        self._spill_tokens = spill_pages * attention.store.layout.page_tokens
-        self._keep = keep  # in host memory, what is beyond the write budget
-        self._may_write = True
-        self._attention, self._store, self._index = attention, attention.store, index
-        self._dtype = _TORCH_TYPES[self._store.layout.kv_type]
-        self._positions = 0  # including padding
-        self._pending = 0  # positions given to `update` and not yet attended
-
-    # --- what transformers calls --------------------------------------------------------------
-
-    def lazy_initialization(self, key_states, value_states) -> None:
-        layout, (batch, heads, _, head_dim) = self._store.layout, key_states.shape
-        if heads != self._store.n_kv_heads or key_states.shape != value_states.shape or (
-            head_dim != layout.head_dim
-        ):  # fmt: skip
-            raise ValueError(
-                f"layer {self._index} has K {tuple(key_states.shape)} and V "
-                f"{tuple(value_states.shape)}; the cache was made for {self._store.n_kv_heads} kv "
-                f"heads of {layout.head_dim} channels"
-            )
-        self.batch_size = batch
-        # (K or V, sequence, kv head, token, channel)
-        shape = (2, batch, heads, self._spill_tokens, head_dim)
-        self._tail = torch.zeros(shape, dtype=self._dtype)
-        self._tail_tokens = [0] * batch
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self._pending:
-            raise RuntimeError(
-                f"layer {self._index} was updated twice without attention; "
-                'load the model with attn_implementation="nearkv"'
-            )
-        if len(key_states) != self.batch_size:
-            raise ValueError(
-                f"the cache holds {self.batch_size} sequences and was given {len(key_states)}; "
-                "make a new cache"
-            )
-        self._pending = key_states.shape[2]
-        self._positions += self._pending
-        k, v = (x.detach().to("cpu", self._dtype) for x in (key_states, value_states))
-        return _Handle.of(k, self), _Handle.of(v, self)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._positions + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._positions
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self._faults.clear()
-        if self.is_initialized:
-            for sequence in range(self.batch_size):
-                self._store.truncate(sequence, self._index, 0)
-            self._tail_tokens = [0] * self.batch_size
-        self._positions = self._pending = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens; a page that is cut becomes the tail."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes the negative number of tokens to remove, not {tokens_to_remove}"
-            )
-        if not tokens_to_remove or not self.is_initialized:
-            return
-        page_tokens = self._store.layout.page_tokens
-        for sequence in range(self.batch_size):
-            n_pages = self._store.n_pages(sequence, self._index)
-            left = n_pages * page_tokens + self._tail_tokens[sequence] + tokens_to_remove
-            left = max(left, 0)
-            keep = min(left // page_tokens, n_pages)
-            if keep < n_pages:
-                self._take_back(sequence, keep)
-                self._store.truncate(sequence, self._index, keep)
-            self._tail_tokens[sequence] = left - keep * page_tokens
-        self._positions += tokens_to_remove
-
-    def offload(self) -> None:
-        """Nothing to do: the tail is in host memory already."""
-
-    prefetch = offload
-
-    def reorder_cache(self, beam_idx) -> None:
-        raise NotImplementedError("pages on flash cannot be reordered: use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("pages on flash cannot be repeated: repeat the prompt instead")
-
-    def batch_select_indices(self, indices) -> None:
-        raise NotImplementedError("pages on flash cannot be selected: make a cache for each batch")
-
-    def fill(self, k, v) -> None:
-        """Put K and V behind what there is, without attention: (batch, kv heads, tokens, head_dim)."""
-        k, v = (handle.plain for handle in self.update(k, v))
-        self._commit(k, v, None)
-        self._pending = 0
-
-    # --- attention ----------------------------------------------------------------------------
-
-    def attend(self, module, query, k, v, padding, scale: float) -> torch.Tensor:
-        """Attend to all there is, then store what is new.
-
-        Parameters
-        ----------
-        query : (batch, n_q_heads, n_new, head_dim)
-        k, v : (batch, n_kv_heads, n_new, head_dim), on the host, in the KV type
-        padding : bool (batch, positions) or None
-            Which positions are tokens. Default: all.
-
-        Returns
-        -------
-        (batch, n_new, n_q_heads, head_dim), dtype and device of query
-        """
-        batch, n_q_heads, n_new, head_dim = query.shape
-        valid = None if padding is None else padding[:, -n_new:].cpu()
-        stored = [self._store.n_pages(sequence, self._index) for sequence in range(batch)]
-        if self._positions == n_new:  # prefill: nothing but new tokens
-            mask = None if valid is None else _causal(valid, n_new).to(query.device)
-            k_here, v_here = (x.to(query.device, query.dtype) for x in (k, v))
-            out, _ = sdpa_attention_forward(
-                module, query, k_here, v_here, mask, scaling=scale, is_causal=True
-            )
-            self.figures.prefill_tokens += batch * n_q_heads * n_new * (n_new + 1) // 2
-        else:
-            out = self._attend_past(query.detach().float().cpu(), k, v, valid, stored, scale)
-            out = out.to(query.device, query.dtype)
-        self._commit(k, v, valid)
-        self._pending = 0
-        if self._faults:
-            out[list(self._faults)] = 0
-        return out
-
-    def _attend_past(self, query, k, v, valid, stored, scale) -> torch.Tensor:
-        batch, n_q_heads, n_new, head_dim = query.shape
-        n_kv_heads = k.shape[1]
-        # Query heads of a group, then their tokens: all share a kv head's pages.
-        rows = query.reshape(batch, n_kv_heads, -1, head_dim)
-        out, lse_ln = self._attend_host(rows, k, v, valid, n_new, scale)
-        alive, partial = self._attend_pages(rows.numpy(), scale, stored)
-        if partial is not None:
-            card_out, lse_log2 = partial.normalise()
-            merged, _ = merge(
-                np.stack([out[alive].numpy(), card_out]),
-                np.stack([lse_ln[alive].numpy(), lse_log2 * math.log(2)]),
-            )
-            out = out.double()
-            out[alive] = torch.from_numpy(merged).double()
-        return out.reshape(batch, n_q_heads, n_new, head_dim).transpose(1, 2).contiguous()
-
-    def _attend_pages(self, rows, scale, stored) -> tuple[list[int], Partial | None]:
-        """The rows of the batch that were not dropped, and their partial if they have pages."""
-        while True:
-            alive = [row for row in range(len(rows)) if row not in self._faults]
-            if not any(stored[row] for row in alive):
-                return alive, None
-            try:
-                return alive, self._attention.attend(
-                    self._index, alive, rows[alive], scale, [stored[row] for row in alive]
-                )
-            except (FlashError, CardError) as error:
-                if error.page is None:  # it is nobody's in particular
-                    raise
-                self._take_out(error.page.sequence, error)
-
-    def _take_out(self, sequence: int, error: Exception) -> None:
-        """Go on without a sequence; or raise the error, if that is what is wanted."""
-        if not self._drop:
-            raise error
-        log.warning("row %d of the batch is dropped: %s", sequence, error)
-        self._faults[sequence] = error
-        self._attention.discard()  # reads of its files may be on their way
-        self._store.drop(sequence)
-
-    def _attend_host(self, rows, k, v, valid, n_new, scale):
-        """Tail and new tokens: out (batch, kv heads, rows, head_dim), lse_ln (without the last)."""
-        longest = max(self._tail_tokens)
-        tail_k, tail_v = self._tail[:, :, :, :longest]
-        keys = torch.cat([tail_k, k], dim=2).float()
-        values = torch.cat([tail_v, v], dim=2).float()
-        tail_valid = torch.arange(longest) < torch.tensor(self._tail_tokens)[:, None]
-        valid = torch.ones(k.shape[0], n_new, dtype=torch.bool) if valid is None else valid
-        mask = _causal(torch.cat([tail_valid, valid], dim=1), n_new)  # (batch, 1, n_new, keys)
-        self.figures.host_tokens += int(mask.sum()) * k.shape[1] * (rows.shape[2] // n_new)
-        batch, heads, _, head_dim = rows.shape
-        grouped = rows.view(batch, heads, -1, n_new, head_dim)
-        outs, lses = [], []
-        for at in range(0, n_new, _ROWS_AT_ONCE):
-            some = slice(at, at + _ROWS_AT_ONCE)
-            scores = (grouped[:, :, :, some] * scale) @ keys[:, :, None].transpose(-1, -2)
-            scores = scores.masked_fill(~mask[:, :, None, some], -torch.inf)
-            lse = scores.logsumexp(-1)
-            outs.append((scores - lse[..., None]).exp() @ values[:, :, None])
-            lses.append(lse)
-        out = torch.cat(outs, dim=3).reshape(batch, heads, -1, head_dim)
-        return out, torch.cat(lses, dim=3).reshape(batch, heads, -1)
-
-    @property
-    def figures(self) -> Figures:
-        return self._attention.figures
-
-    # --- storing ------------------------------------------------------------------------------
-
-    def _commit(self, k, v, valid) -> None:
-        """Tokens move to the tail, and from there to flash whenever they fill pages."""
-        self._check_finite(k, v)
-        for sequence in range(self.batch_size):
-            if sequence not in self._faults:
-                try:
-                    self._commit_one(sequence, k, v, valid)
-                except FlashError as error:
-                    self._take_out(sequence, error)
-
-    def _commit_one(self, sequence: int, k, v, valid) -> None:
-        page_tokens = self._store.layout.page_tokens
-        new = torch.stack([k[sequence], v[sequence]])  # (K or V, kv head, token, channel)
-        if valid is not None:
-            new = new[:, :, valid[sequence]]
-        have, n_new = self._tail_tokens[sequence], new.shape[2]
-        if have + n_new >= self._spill_tokens and self._may_write:
-            tokens = torch.cat([self._tail[:, sequence, :, :have], new], dim=2)
-            full = (have + n_new) // page_tokens * page_tokens
-            if self._spill(sequence, tokens[:, :, :full]):
-                have, new = 0, tokens[:, :, full:]
-        self._grow_tail(have + new.shape[2])
-        self._tail[:, sequence, :, have : have + new.shape[2]] = new
-        self._tail_tokens[sequence] = have + new.shape[2]
-
-    def _spill(self, sequence: int, tokens) -> bool:
-        """Give full pages to the store, unless it may not write them and they are to be kept."""
-        try:
-            self._store.append(sequence, self._index, *tokens)
-        except FlashError as error:
-            if not self._keep or error.errno != errno.EDQUOT:
-                raise
-            self._may_write = False
-        return self._may_write
-
-    def _grow_tail(self, tokens: int) -> None:
-        missing = tokens - self._tail.shape[3]
-        if missing > 0:
-            missing = -(-missing // self._spill_tokens) * self._spill_tokens
-            self._tail = torch.nn.functional.pad(self._tail, (0, 0, 0, missing))
-
-    def _check_finite(self, k, v) -> None:
-        for name, x in (("K", k), ("V", v)):
-            finite = torch.isfinite(x)
-            if finite.all():
-                continue
-            for sequence in torch.nonzero(~finite.flatten(1).all(1)).flatten().tolist():
-                if sequence in self._faults:
-                    continue
-                head, token, _ = torch.nonzero(~finite[sequence])[0].tolist()
-                token += self._positions - x.shape[2]
-                error = ValueError(
-                    f"Inf or NaN in {name} of layer {self._index}, sequence {sequence}, kv head "
-                    f"{head}, token {token}: either the model computed it, or it is too large for "
-                    f"{self._store.layout.kv_type.name.lower()} (kv_dtype='bf16' reaches further)"
-                )
-                self._take_out(sequence, error)
-
-    def _take_back(self, sequence: int, page: int) -> None:
-        """Read a page from flash into the tail."""
-        layout = self._store.layout
-        for head in range(self._store.n_kv_heads):
-            data = self._store.read_pages(PageId(self._index, sequence, head, page), 1)
-            for which, patterns in enumerate(pages.unpack(layout, data)):
-                values = torch.from_numpy(patterns.view(np.int16)).view(self._dtype)
-                self._tail[which, sequence, head, : layout.page_tokens] = values
-
-
-def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
-                      **kwargs):  # fmt: skip
-    """The attention function "nearkv" of transformers.
-
-    With K and V of a NearStorageCache, attends to pages, tail and new tokens; with any others, does
-    what "sdpa" does.
+    The compiler takes the error for a reason to run the calling function as it is, and compiles what
+    that calls; only if it may not (fullgraph=True) does the error reach the user.
     """
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"nearkv attention has no {name}; load the model with another attn_implementation"
-            )
-    if not isinstance(key, _Handle):
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = _causal(attention_mask, query.shape[2])
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if torch.compiler.is_compiling():
         raise NotImplementedError(
-            "NearStorageCache knows causal attention with padding, no 4-dimensional masks"
+            "a NearStorageCache cannot be part of a compiled graph: use torch.compile without "
+            "fullgraph=True, or another cache"
         )
-    if dropout or not kwargs.get("is_causal", True):
-        raise NotImplementedError("NearStorageCache knows causal attention without dropout only")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = key.layer.attend(module, query, key.plain, value.plain, attention_mask, scale)
-    return out, None
 
 
-def padding_mask(*, kv_length, mask_function=causal_mask_function, attention_mask=None, q_length,
-                 q_offset=0, kv_offset=0, **kwargs):  # fmt: skip
-    """The mask function of "nearkv": bool (batch, positions), or None where all are tokens.
+def _check_options(spill_pages, weights, beyond_budget, on_fault) -> None:
+    if spill_pages < 1:
+        raise ValueError(f"spill_pages must be at least 1, not {spill_pages}")
+    if isinstance(weights, str) and weights != "measure":
+        raise ValueError(f'weights must be numbers or "measure", not {weights!r}')
+    if beyond_budget not in ("raise", "keep"):
+        raise ValueError(f'beyond_budget must be "raise" or "keep", not {beyond_budget!r}')
+    if on_fault not in ("raise", "drop"):
+        raise ValueError(f'on_fault must be "raise" or "drop", not {on_fault!r}')
 
-    Causality needs no mask; only padding does. Anything but plain causal attention becomes the mask
-    that "sdpa" would get.
-    """
-    if mask_function is not causal_mask_function or kv_offset:
-        return sdpa_mask(
-            kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask,
-            q_length=q_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs,
+
+def _open(directory, card, layout, n_kv_heads, n_shards, *, temporary, weights, budget_bytes):
+    """Cards, store, and the attention over its pages."""
+    cards, owned = open_cards(card)
+    store = None
+    try:
+        for one in cards:
+            check_card(one, layout)
+        if isinstance(weights, str):
+            weights = measure_cards(cards, directory, layout, n_kv_heads)
+        store = KvStore(
+            directory, layout, n_kv_heads, temporary=temporary,
+            n_shards=len(cards) if n_shards is None else n_shards, weights=weights,
+            delayed_bytes=DELAYED_BYTES, budget_bytes=budget_bytes,
         )  # fmt: skip
-    if attention_mask is None:
-        # torch's is_causal aligns to the first position; queries behind a past need a mask.
-        if 1 < q_length < kv_length:
-            return torch.ones(kwargs["batch_size"], kv_length, dtype=torch.bool)
-        return None
-    missing = kv_length - attention_mask.shape[1]
-    mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(missing, 0)), value=False)
-    mask = mask[:, :kv_length]
-    return None if mask.all() and not 1 < q_length < kv_length else mask
-
-
-def _causal(valid: torch.Tensor, n_queries: int) -> torch.Tensor:
-    """bool (batch, 1, n_queries, keys): the last n_queries keys are the queries' own tokens.
-
-    valid : bool (batch, keys). A query that is padding attends to itself, so that nothing is NaN.
-    """
-    n_keys = valid.shape[1]
-    own = torch.arange(n_keys - n_queries, n_keys, device=valid.device)[:, None]
-    position = torch.arange(n_keys, device=valid.device)
-    return ((position <= own) & valid[:, None, None]) | (position == own)
-
-
-def _check_model(config) -> tuple[int, int]:
-    """head_dim and kv heads of a model that nearkv supports.
-
-    Raises
-    ------
-    ValueError
-        If it is of another kind, naming what.
-    """
-    kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
-    if kinds:
-        raise ValueError(
-            f"model {_name(config)} has layers of {', '.join(sorted(kinds))}; "
-            "NearStorageCache supports full attention only"
-        )
-    for name in ("attn_logit_softcapping", "kv_lora_rank", "attention_sinks"):
-        if getattr(config, name, None):
-            raise ValueError(f"model {_name(config)} has {name}, which nearkv does not support")
-    n_q_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_q_heads
-    return head_dim, getattr(config, "num_key_value_heads", None) or n_q_heads
-
-
-def _name(config) -> str:
-    return config.name_or_path or config.model_type
-
-
-def _close(attention: PageAttention, store: KvStore, owned: list[Card]) -> None:
-    attention.close()
-    store.close()
-    for card in owned:
-        card.close()
+        return Backing(cards, owned, store, PageAttention(cards, store))
+    except BaseException:
+        if store is not None:
+            store.close()
+        for one in owned:
+            one.close()
+        raise

@@ -6,6 +6,7 @@ transformers takes seconds to import and is optional, so importing nearkv must n
 a finder waits for its `modeling_utils`, steps aside, and tells it then.
 """
 
+import functools
 import importlib.abc
 from importlib.machinery import PathFinder
 import sys
@@ -41,19 +42,43 @@ def install() -> None:
 
 def _register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
+    _refuse_early(PreTrainedModel)
+
+
+def _refuse_early(model_class) -> None:
+    """Let model classes that cannot have the attention say so.
+
+    transformers takes any registered name for any model, and those that never ask the registry fail
+    later with `KeyError: 'nearkv'`, or do not use it. There is no hook, so its check is extended.
+    """
+    check = model_class.get_correct_attn_implementation
+
+    @functools.wraps(check)
+    def checked(self, requested_attention, *args, **kwargs):
+        if requested_attention == NAME:
+            from .support import class_problem
+
+            if problem := class_problem(type(self)):
+                raise ValueError(
+                    f'attn_implementation="{NAME}" is not for this model: {problem}; load it '
+                    "without, and use another cache than NearStorageCache"
+                )
+        return check(self, requested_attention, *args, **kwargs)
+
+    model_class.get_correct_attn_implementation = checked
 
 
 def _attention(*args, **kwargs):
-    from .cache import attention_forward
+    from .attention import attention_forward
 
     return attention_forward(*args, **kwargs)
 
 
 def _mask(*args, **kwargs):
-    from .cache import padding_mask
+    from .attention import mask_function
 
-    return padding_mask(*args, **kwargs)
+    return mask_function(*args, **kwargs)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes wrong with a drive, and which page it is about."""
 
+import errno as codes
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,26 @@ class PageId(NamedTuple):
         )
 
 
+# What to do about an error of the system, where whoever raises it knows no better.
+_REMEDIES = {
+    codes.ENOENT: "put it back from a copy, or delete the store and compute its sequences again",
+    codes.ENOSPC: "free some space or choose another directory (--kv-dir)",
+    codes.EDQUOT: "free some space, or have the quota raised",
+    codes.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    codes.EMFILE: "raise the limit on open files (ulimit -n)",
+    codes.EROFS: "mount the drive writable, or choose another directory (--kv-dir)",
+    codes.EACCES: "check who owns the directory and its files",
+    codes.EPERM: "check who owns the directory and its files",
+    codes.ELOOP: "it is a symbolic link, and a store follows none inside its directory",
+    codes.EISDIR: "it is a directory; somebody else put it there, choose another directory",
+}
+_ANY_REMEDY = "is the drive alive? See the kernel's log"
+
+
 class FlashError(OSError):
     """Page files could not be written or read.
+
+    `remedy` says what to do about it; by default what helps against `errno`.
 
     Attributes
     ----------
@@ -41,6 +60,7 @@ class FlashError(OSError):
         if filename is not None:
             where.append(f"file {filename}" + (f" at byte {offset}" if offset is not None else ""))
         reason = f": {os.strerror(errno)}" if errno else ""
+        remedy = remedy or (errno and _REMEDIES.get(errno, _ANY_REMEDY))
         self.message = f"{what}{' (' + ', '.join(where) + ')' if where else ''}{reason}"
         if remedy:
             self.message += f"; {remedy}"

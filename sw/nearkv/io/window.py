@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes of one drive, kept apart."""
+"""Reads and writes of one drive, kept apart: the store writes pages when no card is being filled."""
 
 from collections.abc import Callable
 import contextlib
+import errno
 import threading
+import time
+
+from .errors import FlashError
+
+TIMEOUT_S = 60.0
 
 
 class Window:
@@ -12,20 +18,32 @@ class Window:
     A drive that does both at once does both badly (bursts of reads lose more than half their rate),
     so writes gather until they are worth a window of their own. Nobody blocks to read: a burst that
     comes while somebody writes begins when the writing ends.
+
+    Parameters
+    ----------
+    timeout_s : float
+        How long `reading` and `writing` wait for their turn.
     """
 
-    def __init__(self):
+    def __init__(self, timeout_s: float = TIMEOUT_S):
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._writers = 0  # that write or wait
-        self._bursts: dict[object, Callable[[], object]] = {}
-        self._held: list[tuple[object, Callable[[], object], Callable[[], object]]] = []
+        self._bursts: dict[object, Callable[[float], str]] = {}
+        self._held: list[tuple[object, Callable[[float], str], Callable[[], object]]] = []
 
-    def begin(self, burst: object, join: Callable[[], object], go: Callable[[], object]) -> None:
+    def begin(self, burst: object, join: Callable[[float], str], go: Callable[[], object]) -> None:
         """Call `go` to read, now or when the writing ends, perhaps in the writer's thread.
 
+        Parameters
+        ----------
         burst : any key, for `end`
-        join : waits until the burst has ended
+        join : callable
+            `join(timeout_s)` waits until the burst has ended, and returns "", or what is missing when
+            the time is up.
+        go : callable
+            Must not raise: nobody is there who could know what to do about it.
         """
         with self._lock:
             if self._writers:
@@ -42,11 +60,22 @@ class Window:
 
     @contextlib.contextmanager
     def reading(self):
-        """A burst that the caller's own thread reads."""
+        """A burst that the caller's own thread reads.
+
+        Raises
+        ------
+        FlashError
+            If writers have the drive until the time is up.
+        """
         begun, ended = threading.Event(), threading.Event()
-        self.begin(ended, ended.wait, begun.set)
-        begun.wait()
+
+        def join(timeout_s: float) -> str:
+            return "" if ended.wait(timeout_s) else "pages that are read for the host"
+
+        self.begin(ended, join, begun.set)
         try:
+            if not begun.wait(self.timeout_s):
+                raise _late(self.timeout_s, "the end of writes to the drive, to read from it")
             yield
         finally:
             self.end(ended)
@@ -54,14 +83,28 @@ class Window:
 
     @contextlib.contextmanager
     def writing(self):
+        """The drive for the caller alone.
+
+        Raises
+        ------
+        FlashError
+            If reads do not end, or another writer does not, until the time is up.
+        """
+        deadline = time.monotonic() + self.timeout_s
         with self._lock:
             self._writers += 1
             bursts = list(self._bursts.values())
         try:
             for join in bursts:
-                join()
-            with self._writing:
+                if missing := join(max(0.0, deadline - time.monotonic())):
+                    what = f"the end of reads from the drive, to write to it: {missing}"
+                    raise _late(self.timeout_s, what)
+            if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise _late(self.timeout_s, "the end of another write to the drive")
+            try:
                 yield
+            finally:
+                self._writing.release()
         finally:
             held = []
             with self._lock:
@@ -71,3 +114,10 @@ class Window:
                     self._bursts.update((burst, join) for burst, join, _ in held)
             for _, _, go in held:
                 go()
+
+
+def _late(timeout_s: float, what: str) -> FlashError:
+    return FlashError(
+        f"waited {timeout_s:g} s for {what}", errno=errno.ETIMEDOUT,
+        remedy="is the drive alive? See the kernel's log",
+    )  # fmt: skip

@@ -1,136 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV pages in files.
+"""The page store: what is written where, who owns it, and what survives."""
 
-One file per sequence and shard. A *shard* is what one card serves, on one drive: a directory each, or
-several shards in one directory. Inside a file every (layer, kv head) owns extents of at least 1 MiB,
-preallocated so that its pages lie together on the drive and a full disk is noticed before anything is
-written. Extents are also the unit of sharing: a new one goes to the shard that is behind in bytes of
-its layer, because the cards work on one layer at a time. So heads, sequences and parts of long
-sequences spread over the cards, whatever their lengths.
-
-Beside the first shard's page files lie the indexes: one 64-byte record per page, with its own
-checksum, written after the page's bytes. `KvStore(directory, ...)` on an existing directory reads it
-back and stops at the first record that is torn. That is enough when a process is killed. Against the
-loss of power, `flush` and `close` make the drive keep the pages, then the indexes, then the names of
-new files. What is written after that may be lost, or an index may outlive the bytes of its page: then
-the checksum tells, as for any damaged page. Temporary stores are not worth it.
-
-With `delayed_bytes`, pages are packed, checksummed and written by a thread of their own, in windows in
-which the drive does not read. Whoever asks for pages that are not written yet waits for them; what went
-wrong is raised by the next call for that sequence, and the call after that tries again.
-"""
-
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-from dataclasses import dataclass, field
 import errno
-import fcntl
-import itertools
-import json
 import logging
 import mmap
 import os
 from pathlib import Path
-import shutil
-import tempfile
 import threading
-from typing import NamedTuple
+import time
+import weakref
 
-import google_crc32c
 import numpy as np
 
 from nearkv_hw import pages
-from nearkv_hw.abi import ABI_VERSION, PAGE_ALIGN_BYTES, Field, PageLayout, Record
+from nearkv_hw.abi import ABI_VERSION, KvType, PageLayout
 
-from ..io import (
-    FlashError,
-    PageId,
-    Read,
-    Window,
-    open_pages,
-    read_into,
-    reserve,
-    write_from,
+from ..io import FlashError, PageId, Read, Window, read_into
+from . import signals
+from .behind import WriteBehind
+from .home import Home, read_about
+from .journal import (
+    Kind,
+    encode_append,
+    encode_blocks,
+    encode_change,
+    encode_drop,
+    encode_save,
 )
+from .space import Space, runs_of
+from .tables import STORED_PAGE, Change, Snapshot, Table, Tables
+from .writer import PageWriter, Spill
 
 log = logging.getLogger("nearkv")
 
-EXTENT_BYTES = 1 << 20  # at least; a drive reads an extent at its full rate
-STAGING_BYTES = 8 << 20  # pages packed at once, and written in one window
 DELAYED_BYTES = 128 << 20  # of K and V that may wait to be written
-GATHER_S = 0.05  # how long the first of them waits for more, unless somebody asks for it
-INDEX_ENTRY = Record(
-    "index_entry",
-    64,
-    (
-        Field("layer", 0, "I", ""),
-        Field("kv_head", 4, "I", ""),
-        Field("page", 8, "I", "number of the page within (layer, sequence, kv head)"),
-        Field("page_len", 12, "I", "valid tokens"),
-        Field("offset", 16, "Q", "of the page in its file"),
-        Field("crc_k", 24, "I", "CRC-32C as in the page table"),
-        Field("crc_v", 28, "I", ""),
-        Field("shard", 32, "H", "whose file the page is in"),
-        Field("check", 60, "I", "CRC-32C of the 60 bytes before"),
-    ),
-)
-_INDEX = pages.record_dtype(INDEX_ENTRY)
-# What the store knows of one page: what `abi.PAGE_ENTRY` needs, and where it lies.
-STORED_PAGE = np.dtype(
-    [("offset", "<i8"), ("page_len", "<u4"), ("crc_k", "<u4"), ("crc_v", "<u4"), ("shard", "<u2")]
-)
-_STORED_FIELDS = ("offset", "page_len", "crc_k", "crc_v", "shard")
-
-
-@dataclass
-class _Span:
-    """The pages of one (layer, sequence), for all its kv heads."""
-
-    pages: np.ndarray  # STORED_PAGE (n_kv_heads, capacity)
-    n_pages: int = 0
-    n_waiting: int = 0  # of these: spills that are not written yet
-    placed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes by shard
-
-
-class _File:
-    """The page files and the index file of one sequence."""
-
-    def __init__(self, paths: list[Path], fds: list[int], index_fd: int):
-        self.paths, self.fds, self.index_fd = paths, fds, index_fd
-        self.index_path = paths[0].with_suffix(".index")
-        self.spans: dict[int, _Span] = {}
-        self.end_bytes = [0] * len(fds)  # of the extents
-        self.index_bytes = 0
-        self.unsafe = True  # there may be something that a loss of power would take
-        self.error: FlashError | None = None  # of a spill, to be raised
-
-    def close(self):
-        for fd in (*self.fds, self.index_fd):
-            os.close(fd)
-
-
-class _Spill(NamedTuple):
-    """Tokens on their way to flash."""
-
-    file: _File
-    span: _Span
-    layer: int
-    sequence: int
-    first: int  # page
-    k: np.ndarray  # uint16 (n_kv_heads, n_tokens, head_dim)
-    v: np.ndarray
+TIMEOUT_S = 60.0
+# What a store that is never flushed may come to: pages whose places are not free yet, its journal.
+LIMBO_BYTES = 256 << 20
+LONG_BYTES = 16 << 20
+_SLICE_S = 0.05  # after which a wait looks for signals
 
 
 class KvStore:
     """Pages of K and V on flash, with what the card needs to know about each.
 
+    A page holds `page_tokens` tokens of one kv head of one layer. The pages of all kv heads for the
+    same tokens are a *block*; a sequence has a table of blocks for each layer, and a block belongs to
+    any number of sequences (`arrange`). A *shard* is what one card serves, on one drive: a page file in
+    a directory. Pages of one head are placed together, in runs of 1 MiB and more when there are that
+    many, and spread over the shards by bytes, layer by layer, because the cards work on one layer at a
+    time.
+
+    With `delayed_bytes`, pages are packed, checksummed and written by a thread of their own, in windows
+    in which the drive does not read. Whoever asks for pages that are not written yet waits for them;
+    what went wrong is raised by the next call for that sequence, and the call after that tries again.
+
+    A temporary store has files without names: nothing is left of it, whatever ends its process. A
+    persistent store records every change in a journal. When its process is killed, what was written by
+    then is there when it is opened again; what `append` raised is not. Against the loss of power,
+    `flush`, `save` and `close` make the drive keep pages, then journal, then names.
+
+    Any thread may call any method; calls take turns. A process that was forked has no store: every
+    method raises there, and its end disturbs nothing.
+
     Parameters
     ----------
     directory : path, or a sequence of them
-        One for each shard, or one for all. Made if missing. An existing store with the same layout is
-        opened with the pages it has. With `temporary`, the store lives in new directories inside,
-        removed by `close`.
+        One for each shard, or one for all. The last component is made if it is missing. A persistent
+        store that is there already is opened with what it has.
     layout : PageLayout
         head_dim, page_tokens and KV type of every page.
     n_kv_heads : int
@@ -142,17 +81,23 @@ class KvStore:
     delayed_bytes : int
         How much K and V may wait to be written while others go on. 0: `append` writes.
     budget_bytes : int, optional
-        Limit on what is written to flash in the life of this store.
+        Limit on what is written to flash in the life of this object.
+    timeout_s : float
+        How long a call waits for a drive that makes no progress.
 
     Attributes
     ----------
-    bytes_given, bytes_written, index_bytes_written : int
-        K and V of the tokens that were appended; bytes of pages and of indexes written for them.
+    bytes_given, bytes_written, journal_bytes_written : int
+        K and V of the tokens that were appended; bytes of pages and of the journal written for them.
+    epoch : int
+        Changes whenever pages that were there are taken back or take another place.
+    notices : list of str
+        What was found on opening that the user should know: a torn tail that was cut off.
 
     Raises
     ------
     FlashError
-        If a directory cannot be written.
+        If a directory cannot be written, or a store in it is damaged or in use.
     ValueError
         If it holds a store of another layout.
     """
@@ -168,62 +113,86 @@ class KvStore:
         weights: Sequence[float] | None = None,
         delayed_bytes: int = 0,
         budget_bytes: int | None = None,
+        timeout_s: float = TIMEOUT_S,
     ):
         self.layout, self.n_kv_heads = layout, n_kv_heads
-        self.temporary, self.budget_bytes = temporary, budget_bytes
+        self.temporary, self.budget_bytes, self.timeout_s = temporary, budget_bytes, timeout_s
         several = not isinstance(directory, (str, os.PathLike))
-        directories = [Path(one) for one in directory] if several else [Path(directory)]
-        self.n_shards = len(directories) if n_shards is None else n_shards
-        if len(directories) not in (1, self.n_shards) or self.n_shards < 1:
+        paths = [Path(one) for one in directory] if several else [Path(directory)]
+        self.n_shards = len(paths) if n_shards is None else n_shards
+        if len(paths) not in (1, self.n_shards) or self.n_shards < 1:
             raise ValueError(
-                f"{self.n_shards} shards need one directory or {self.n_shards}, "
-                f"not {len(directories)}"
+                f"{self.n_shards} shards need one directory or {self.n_shards}, not {len(paths)}"
             )
-        if len({one.resolve() for one in directories}) < len(directories):
+        if len({one.resolve() for one in paths}) < len(paths):
             raise ValueError("each shard needs a directory of its own, or all one directory")
         self.weights = np.ones(self.n_shards) if weights is None else np.asarray(weights, float)
         if self.weights.shape != (self.n_shards,) or not (self.weights > 0).all():
             raise ValueError(f"weights must be {self.n_shards} positive numbers, not {weights}")
-        self.extent_pages = -(-EXTENT_BYTES // layout.page_bytes)
-        self.bytes_given = self.bytes_written = self.index_bytes_written = 0
-        self.epoch = 0  # how often pages have been taken back
-        self._files: dict[int, _File] = {}
-        self._direct = hasattr(os, "O_DIRECT")
-        self._staging: mmap.mmap | None = None
-        self._lock_fds: list[int] = []
+        self.directories = paths
+        self.bytes_given = 0
+        self.epoch = 0
+        self.notices: list[str] = []
+        self._tables = Tables(n_kv_heads, self.n_shards)
+        self._unsafe = False  # there is something that a loss of power would take
         self._closed = False
-        self._spills: deque[_Spill] = deque()
-        self._delayed_bytes = delayed_bytes
-        self._waiting_bytes = 0
-        self._hurry = False  # somebody waits for the spills
-        self._change = threading.Condition()
-        self._writer: threading.Thread | None = None
-        self.directories: list[Path] = []
-        for path in directories:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                if temporary:
-                    path = Path(tempfile.mkdtemp(prefix="nearkv-", dir=path))
-                    _sweep(path.parent)
-                self.directories.append(path)
-                fd = os.open(path / "store.json", os.O_RDWR | os.O_CREAT, 0o644)
-                self._lock_fds.append(fd)
-            except OSError as error:
-                self.close()
-                raise FlashError(
-                    "cannot write to the KV directory", errno=error.errno, filename=path,
-                    remedy="choose another with directory= (--kv-dir)",
-                ) from error  # fmt: skip
-        self.directory = self.directories[0]
-        windows: dict[int, Window] = {}  # one per drive
+        self._broken = ""
+        self._long_bytes = LONG_BYTES
+        self._owed: bytes | None = None  # a SAVE that takes back another, not recorded yet
+        self._pid = os.getpid()
+        self._change = threading.Condition(threading.RLock())
+        about = {
+            "abi_version": ABI_VERSION, "head_dim": layout.head_dim,
+            "page_tokens": layout.page_tokens, "kv_type": layout.kv_type.name,
+            "page_bytes": layout.page_bytes, "n_kv_heads": n_kv_heads, "n_shards": self.n_shards,
+            "n_directories": len(paths),
+        }  # fmt: skip
+        # A signal's handler may raise when all is open, and nobody would have the store to close it.
+        with contextlib.ExitStack() as opened:
+            with signals.waiting():
+                self._home = Home(paths, about, temporary=temporary)
+                opened.callback(self._home.close)
+                self._open(paths, delayed_bytes)
+                # Of a store that is forgotten without having been closed.
+                weakref.finalize(self, self._home.close).atexit = False
+            opened.pop_all()
+
+    def _open(self, paths: list[Path], delayed_bytes: int) -> None:
+        files = self._home.files
+        if not all(file.direct for file in files):
+            log.warning(
+                "%s: the file system has no O_DIRECT; pages go through the page cache", paths[0]
+            )
+        windows: dict[int, Window] = {}  # one for each drive
         self._windows = [
-            windows.setdefault(os.fstat(fd).st_dev, Window()) for fd in self._lock_fds
-        ] * (self.n_shards // len(self._lock_fds))
-        try:
-            self._claim()
-        except BaseException:
-            self.close()
-            raise
+            windows.setdefault(self._home.directory_of(shard).device, Window(self.timeout_s))
+            for shard in range(self.n_shards)
+        ]
+        self._space = Space(files, self.layout.page_bytes, self.weights, self._sync)
+        self._writer = PageWriter(self.layout, files, self._windows)
+        self._delayed = delayed_bytes > 0
+        self._behind = WriteBehind(
+            PageWriter(self.layout, files, self._windows), self._change,
+            limit_bytes=delayed_bytes, wait=self._wait, record=self._finish,
+        )  # fmt: skip
+        if not self._home.is_new:
+            self._replay()
+
+    @staticmethod
+    def describe(directory) -> tuple[PageLayout, int, int]:
+        """Layout, kv heads and shards of the persistent store in a directory, without opening it.
+
+        Raises
+        ------
+        FlashError
+            If there is none, or its description is damaged.
+        ValueError
+            If it is of another format.
+        """
+        first = directory if isinstance(directory, (str, os.PathLike)) else directory[0]
+        about = read_about(Path(first))
+        layout = PageLayout(about["head_dim"], about["page_tokens"], KvType[about["kv_type"]])
+        return layout, about["n_kv_heads"], about["n_shards"]
 
     def __enter__(self):
         return self
@@ -231,40 +200,50 @@ class KvStore:
     def __exit__(self, *exception):
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
-        """Close every file; remove them all if the store is temporary. May be called twice.
+        """Write what waits, make the drive keep it, and close every file. May be called again.
+
+        A temporary store writes nothing more, and is gone afterwards.
 
         Raises
         ------
         FlashError
             If tokens that were to stay could not be written.
         """
-        if self._closed:
+        if os.getpid() != self._pid:
             return
-        self._closed = True
-        with self._change:
+        errors: list[FlashError] = []
+        with signals.waiting():
+            with self._entered("to close the store"):
+                if not self._closed:
+                    self._end(errors)
+            end = time.monotonic() + self.timeout_s
+            while not self._behind.join(_SLICE_S) and time.monotonic() < end:
+                signals.deliver()
+            if self._behind.join(0):  # a thread that hangs in a write needs its files
+                with self._change:
+                    self._home.close()
+        if errors and not self.temporary:
+            raise errors[0]
+
+    def _end(self, errors: list[FlashError]) -> None:
+        """What `close` does in its turn."""
+        with _collecting(errors):
             if self.temporary:
-                self._forget(lambda spill: True)
-            self._change.notify_all()
-        if self._writer is not None:
-            self._writer.join()  # it writes what it has
-        failed = [file.error for file in self._files.values() if file.error is not None]
-        try:
-            self._keep()
-        except FlashError as error:
-            failed.append(error)
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-        self._staging = None
-        if self.temporary:
-            for directory in self.directories:
-                shutil.rmtree(directory, ignore_errors=True)
-        for fd in self._lock_fds:
-            os.close(fd)
-        self._lock_fds = []
-        if failed and not self.temporary:
-            raise failed[0]
+                self._forget(_Everything())
+            self._behind.end()
+            self._wait(lambda: self._behind.idle, "the last pages")
+        errors += self._behind.failed.values()
+        if not self.temporary:
+            with _collecting(errors):
+                self._sync()
+                if not errors and not self._broken:  # or the tables name pages that are not there
+                    self._compact()
+        self._closed = True
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -287,57 +266,180 @@ class KvStore:
         FlashError
             If the disk is full or fails.
         """
-        page_tokens = self.layout.page_tokens
-        self._raise_failed(sequence)
-        k, v = self._patterns(k, v, sequence, layer)
-        n_tokens = k.shape[1]
-        if n_tokens % page_tokens and not ragged:
-            raise ValueError(f"pages are written full: {page_tokens} tokens each, not {n_tokens}")
-        n_new = -(-n_tokens // page_tokens)
-        if n_new == 0:
-            return
-        file = self._file(sequence)
-        span = self._span(file, layer)
-        first = span.n_pages
-        if first and span.pages[0, first - 1]["page_len"] < page_tokens:
-            raise ValueError(f"the last page of layer {layer}, sequence {sequence} is ragged")
-        self._check_budget(n_new, PageId(layer, sequence, 0, first))
-        self._reserve(file, span, PageId(layer, sequence, 0, first), first + n_new)
-        lengths = np.full(n_new, page_tokens)
-        lengths[-1] = n_tokens - (n_new - 1) * page_tokens
-        span.pages["page_len"][:, first : first + n_new] = lengths
-        if self._delayed_bytes:
-            self._delay(_Spill(file, span, layer, sequence, first, k.copy(), v.copy()))
-        else:
-            self._write([_Spill(file, span, layer, sequence, first, k, v)])
-            span.n_pages = first + n_new
-        self.bytes_given += k.nbytes + v.nbytes
+        _check_numbers([sequence], layer)
+        with self._turn("to append pages"):
+            self._behind.raise_failed(sequence)
+            k, v = self._patterns(k, v, sequence, layer)
+            page_tokens, n_tokens = self.layout.page_tokens, k.shape[1]
+            if n_tokens % page_tokens and not ragged:
+                raise ValueError(
+                    f"pages are written full: {page_tokens} tokens each, not {n_tokens}"
+                )
+            n_new = -(-n_tokens // page_tokens)
+            if n_new == 0:
+                return
+            if self._delayed:  # others may have their turn meanwhile
+                self._behind.make_room(k.nbytes + v.nbytes, sequence)
+            self._tidy()
+            table = self._tables.find(sequence, layer)
+            position = len(table) if table else 0
+            page = PageId(layer, sequence, 0, position)
+            if table and position and self._last_len(table, layer) < page_tokens:
+                raise ValueError(f"the last page of layer {layer}, sequence {sequence} is ragged")
+            self._check_budget(n_new, page)
+            with self._tables.growing(sequence, layer) as table:
+                new = self._space.place(table, self._tables.blocks(layer), n_new, page)
+                new["page_len"] = page_tokens
+                new["page_len"][:, -1] = n_tokens - (n_new - 1) * page_tokens
+                ids = np.zeros(0, np.int64)
+                if self._delayed:
+                    k, v = k.copy(), v.copy()
+                    ids = self._tables.append(sequence, layer, position, new)
+                    self._behind.put(Spill(sequence, layer, position, ids, k, v, new, table))
+                else:
+                    self._append_now(Spill(sequence, layer, position, ids, k, v, new, table))
+            self.bytes_given += k.nbytes + v.nbytes
+
+    def _append_now(self, spill: Spill) -> None:
+        """Write pages, then record them; after an error there is nothing of them."""
+        sequence, layer, position, new = spill.sequence, spill.layer, spill.position, spill.pages
+        try:
+            self._writer.write([spill])
+        except BaseException:
+            self._space.give(new.reshape(-1), punch=True)
+            raise
+        with self._changing():
+            ids = self._tables.append(sequence, layer, position, new)
+            try:
+                self._record(Kind.APPEND, encode_append(sequence, layer, position, ids, new))
+            except FlashError:
+                self._tables.apply([Change(layer, sequence, position, ids[:0])])
+                self._space.give(new.reshape(-1), punch=True)
+                raise
 
     def truncate(self, sequence: int, layer: int, n_pages: int) -> None:
-        """Forget the pages from `n_pages` on; their space is used again. Not kept in the index."""
-        self.settle(sequence, layer)
-        span = self._span(self._file(sequence), layer)
-        if n_pages < span.n_pages:
-            span.n_pages = n_pages
-            self.epoch += 1
+        """Forget the pages from `n_pages` on; their space is used again.
 
-    def drop(self, sequence: int) -> None:
-        """Delete a sequence and its files."""
-        file = self._files.get(sequence)
-        if file is None:
-            return
+        Raises
+        ------
+        FlashError
+            If there is no such sequence.
+        """
+        _check_numbers([sequence], layer, n_pages)
+        with self._turn("to take pages back"):
+            self._known(sequence)
+            self._settle(sequence, layer)
+            self._known(sequence)  # others had their turn meanwhile
+            table = self._tables.find(sequence, layer)
+            if table is not None and n_pages < len(table):
+                self._space.give_room(table)
+                nothing = np.zeros(0, np.int64)
+                self._apply([Change(layer, sequence, n_pages, nothing)])
 
-        def gone():
-            self._forget(lambda spill: spill.file is file)
-            return not any(span.n_waiting for span in file.spans.values())
+    def arrange(
+        self,
+        sources: Mapping[int, int],
+        *,
+        layer: int | None = None,
+        n_pages: int | None = None,
+    ) -> None:
+        """Give sequences the pages of others, all at once: for forks, beams and shared prefixes.
 
-        with self._change:
-            self._change.wait_for(gone)
-        del self._files[sequence]
-        self.epoch += 1
-        file.close()
-        for path in (*file.paths, file.index_path):
-            path.unlink(missing_ok=True)
+        No page is copied: it has one more owner. Every target is afterwards what its source was
+        before the call; sequences that are no target stay as they are.
+
+        Parameters
+        ----------
+        sources : mapping of target to source
+        layer : int, optional
+            Of this layer alone. Default: all layers.
+        n_pages : int, optional
+            How many pages of the source at most. Default: all.
+
+        Raises
+        ------
+        FlashError
+            If a source is unknown, or its pages could not be written.
+        """
+        _check_numbers([*sources, *sources.values()], layer, n_pages)
+        with self._turn("to share pages"):
+            while True:  # others have their turn while it waits
+                for source in sources.values():
+                    self._known(source)
+                involved = [
+                    (sequence, one)
+                    for sequence in {*sources, *sources.values()}
+                    for one in self._layers(sequence, layer)
+                ]
+                if all(self.settled(*one) for one in involved):
+                    break
+                for one in involved:
+                    self._settle(*one)
+            self._tidy()
+            changes = []
+            for target, source in sources.items():
+                for one in sorted({*self._layers(target, layer), *self._layers(source, layer)}):
+                    theirs = self._tables.find(source, one)
+                    ids = theirs.ids[:n_pages].copy() if theirs else np.zeros(0, np.int64)
+                    mine = self._tables.find(target, one)
+                    old = mine.ids if mine else np.zeros(0, np.int64)
+                    same = min(len(ids), len(old))
+                    differ = np.flatnonzero(ids[:same] != old[:same])
+                    start = int(differ[0]) if len(differ) else same
+                    if mine is None or start < max(len(ids), len(old)):
+                        changes.append(Change(one, target, start, ids[start:]))
+            if changes:
+                for change in changes:
+                    if (table := self._tables.find(change.sequence, change.layer)) is not None:
+                        self._space.give_room(table)
+                self._apply(changes)
+
+    def drop(self, sequence: int, *, erase: bool = False) -> int:
+        """Forget a sequence. Pages that nobody else has give their space back.
+
+        Parameters
+        ----------
+        erase : bool
+            Overwrite those pages, wait until the drive has done so, and discard them. What a drive
+            keeps of overwritten data in its spare blocks is beyond the reach of any program.
+
+        Returns
+        -------
+        int
+            Pages that stay, because other sequences or the snapshot own them too.
+
+        Raises
+        ------
+        FlashError
+            If there is no such sequence, or it could not be erased.
+        """
+        with self._turn("to drop a sequence"):
+            self._known(sequence)
+            self._forget({sequence})
+            tables = self._known(sequence)  # others had their turn meanwhile
+            n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
+            with self._changing():
+                self._record(Kind.DROP, encode_drop(sequence))
+                for table in tables.values():
+                    self._space.give_room(table)
+                freed = self._tables.drop(sequence)
+                try:
+                    if erase:
+                        self._sync()  # or a loss of power could bring it back, without its bytes
+                        self._space.erase(freed)
+                except FlashError as error:
+                    raise FlashError(
+                        "the sequence is forgotten, but its pages could not be overwritten",
+                        errno=error.errno, filename=error.filename, offset=error.offset,
+                        remedy="to be sure that nothing is left of it, delete the store and discard "
+                        "the drive's free space (fstrim)",
+                    ) from error  # fmt: skip
+                finally:
+                    self._release(freed)
+            if erase:
+                self._unsafe = True
+                self._sync()
+            return n_pages - sum(len(pages) for pages in freed)
 
     def flush(self) -> None:
         """Write everything that waits to be written, and make the drive keep it.
@@ -347,10 +449,11 @@ class KvStore:
         FlashError
             The first thing that went wrong.
         """
-        for sequence, file in list(self._files.items()):
-            for layer in list(file.spans):
-                self.settle(sequence, layer)
-        self._keep()
+        with self._turn("to flush the store"):
+            self._settle_all()
+            if not self.temporary:
+                self._sync()
+                self._compact()
 
     def settle(self, sequence: int, layer: int) -> None:
         """Wait until every page of (layer, sequence) is written.
@@ -360,63 +463,172 @@ class KvStore:
         FlashError
             If that failed. The next call tries again.
         """
-        file = self._files.get(sequence)
-        if file is None:
-            return
-        self._raise_failed(sequence)
-        span = file.spans.get(layer)
-        if span is None or not span.n_waiting:
-            return
-        with self._change:
-            self._hurry = True
-            self._change.notify_all()
-            self._change.wait_for(lambda: not span.n_waiting or file.error is not None)
-        self._raise_failed(sequence)
+        with self._turn("for pages to be written"):
+            self._settle(sequence, layer)
 
     def settled(self, sequence: int, layer: int) -> bool:
         """Whether every page of (layer, sequence) is written."""
-        file = self._files.get(sequence)
-        span = file.spans.get(layer) if file else None
-        return span is None or not span.n_waiting
+        self._check()
+        table = self._tables.find(sequence, layer)
+        return table is None or not table.n_waiting
 
     @property
     def write_amplification(self) -> float:
         """Bytes written for each byte of K and V that was given. 0 before the first."""
-        written = self.bytes_written + self.index_bytes_written
+        written = self.bytes_written + self.journal_bytes_written
         return written / self.bytes_given if self.bytes_given else 0.0
+
+    @property
+    def bytes_written(self) -> int:
+        return self._writer.written_bytes + self._behind.writer.written_bytes
+
+    @property
+    def journal_bytes_written(self) -> int:
+        return self._home.journal.written_bytes if self._home.journal else 0
+
+    # --- snapshots ----------------------------------------------------------------------------
+
+    def save(self, data: bytes) -> None:
+        """Make a snapshot of all tables, with any bytes that belong to it, in place of the last.
+
+        It owns its pages: whatever becomes of the sequences, `restore` brings them back, in this
+        process or in the next. When this returns the drive keeps it; when it raises or is
+        interrupted, the snapshot before it is whole.
+
+        Raises
+        ------
+        FlashError
+            If a page or `data` could not be written.
+        ValueError
+            If the store is temporary.
+        """
+        if self.temporary:
+            raise ValueError("a temporary store cannot be saved; make it persistent")
+        with self._turn("to save the store"):
+            self._settle_all()
+            about = self._home.write_state(data)
+            tables, before = self._tables.current(), self._tables.snapshot or Snapshot({})
+            with self._changing():
+                self._record(Kind.SAVE, encode_save(about, tables))
+                try:
+                    self._sync()
+                except FlashError:
+                    self._take_back(before)
+                    raise
+                self._release(self._tables.save(about, tables))
+                self._space.settle_limbo()
+            self._home.remove_states(about["number"])
+            self._compact()
+
+    def _take_back(self, before: Snapshot) -> None:
+        """The drive may not keep a snapshot that was recorded: the one before it is recorded again."""
+        self._owed = encode_save(before.about, before.tables)
+        with contextlib.suppress(FlashError):  # or as soon as the drive takes a record
+            self._record_owed()
+
+    def saved(self) -> bytes | None:
+        """What was given to the last `save`; None if there was none.
+
+        Raises
+        ------
+        FlashError
+            If it is damaged.
+        """
+        with self._turn("to read what was saved"):
+            snapshot = self._tables.snapshot
+            return None if snapshot is None else self._home.read_state(snapshot.about)
+
+    def restore(self) -> None:
+        """Make every sequence what it was at the last `save`, and forget those that are newer.
+
+        Raises
+        ------
+        FlashError
+            If nothing was saved.
+        """
+        with self._turn("to restore the store"):
+            if self._tables.snapshot is None:
+                raise FlashError(
+                    "nothing was saved in this KV store", filename=self.directories[0],
+                    remedy="save it first",
+                )  # fmt: skip
+            self._forget(_Everything())
+            with self._changing():
+                self._record(Kind.RESTORE, b"")
+                for tables in self._tables.of.values():
+                    for table in tables.values():
+                        self._space.give_room(table)
+                self._release(self._tables.restore())
 
     # --- reading ----------------------------------------------------------------------------
 
     def sequences(self) -> list[int]:
-        """Those that have pages."""
-        return sorted(self._files)
+        """Those that are known."""
+        self._check()
+        return sorted(self._tables.of)
 
     def layers(self, sequence: int) -> list[int]:
         """Those that have pages of a sequence."""
-        return sorted(self._files[sequence].spans)
+        with self._turn("to look at the tables"):
+            return sorted(layer for layer, table in self._known(sequence).items() if len(table))
 
     def n_pages(self, sequence: int, layer: int) -> int:
-        """Pages that each kv head of (layer, sequence) has."""
-        file = self._files.get(sequence)
-        span = file.spans.get(layer) if file else None
-        return span.n_pages if span else 0
+        """Pages that each kv head of (layer, sequence) has; 0 of a sequence that is not known."""
+        self._check()
+        table = self._tables.find(sequence, layer)
+        return len(table) if table else 0
 
-    def stored(self, sequence: int, layer: int) -> np.ndarray:
-        """What is known of the pages: STORED_PAGE (n_kv_heads, n_pages), a view.
+    def n_blocks(self, layer: int) -> int:
+        """Blocks of a layer that are stored, each counted once, however many sequences have it."""
+        with self._turn("to look at the tables"):
+            return len(self._tables.layers[layer].used()) if layer in self._tables.layers else 0
 
-        Waits until they are written; raises FlashError if that failed.
+    def blocks(self, sequence: int, layer: int) -> np.ndarray:
+        """The block table of (layer, sequence): int64 (n_pages,)."""
+        with self._turn("to look at the tables"):
+            table = self._known(sequence).get(layer)
+            return np.zeros(0, np.int64) if table is None else table.ids.copy()
+
+    def stored(self, sequence: int, layer: int, n_pages: int | None = None) -> np.ndarray:
+        """What is known of the pages: STORED_PAGE (n_kv_heads, n_pages), not to be changed.
+
+        Waits until they are written.
+
+        Parameters
+        ----------
+        n_pages : int, optional
+            How many the caller relies on. Default: all there are.
+
+        Raises
+        ------
+        FlashError
+            If there are fewer than that, or one could not be written.
         """
-        self.settle(sequence, layer)
-        if self.n_pages(sequence, layer) == 0:
-            return np.zeros((self.n_kv_heads, 0), STORED_PAGE)
-        span = self._files[sequence].spans[layer]
-        return span.pages[:, : span.n_pages]
+        # Asked for each layer of each step: what is known already takes no turn.
+        self._check()
+        table = self._tables.find(sequence, layer)
+        known = None if table is None else table.known
+        if known is not None and not self._behind.has_failed(sequence):
+            if n_pages is None or 0 <= n_pages <= known.shape[1]:
+                return known[:, :n_pages]
+        with self._turn("for pages to be written"):
+            self._settle(sequence, layer)
+            table = self._tables.find(sequence, layer)
+            have = len(table) if table else 0
+            if n_pages is not None and not 0 <= n_pages <= have:
+                raise FlashError(
+                    f"{n_pages} pages of layer {layer}, sequence {sequence} are asked for, and the "
+                    f"store has {have}", filename=self.directories[0],
+                    remedy="the sequence has to be computed again",
+                )  # fmt: skip
+            if table is None or not have:
+                return np.zeros((self.n_kv_heads, 0), STORED_PAGE)
+            return table.pages(self._tables.blocks(layer))[:, :n_pages]
 
     def reads(self, page: PageId, numbers: np.ndarray, kv_offset: int) -> list[Read]:
         """The reads that bring pages to kv memory, one behind the other.
 
-        One read per run of pages that lie together in the file, 1 MiB or more where they fill
-        their extents.
+        One read for each run of pages that lie together in the file.
 
         Parameters
         ----------
@@ -426,20 +638,21 @@ class KvStore:
             Which of its pages.
         kv_offset : int
         """
-        file = self._files[page.sequence]
         page_bytes = self.layout.page_bytes
         numbers = np.asarray(numbers)
-        entries = file.spans[page.layer].pages[page.kv_head][numbers]
-        offsets, shards = entries["offset"], entries["shard"]
-        apart = (np.diff(offsets) != page_bytes) | (np.diff(numbers) != 1) | (np.diff(shards) != 0)
-        edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(numbers)]
+        n_pages = int(numbers.max(initial=-1)) + 1
+        entries = self.stored(page.sequence, page.layer, n_pages)[page.kv_head][numbers]
+        edges = {edge for run in runs_of(entries, page_bytes) for edge in run}
+        # A read names its first page; the others have the numbers that follow.
+        edges |= {int(at) + 1 for at in np.flatnonzero(np.diff(numbers) != 1)}
+        edges = sorted(edges)
         reads = []
-        for a, b in itertools.pairwise(edges):
-            shard = int(shards[a])
+        for a, b in zip(edges, edges[1:], strict=False):
+            file = self._home.files[entries["shard"][a]]
             reads.append(
-                Read(file.fds[shard], file.paths[shard], int(offsets[a]), (b - a) * page_bytes,
+                Read(file.fd, file.path, int(entries["offset"][a]), (b - a) * page_bytes,
                      kv_offset + a * page_bytes, page._replace(page=int(numbers[a])), page_bytes,
-                     self._windows[shard])
+                     self._windows[entries["shard"][a]], file.direct)
             )  # fmt: skip
         return reads
 
@@ -453,61 +666,169 @@ class KvStore:
         Raises
         ------
         FlashError
-            If the file is shorter than it should be, or a checksum differs.
+            If there are not that many, the file is shorter than it should be, or a checksum differs.
         """
         page_bytes = self.layout.page_bytes
+        stored = self.stored(page.sequence, page.layer, page.page + n_pages)
+        stored = stored[page.kv_head, page.page :]
+        if not n_pages:
+            return np.zeros((0, page_bytes), np.uint8)
         buffer = mmap.mmap(-1, n_pages * page_bytes)
         data = np.frombuffer(buffer, np.uint8)
-        self.settle(page.sequence, page.layer)
         for read in self.reads(page, np.arange(page.page, page.page + n_pages), 0):
             with read.window.reading() if read.window else contextlib.nullcontext():
                 read_into(read, data)
         data = data.reshape(n_pages, page_bytes)
-        stored = self.stored(page.sequence, page.layer)[page.kv_head, page.page :][:n_pages]
         for i, entry in enumerate(stored):
             crcs = pages.checksums(self.layout, data[i], int(entry["page_len"]))
             if crcs != (entry["crc_k"], entry["crc_v"]):
                 raise FlashError(
                     "the page's bytes have changed: CRC-32C mismatch",
                     page=page._replace(page=page.page + i),
-                    filename=self._files[page.sequence].paths[entry["shard"]],
+                    filename=self._home.files[entry["shard"]].path,
                     offset=int(entry["offset"]),
+                    remedy="the sequence has to be computed again",
                 )  # fmt: skip
         return data
 
     def locate(self, page: PageId) -> tuple[Path, int]:
         """File and byte offset of a page, for error messages."""
-        entry = self.stored(page.sequence, page.layer)[page.kv_head, page.page]
-        return self._files[page.sequence].paths[entry["shard"]], int(entry["offset"])
+        entry = self.stored(page.sequence, page.layer, page.page + 1)[page.kv_head, page.page]
+        return self._home.files[entry["shard"]].path, int(entry["offset"])
 
-    # --- inside -----------------------------------------------------------------------------
+    def page_files(self) -> list[Path]:
+        """Paths by which this process reaches the page file of each shard, those without a name too."""
+        self._check()
+        return [Path(f"/proc/self/fd/{file.fd}") for file in self._home.files]
 
-    def _claim(self) -> None:
-        """Write, or compare with, the store's description; read what it has."""
-        about = {
-            "format": 1, "abi_version": ABI_VERSION, "head_dim": self.layout.head_dim,
-            "page_tokens": self.layout.page_tokens, "kv_type": self.layout.kv_type.name,
-            "n_kv_heads": self.n_kv_heads, "n_shards": self.n_shards,
-        }  # fmt: skip
-        for position, (fd, directory) in enumerate(
-            zip(self._lock_fds, self.directories, strict=True)
-        ):
+    # --- who may call, and how long that may take ---------------------------------------------------
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise FlashError(
+                f"the KV store belongs to process {self._pid}, not to {os.getpid()}, which was forked "
+                "from it", filename=self.directories[0],
+                remedy="open a store of its own in each process",
+            )  # fmt: skip
+        if self._closed:
+            raise FlashError(
+                "the KV store is closed", filename=self.directories[0], remedy="open it again"
+            )
+        if self._broken:
+            raise FlashError(
+                f"the KV store was interrupted in the middle of a change ({self._broken})",
+                filename=self.directories[0],
+                remedy="close it and open it again: what was recorded before is untouched",
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _turn(self, what: str) -> Iterator[None]:
+        """One call at a time, for an open store. Signals wait until it is over."""
+        self._check()
+        with self._entered(what):
+            self._check()
+            yield
+
+    @contextlib.contextmanager
+    def _entered(self, what: str) -> Iterator[None]:
+        with signals.waiting():
+            end = time.monotonic() + self.timeout_s
+            while not self._change.acquire(timeout=min(_SLICE_S, self.timeout_s)):
+                signals.deliver()
+                if time.monotonic() >= end:
+                    raise self._late(f"another call on this store, {what}")
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FlashError(
-                    "the KV store is in use", filename=directory, remedy="choose another directory"
-                ) from None
-            text = os.pread(fd, 1 << 16, 0)
-            mine = {**about, "directory": position}
-            if not text:
-                os.pwrite(fd, json.dumps(mine, indent=1).encode(), 0)
-            elif (found := json.loads(text)) != mine:
-                raise ValueError(
-                    f"{directory} holds a store with {found}, not {mine}; choose another directory"
-                )
-        for index in sorted(self.directory.glob("sequence-*.index")):
-            self._reopen(int(index.stem.removeprefix("sequence-")))
+                yield
+            finally:
+                self._change.release()
+
+    def _wait(self, done: Callable[[], object], what: str) -> None:
+        """Wait, in one's turn, until `done`; give up when the drive makes no progress."""
+        writer, since = self._behind.writer, time.monotonic()
+        seen = writer.written_bytes
+        while not done():
+            left = since + self.timeout_s - time.monotonic()
+            if left <= 0:
+                raise self._late(what)
+            self._behind.hurry()
+            self._change.wait(min(left, _SLICE_S))
+            signals.deliver()
+            if writer.written_bytes != seen:
+                seen, since = writer.written_bytes, time.monotonic()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What is recorded and what is in memory change together, or the store cannot go on.
+
+        An error of the drive comes before anything has changed. An interrupt (Ctrl-C) may come
+        between the two; then the journal is right and memory is not.
+        """
+        try:
+            yield
+        except FlashError:
+            raise
+        except BaseException as error:
+            self._broken = type(error).__name__
+            raise
+
+    def _late(self, what: str) -> FlashError:
+        return FlashError(
+            f"waited {self.timeout_s:g} s for {what}; the drive makes no progress",
+            errno=errno.ETIMEDOUT, filename=self.directories[0],
+            remedy="is the drive alive? See the kernel's log",
+        )  # fmt: skip
+
+    # --- inside: tables and space -------------------------------------------------------------------
+
+    def _known(self, sequence: int) -> dict[int, Table]:
+        """The tables of a sequence, by layer."""
+        if sequence not in self._tables.of:
+            raise FlashError(
+                f"there is no sequence {sequence} in the KV store", filename=self.directories[0],
+                remedy="it was dropped, or never stored; compute it again",
+            )  # fmt: skip
+        return self._tables.of[sequence]
+
+    def _layers(self, sequence: int, layer: int | None) -> list[int]:
+        return list(self._tables.of.get(sequence, {})) if layer is None else [layer]
+
+    def _last_len(self, table: Table, layer: int) -> int:
+        return int(self._tables.blocks(layer).pages[0, table.ids[-1]]["page_len"])
+
+    def _apply(self, changes: list[Change]) -> None:
+        with self._changing():
+            self._record(Kind.CHANGE, encode_change(changes))
+            self._release(self._tables.apply(changes))
+
+    def _record(self, kind: Kind, payload: bytes) -> None:
+        if self._home.journal is not None:
+            self._record_owed()
+            try:
+                self._home.journal.append(kind, payload)
+            except FlashError as error:
+                if error.errno != errno.ENOSPC or not self._space.limbo_bytes:
+                    raise
+                self._sync()  # what was freed since the last flush is to be had now
+                self._home.journal.append(kind, payload)
+            self._unsafe = True
+
+    def _record_owed(self) -> None:
+        if self._owed is not None and self._home.journal is not None:
+            self._home.journal.append(Kind.SAVE, self._owed)
+            self._owed, self._unsafe = None, True
+
+    def _release(self, freed: list[np.ndarray]) -> None:
+        """Take note of pages that nobody has any more."""
+        self.epoch += 1
+        for one in freed:
+            if not len(one):
+                continue
+            if self.temporary:
+                self._space.give(one, punch=True)
+            else:
+                self._space.free_later(one)
+
+    # --- inside: checks -----------------------------------------------------------------------------
 
     def _patterns(self, k, v, sequence, layer):
         kv_type = self.layout.kv_type
@@ -517,381 +838,207 @@ class KvStore:
                 f"k and v must have shape (n_kv_heads={self.n_kv_heads}, n_tokens, "
                 f"head_dim={self.layout.head_dim}), not {tuple(k.shape)} and {tuple(v.shape)}"
             )
-        done = int(self.stored(sequence, layer)[0]["page_len"].sum())
         out = []
         for name, x in (("K", k), ("V", v)):
-            patterns = pages.to_patterns(x, kv_type)
+            patterns = pages.to_patterns(x, kv_type, patterns=True)
             at = pages.first_non_finite(patterns, kv_type)
             if at is not None:
                 head, token, channel = at
-                value = float(x[at]) if getattr(x, "dtype", None) != np.uint16 else None
-                remedy = (
-                    f"{value} is beyond fp16 (65504); store K and V as bf16: kv_dtype='bf16'"
-                    if value is not None and np.isfinite(value)
-                    else "the model computed it; nothing was written"
-                )
+                done = self.n_pages(sequence, layer) * self.layout.page_tokens
                 raise ValueError(
                     f"Inf or NaN in {name} of layer {layer}, sequence {sequence}, kv head {head}, "
-                    f"token {done + token}, channel {channel}: {remedy}"
+                    f"token {done + token}, channel {channel}: "
+                    f"{pages.cause_of_non_finite(x, at, kv_type)}"
                 )
             out.append(patterns)
         return out
-
-    def _file(self, sequence: int, *, create: bool = True) -> _File:
-        file = self._files.get(sequence)
-        if file is not None:
-            return file
-        paths = []
-        for shard in range(self.n_shards):
-            directory = self.directories[shard % len(self.directories)]
-            part = f".{shard}" if shard else ""
-            paths.append(directory / f"sequence-{sequence:06d}{part}.kv")
-        with contextlib.ExitStack() as opened:
-            fds = []
-            for path in paths:
-                fd, direct = open_pages(path, create=create, direct=self._direct)
-                opened.callback(os.close, fd)
-                fds.append(fd)
-                if self._direct and not direct:
-                    self._direct = False
-                    log.warning(
-                        "%s: the file system has no O_DIRECT; pages go through the page cache",
-                        path.parent,
-                    )
-            index_fd, _ = open_pages(paths[0].with_suffix(".index"), create=create, direct=False)
-            opened.pop_all()
-        file = self._files[sequence] = _File(paths, fds, index_fd)
-        return file
-
-    def _span(self, file: _File, layer: int) -> _Span:
-        if layer not in file.spans:
-            file.spans[layer] = _Span(
-                np.zeros((self.n_kv_heads, 0), STORED_PAGE),
-                placed=np.zeros(self.n_shards, np.int64),
-            )
-        return file.spans[layer]
 
     def _check_budget(self, n_new: int, page: PageId) -> None:
         if self.budget_bytes is None:
             return
         nbytes = n_new * self.n_kv_heads * self.layout.page_bytes
-        used = self.bytes_written + self._waiting_bytes
+        used = self.bytes_written + self._behind.waiting_bytes
         if used + nbytes > self.budget_bytes:
             raise FlashError(
                 f"{used} of {self.budget_bytes} bytes that may be written are used, and "
-                f"{nbytes} more are needed", page=page, errno=errno.EDQUOT, filename=self.directory,
+                f"{nbytes} more are needed", page=page, errno=errno.EDQUOT,
+                filename=self.directories[0],
                 remedy="what is stored already is untouched; raise the write budget",
             )  # fmt: skip
 
-    def _reserve(self, file: _File, span: _Span, page: PageId, n_pages: int) -> None:
-        """Give every kv head the extents for `n_pages` pages, on the disk and in the table."""
-        heads, page_bytes = self.n_kv_heads, self.layout.page_bytes
-        have = span.pages.shape[1] // self.extent_pages
-        need = -(-n_pages // self.extent_pages) - have
-        if need <= 0:
+    # --- inside: writing ------------------------------------------------------------------------------
+
+    def _settle(self, sequence: int, layer: int) -> None:
+        """Wait until the table that is there then has no pages that wait to be written."""
+        table = self._tables.find(sequence, layer)
+        while table is not None:
+            self._behind.settle(table, sequence, layer)
+            before, table = table, self._tables.find(sequence, layer)
+            if table is before:  # or somebody has dropped it meanwhile, and begun another
+                return
+
+    def _forget(self, sequences) -> None:
+        """Give up what sequences have that is not written. It was never recorded."""
+        for spill in reversed(self._behind.forget(sequences)):
+            if spill.position < len(spill.table):
+                change = Change(spill.layer, spill.sequence, spill.position, spill.ids[:0])
+                for freed in self._tables.apply([change]):
+                    self._space.give(freed, punch=True)
+        self.epoch += 1
+
+    def _settle_all(self) -> None:
+        """Wait until nothing waits to be written; raise the first thing that went wrong."""
+        self._wait(lambda: self._behind.idle, "pages to be written")
+        for sequence in self._behind.failed:
+            self._behind.raise_failed(sequence)
+
+    def _finish(self, spill: Spill) -> None:
+        """Record pages that were written behind. Of the thread, which no signal interrupts."""
+        payload = encode_append(
+            spill.sequence, spill.layer, spill.position, spill.ids, spill.pages
+        )  # fmt: skip
+        self._record(Kind.APPEND, payload)
+        self._tables.blocks(spill.layer).pages[:, spill.ids] = spill.pages  # checksums and all
+
+    # --- inside: what lasts ---------------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        """Make the drives keep what is written: pages before the journal that names them."""
+        journal = self._home.journal
+        if journal is None or not self._unsafe:
             return
-        extent_bytes = self.extent_pages * page_bytes
-        # Of this layer, in all sequences: what the cards attend to together.
-        placed = np.zeros(self.n_shards, np.int64)
-        for other in self._files.values():
-            if page.layer in other.spans:
-                placed += other.spans[page.layer].placed
-        shards = np.zeros((heads, need), np.int64)
-        added = np.zeros(self.n_shards, np.int64)
-        for head in range(heads):
-            for extent in range(need):
-                nbytes = page_bytes * min(
-                    self.extent_pages, n_pages - (have + extent) * self.extent_pages
-                )
-                shard = int(np.argmin((placed + added + nbytes) / self.weights))
-                shards[head, extent] = shard
-                added[shard] += nbytes
-        ends = list(file.end_bytes)
-        starts = np.zeros((heads, need), np.int64)
-        for shard in range(self.n_shards):
-            mine = shards == shard
-            count = int(mine.sum())
-            if count:
-                reserve(file.fds[shard], file.paths[shard], ends[shard], count * extent_bytes, page)
-                starts[mine] = ends[shard] + np.arange(count) * extent_bytes
-                ends[shard] += count * extent_bytes
-        file.end_bytes = ends
-        span.placed = span.placed + added
-        grown = np.zeros((heads, (have + need) * self.extent_pages), STORED_PAGE)
-        grown[:, : span.pages.shape[1]] = span.pages
-        new = grown[:, span.pages.shape[1] :]
-        within = np.arange(self.extent_pages, dtype=np.int64) * page_bytes
-        new["offset"] = (starts[..., None] + within).reshape(heads, -1)
-        new["shard"] = shards.repeat(self.extent_pages, axis=1)
-        span.pages = grown
+        self._home.check_in_place()
+        self._record_owed()
+        self._home.sync_pages()
+        journal.sync()
+        self._unsafe = False
+        self._space.settle_limbo()
 
-    # --- writing pages, perhaps later ---------------------------------------------------------
+    def _tidy(self) -> None:
+        """Sync now and then when nobody flushes, or space to be freed and the journal would only grow.
 
-    def _delay(self, spill: _Spill) -> None:
-        nbytes = spill.k.nbytes + spill.v.nbytes
-        with self._change:
-            if self._writer is None:
-                self._writer = threading.Thread(
-                    target=self._write_delayed, name="nearkv-write", daemon=True
-                )
-                self._writer.start()
-            fits = lambda: (  # noqa: E731
-                not self._spills
-                or self._waiting_bytes + nbytes <= self._delayed_bytes
-                or spill.file.error is not None
-            )
-            if not fits():
-                self._hurry = True
-                self._change.notify_all()
-                self._change.wait_for(fits)
-            spill.span.n_waiting += 1
-            spill.span.n_pages += -(-spill.k.shape[1] // self.layout.page_tokens)
-            self._spills.append(spill)
-            self._waiting_bytes += nbytes
-            self._change.notify_all()
-
-    def _forget(self, which) -> None:
-        """Drop spills that the writer has not begun. Called with the lock."""
-        for spill in [spill for spill in self._spills if which(spill)]:
-            self._spills.remove(spill)
-            spill.span.n_waiting -= 1
-            self._waiting_bytes -= spill.k.nbytes + spill.v.nbytes
-
-    def _keep(self) -> None:
-        """Make the drives keep what is written: pages before the indexes that name them."""
-        unsafe = [file for file in self._files.values() if file.unsafe]
-        if self.temporary or not unsafe:
+        Before a change, so that an error leaves nothing half done.
+        """
+        journal = self._home.journal
+        if journal is None:
             return
-        for file in unsafe:
-            file.unsafe = False  # what is written from now on needs another time
-        kept = [
-            (fd, path) for file in unsafe for fd, path in zip(file.fds, file.paths, strict=True)
+        if self._space.limbo_bytes >= LIMBO_BYTES:
+            self._sync()
+        if journal.nbytes >= self._long_bytes and self._behind.idle:
+            self._sync()
+            self._compact()
+            self._long_bytes = max(LONG_BYTES, 2 * journal.nbytes)
+
+    def _compact(self) -> None:
+        """Write the journal anew if it has become far longer than what it describes.
+
+        Nothing may wait to be written then: the tables would name pages that are not there yet.
+        """
+        journal = self._home.journal
+        assert journal is not None
+        n_pages = sum(len(blocks.used()) for blocks in self._tables.layers.values())
+        if not journal.due(n_pages * self.n_kv_heads * 32):
+            return
+        try:
+            self._rewrite()
+        except FlashError as error:  # the old one goes on
+            log.warning("%s; the journal stays long", error)
+
+    def _rewrite(self) -> None:
+        journal = self._home.journal
+        assert journal is not None
+        records = []
+        for layer, blocks in self._tables.layers.items():
+            used = blocks.used()
+            records.append((Kind.BLOCKS, encode_blocks(layer, used, blocks.pages[:, used])))
+        if (snapshot := self._tables.snapshot) is not None:
+            records.append((Kind.SAVE, encode_save(snapshot.about, snapshot.tables)))
+        changes = [
+            Change(layer, sequence, 0, ids)
+            for (sequence, layer), ids in self._tables.current().items()
         ]
-        kept += [(file.index_fd, file.index_path) for file in unsafe]
-        kept += zip(self._lock_fds, self.directories, strict=True)
-        try:
-            for fd, path in kept:
-                _keep_file(fd, path)
-            for path in self.directories:
-                fd = os.open(path, os.O_RDONLY)
-                try:
-                    _keep_file(fd, path)
-                finally:
-                    os.close(fd)
-        except FlashError:
-            for file in unsafe:
-                file.unsafe = True
-            raise
+        records.append((Kind.CHANGE, encode_change(changes)))  # always there, and the last
+        journal.rewrite(records)
 
-    def _raise_failed(self, sequence: int) -> None:
-        """Raise what went wrong with this sequence, once; the writer tries again then."""
-        file = self._files.get(sequence)
-        if file is not None and file.error is not None:
-            with self._change:
-                error, file.error = file.error, None
-                self._change.notify_all()
-            raise error
-
-    def _write_delayed(self) -> None:
-        """The writer's thread."""
-        while spills := self._next_spills():
-            outcomes = self._attempt(spills)
-            with self._change:
-                for spill, error in reversed(outcomes):
-                    if error is None:
-                        spill.span.n_waiting -= 1
-                        self._waiting_bytes -= spill.k.nbytes + spill.v.nbytes
-                    else:
-                        spill.file.error = error
-                        self._spills.appendleft(spill)
-                self._change.notify_all()
-
-    def _next_spills(self) -> list[_Spill]:
-        """Wait for spills that are worth a window; none when the store is closed."""
-
-        def ready():
-            # Those of a sequence that failed wait until somebody has heard of it.
-            return [spill for spill in self._spills if spill.file.error is None]
-
-        with self._change:
-            while True:
-                self._change.wait_for(lambda: ready() or self._closed)
-                self._change.wait_for(
-                    lambda: self._hurry or self._closed or self._waiting_bytes >= STAGING_BYTES,
-                    GATHER_S,
-                )
-                self._hurry = False
-                spills = ready()
-                for spill in spills:
-                    self._spills.remove(spill)
-                if spills or self._closed:
-                    return spills
-                # Their sequence was dropped meanwhile; others will come.
-
-    def _attempt(self, spills: list[_Spill]) -> list[tuple[_Spill, FlashError | None]]:
-        """Write spills together; if that fails one by one, so that only the broken ones suffer."""
-        outcomes: list[tuple[_Spill, FlashError | None]] = []
-        failed: dict[int, FlashError] = {}  # by file: what comes behind a gap is not written
-        for batch in [spills] if len(spills) == 1 else [spills, *([spill] for spill in spills)]:
-            spill = batch[0]
-            error = failed.get(id(spill.file)) if len(batch) == 1 else None
-            if error is None:
-                try:
-                    self._write(batch)
-                    if len(batch) == len(spills):
-                        return [(spill, None) for spill in spills]
-                except FlashError as problem:
-                    error = problem
-                except Exception as problem:  # or everybody would wait for ever
-                    error = FlashError(
-                        f"cannot write KV pages: {problem!r}",
-                        page=PageId(spill.layer, spill.sequence, 0, spill.first),
-                        filename=spill.file.paths[0],
-                    )
-            if len(batch) == 1:
-                outcomes.append((spill, error))
-                if error is not None:
-                    failed[id(spill.file)] = error
-        return outcomes
-
-    def _write(self, spills: list[_Spill]) -> None:
-        """Pack, checksum and write; then the index entries."""
-        heads, page_bytes = self.n_kv_heads, self.layout.page_bytes
-        step = max(1, STAGING_BYTES // (heads * page_bytes))
-        if self._staging is None:
-            # Anonymous memory starts on a page boundary, as O_DIRECT wants.
-            self._staging = mmap.mmap(-1, max(STAGING_BYTES, heads * page_bytes))
-        staging = np.frombuffer(self._staging, np.uint8)
-        writes, used = [], 0
-        for spill in spills:
-            n_new = -(-spill.k.shape[1] // self.layout.page_tokens)
-            for at in range(0, n_new, step):
-                count = min(step, n_new - at)
-                nbytes = heads * count * page_bytes
-                if used + nbytes > len(staging):
-                    self._write_window(writes)
-                    writes, used = [], 0
-                data = staging[used : used + nbytes].reshape(heads, count, page_bytes)
-                used += nbytes
-                writes += self._pack(spill, at, count, data)
-        self._write_window(writes)
-        for spill in spills:
-            n_new = -(-spill.k.shape[1] // self.layout.page_tokens)
-            self._write_index(
-                spill.file, spill.span, spill.layer, spill.sequence, spill.first, n_new
+    def _replay(self) -> None:
+        """Make the tables what the journal says, and the space what they leave."""
+        journal, tables = self._home.journal, self._tables
+        assert journal is not None
+        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names yet
+        before: Snapshot | None = None  # which the next record may bring back (`_take_back`)
+        for (kind, values), at in journal.read(self.n_kv_heads):
+            try:
+                if kind != Kind.SAVE:
+                    tables.disown(before)
+                    before = None
+                if kind == Kind.APPEND:
+                    sequence, layer, position, ids, new = values
+                    tables.append(sequence, layer, position, new, ids)
+                elif kind == Kind.BLOCKS:
+                    layer, ids, new = values
+                    tables.blocks(layer).add(new, ids)
+                    fresh.append((layer, ids))
+                elif kind == Kind.CHANGE:
+                    tables.apply(*values)
+                    for layer, ids in fresh:
+                        tables.blocks(layer).disown(ids)
+                    fresh.clear()
+                elif kind == Kind.DROP:
+                    tables.drop(*values)
+                elif kind == Kind.SAVE:
+                    older, before = before, tables.exchange_snapshot(*values)
+                    tables.disown(older)
+                elif kind == Kind.RESTORE:
+                    if tables.snapshot is None:
+                        raise ValueError("there is no snapshot to go back to")
+                    tables.restore()
+            except (ValueError, IndexError) as error:
+                raise journal.damaged(at, str(error)) from None
+        tables.disown(before)
+        self._home.check_identity()
+        nothing = np.zeros(0, STORED_PAGE)
+        used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]
+        if not self._space.occupy(np.concatenate([nothing, *used])):
+            raise journal.damaged(journal.nbytes, "two pages lie in one place")
+        for blocks in tables.layers.values():
+            blocks.collect()
+        journal.cut()
+        if journal.cut_bytes:
+            self._notice(
+                f"{journal.path}: {journal.cut_bytes} bytes that were not written to their end were cut "
+                "off: the last changes before the process or the power ended are not there"
             )
+        number = tables.snapshot.about.get("number") if tables.snapshot else None
+        self._home.remove_states(number)
+        if journal.unflushed:  # or what is free by it could be used while the drive still knows it
+            self._unsafe = True
+            self._sync()
 
-    def _pack(self, spill: _Spill, at: int, count: int, data: np.ndarray) -> list[tuple]:
-        """Pages `at` .. of a spill into `data`; which runs of them go where, as (shard, what)."""
-        layout, file = self.layout, spill.file
-        tokens = slice(at * layout.page_tokens, (at + count) * layout.page_tokens)
-        pages.pack(layout, spill.k[:, tokens], spill.v[:, tokens], data)
-        first = spill.first + at
-        entries = spill.span.pages[:, first : first + count]
-        runs = []
-        for head in range(self.n_kv_heads):
-            for i in range(count):
-                entry = entries[head, i]
-                crcs = pages.checksums(layout, data[head, i], int(entry["page_len"]))
-                entry["crc_k"], entry["crc_v"] = crcs
-            # Runs of pages that lie together: a head's extents may be apart.
-            offsets, shards = entries["offset"][head], entries["shard"][head]
-            apart = (np.diff(offsets) != layout.page_bytes) | (np.diff(shards) != 0)
-            for a, b in itertools.pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), count]):
-                shard, page = int(shards[a]), PageId(spill.layer, spill.sequence, head, first + a)
-                what = (file.fds[shard], file.paths[shard], int(offsets[a]), data[head, a:b], page)
-                runs.append((shard, what))
-        return runs
-
-    def _write_window(self, writes: list[tuple]) -> None:
-        """Write runs of pages while their drives do not read."""
-        for window in dict.fromkeys(self._windows):
-            mine = [what for shard, what in writes if self._windows[shard] is window]
-            if mine:
-                with window.writing():
-                    for what in mine:
-                        write_from(*what)
-                        self.bytes_written += what[3].nbytes
-
-    def _write_index(self, file, span, layer, sequence, first, count) -> None:
-        """Append the records of new pages; the pages themselves are in their file by now."""
-        entries = np.zeros((self.n_kv_heads, count), _INDEX)
-        stored = span.pages[:, first : first + count]
-        entries["layer"] = layer
-        entries["kv_head"] = np.arange(self.n_kv_heads)[:, None]
-        entries["page"] = first + np.arange(count)
-        for name in _STORED_FIELDS:
-            entries[name] = stored[name]
-        records = entries.reshape(-1)
-        raw = records.view(np.uint8).reshape(-1, INDEX_ENTRY.bytes)
-        records["check"] = [google_crc32c.value(row[:60].tobytes()) for row in raw]
-        page = PageId(layer, sequence, 0, first)
-        write_from(file.index_fd, file.index_path, file.index_bytes, raw, page)
-        file.index_bytes += raw.nbytes
-        file.unsafe = True
-        self.index_bytes_written += raw.nbytes
-
-    def _reopen(self, sequence: int) -> None:
-        """Rebuild the table of a sequence from its index."""
-        file = self._file(sequence, create=False)
-        raw = np.fromfile(file.index_path, np.uint8)
-        raw = raw[: len(raw) // INDEX_ENTRY.bytes * INDEX_ENTRY.bytes]
-        entries = raw.view(_INDEX)
-        rows = raw.reshape(-1, INDEX_ENTRY.bytes)
-        checks = [google_crc32c.value(row[:60].tobytes()) for row in rows]
-        good = np.array(checks, np.uint32) == entries["check"]
-        entries = entries[: len(entries) if good.all() else int(np.argmin(good))]
-        file.index_bytes = entries.nbytes  # what is torn is overwritten
-        heads, page_bytes = self.n_kv_heads, self.layout.page_bytes
-        for layer in np.unique(entries["layer"]):
-            mine = entries[entries["layer"] == layer]
-            span = self._span(file, int(layer))
-            # A torn append may have left pages of some heads only: count what all heads have.
-            complete = [len(np.unique(mine["page"][mine["kv_head"] == h])) for h in range(heads)]
-            span.n_pages = min(complete)
-            n_extents = -(-span.n_pages // self.extent_pages)
-            span.pages = np.zeros((heads, n_extents * self.extent_pages), STORED_PAGE)
-            mine = mine[mine["page"] < span.n_pages]
-            for name in _STORED_FIELDS:
-                span.pages[name][mine["kv_head"], mine["page"]] = mine[name]
-            used = span.pages["shard"][:, : span.n_pages]
-            span.placed += np.bincount(used.ravel(), minlength=self.n_shards) * page_bytes
-            extents = span.pages[:, :: self.extent_pages].copy()
-            within = np.arange(self.extent_pages, dtype=np.int64) * page_bytes
-            span.pages["offset"] = (extents["offset"][..., None] + within).reshape(heads, -1)
-            span.pages["shard"] = extents["shard"].repeat(self.extent_pages, axis=1)
-        for shard, fd in enumerate(file.fds):
-            # Behind everything, what was reserved and not used among it.
-            end = os.fstat(fd).st_size
-            for span in file.spans.values():
-                theirs = span.pages["offset"][span.pages["shard"] == shard]
-                end = max(end, int(theirs.max(initial=-page_bytes)) + page_bytes)
-            file.end_bytes[shard] = -(-end // PAGE_ALIGN_BYTES) * PAGE_ALIGN_BYTES
+    def _notice(self, text: str) -> None:
+        self.notices.append(text)
+        log.warning("%s", text)
 
 
-def _keep_file(fd: int, path: Path) -> None:
+class _Everything:
+    """The set of all sequences."""
+
+    def __contains__(self, sequence) -> bool:
+        return True
+
+
+def _check_numbers(sequences, layer: int | None, n_pages: int | None = None) -> None:
+    for sequence in sequences:
+        if not 0 <= sequence < 1 << 63:
+            raise ValueError(f"sequences are numbered from 0 to 2^63 - 1, not {sequence}")
+    if layer is not None and not 0 <= layer < 1 << 32:
+        raise ValueError(f"layers are numbered from 0 to 2^32 - 1, not {layer}")
+    if n_pages is not None and n_pages < 0:
+        raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
+
+
+@contextlib.contextmanager
+def _collecting(errors: list[FlashError]) -> Iterator[None]:
     try:
-        os.fsync(fd)
-    except OSError as error:
-        raise FlashError(
-            "the drive may not keep what was written since the last flush", errno=error.errno,
-            filename=path, remedy="keep the sequences' tokens, to compute them again if need be",
-        ) from error  # fmt: skip
-
-
-def _sweep(directory: Path) -> None:
-    """Remove temporary stores whose process has ended without closing them."""
-    for about in directory.glob("nearkv-*/store.json"):
-        try:
-            fd = os.open(about, os.O_RDWR)
-        except OSError:  # another user's, or gone
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Empty: its process is between making the file and locking it.
-            if os.fstat(fd).st_size:
-                shutil.rmtree(about.parent, ignore_errors=True)
-        except OSError:
-            pass  # in use
-        finally:
-            os.close(fd)
+        yield
+    except FlashError as error:
+        errors.append(error)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening cards by name. What the name stands for is imported when it is asked for."""
+
+from collections.abc import Callable, Sequence
+import functools
+import importlib
+import logging
+import os
+
+from ..io import JobMemory, KvMemory
+from .card import Card
+from .errors import CardError
+from .executor import Simulated
+
+log = logging.getLogger("nearkv")
+
+DEFAULT_CARD = "twin"
+KV_BYTES = 64 << 20
+JOB_BYTES = 16 << 20
+
+
+def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., Card]:
+    """The opener of a card that nearkv_sim imitates."""
+
+    def opener(name, unit, *, config="smartssd", kv_bytes=KV_BYTES, job_bytes=JOB_BYTES,
+               reads_in_flight=None, reader="auto", timeout_s=timeout_s, **options):  # fmt: skip
+        if unit:
+            raise CardError(f"card {name!r}: there is one of its kind, without a number")
+        try:
+            from nearkv_hw.config import Config, preset
+
+            backend = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            package = (error.name or module).split(".")[0]
+            raise CardError(
+                f"card {name!r} needs the package {package}; install it with: pip install {package}"
+            ) from error
+        config = config if isinstance(config, Config) else preset(config)
+        kv, job = KvMemory(kv_bytes), JobMemory(job_bytes)
+        try:
+            executor = Simulated(functools.partial(backend, config, **options))
+        except RuntimeError as error:
+            raise CardError(f"card {name!r} cannot be opened: {error}") from error
+        try:
+            return Card(
+                name, kv, job, executor,
+                reads_in_flight=reads_in_flight, reader=reader, timeout_s=timeout_s,
+            )  # fmt: skip
+        except BaseException:
+            executor.close(timeout_s)
+            raise
+
+    return opener
+
+
+_MEMORY_OPTIONS = ("config", "kv_bytes", "job_bytes", "reads_in_flight", "reader", "timeout_s")
+# family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
+_FAMILIES: dict[str, Callable[..., Card]] = {
+    "model": _simulated("nearkv_sim.model", "ModelCard", timeout_s=60.0),
+    "twin": _simulated("nearkv_sim.twin", "TwinCard", timeout_s=60.0),
+    "rtl": _simulated("nearkv_sim.rtl", "RtlCard", timeout_s=600.0),
+}
+
+
+def open_card(name: str | None = None, **options) -> Card:
+    """Open a card. Use it as a context manager, or close it.
+
+    Parameters
+    ----------
+    name : str, optional
+        "model": the bit-exact model in numpy. "twin": the same bits, native and fast. "rtl": the
+        emitted Verilog in Verilator. Default: "twin", or "model" with a warning where the native part
+        cannot be used.
+    config : str or nearkv_hw.config.Config
+        The build to imitate. Default "smartssd".
+    kv_bytes, job_bytes : int
+        Sizes of the card's memories.
+    timeout_s : float
+        How long a load or a run may take, unless it brings its own limit.
+    **options
+        Passed to the card's backend.
+
+    Raises
+    ------
+    CardError
+        If there is no such card (the message lists those there are), or a package is missing (the
+        message gives the command that installs it).
+
+    >>> with open_card("model") as card:
+    ...     card.rows
+    8
+    """
+    if name is None:
+        try:
+            return open_card(DEFAULT_CARD, **options)
+        except CardError as error:
+            log.warning("%s; going on with the card model, which is slow", error)
+            options = {key: options[key] for key in options if key in _MEMORY_OPTIONS}
+            return open_card("model", **options)
+    family, _, unit = name.partition(":")
+    if family not in _FAMILIES:
+        known = ", ".join(repr(known) for known in _FAMILIES)
+        raise CardError(f"no card {name!r}; there are {known}")
+    return _FAMILIES[family](name, unit, **options)
+
+
+def open_cards(
+    card: "str | Card | Sequence[str | Card] | None" = None, **options
+) -> tuple[list[Card], list[Card]]:
+    """Open one card or several, sharing the processor's cores among those that are programs.
+
+    Parameters
+    ----------
+    card : str, Card, or a sequence of them, optional
+        Cards that are open already stay as they are. Default: as `open_card`.
+    **options
+        As for `open_card`; of every card that is opened.
+
+    Returns
+    -------
+    cards : list of Card
+    opened : list of Card
+        Those of them that this call opened, for the caller to close.
+
+    Raises
+    ------
+    ValueError
+        If there is no card among them.
+    CardError
+        As `open_card`; none stays open then.
+    """
+    wanted = list(card) if isinstance(card, Sequence) and not isinstance(card, str) else [card]
+    if not wanted:
+        raise ValueError("at least one card is needed")
+    twins = wanted.count("twin")
+    cards: list[Card] = []
+    opened: list[Card] = []
+    try:
+        for one in wanted:
+            if one is None or isinstance(one, str):
+                more = dict(options)
+                if twins > 1 and one == "twin":
+                    cores = len(os.sched_getaffinity(0))
+                    more.setdefault("threads", max(1, cores // twins))
+                opened.append(open_card(one, **more))
+                one = opened[-1]
+            cards.append(one)
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
+    return cards, opened
