@@ -428,12 +428,14 @@ class UringReader(Reader):
                 return
             self._waiting.extend((*request, 0) for request in requests)
             few = len(self._waiting) + len(self._sent) <= self.FEW
-            if few and self._submitting.acquire(blocking=False):
+            mine = few and self._submitting.acquire(blocking=False)
+            if mine:
                 try:
                     self._in_passing(self._submit)
                 finally:
                     self._submitting.release()
-            else:
+            # Who waits already, because a writer was at work, has looked for what arrived before.
+            if (not mine or self._waiters) and self.failure is None:
                 self._call_thread()
 
     def _until(self, finished: Callable[[], bool], timeout_s: float) -> None:
