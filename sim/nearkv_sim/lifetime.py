@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may use a simulated card, and when what it holds is freed."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 import os
 import threading
 
@@ -36,9 +35,8 @@ class Lifetime:
         self._closing = False
         self._process = os.getpid()
 
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """For as long as the card is needed; may be nested.
+    def use(self) -> "_Use":
+        """For as long as the card is needed, in a `with`; may be nested.
 
         Raises
         ------
@@ -47,6 +45,9 @@ class Lifetime:
         RuntimeError
             If another thread uses it, or if it was opened before this process was forked.
         """
+        return _Use(self)
+
+    def _begin(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"the card belongs to process {self._process}, from which this one was forked; "
@@ -60,15 +61,14 @@ class Lifetime:
                 raise RuntimeError("another thread uses the card: one run at a time")
             self._user = me
             self._depth += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._depth -= 1
-                if not self._depth:
-                    self._user = None
-                    self._free_if_closed()
-                    self._changed.notify_all()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._user = None
+                self._free_if_closed()
+                self._changed.notify_all()
 
     def check(self) -> None:
         """Called by a run every now and then.
@@ -119,3 +119,16 @@ class Lifetime:
     def _free_if_closed(self) -> None:
         if self._closing and self._user is None and self._to_free:
             self._to_free.pop()()
+
+
+class _Use:
+    """`Lifetime.use`. A class, as a generator takes longer than a small run can bear."""
+
+    def __init__(self, lifetime: Lifetime):
+        self._lifetime = lifetime
+
+    def __enter__(self) -> None:
+        self._lifetime._begin()
+
+    def __exit__(self, *exception) -> None:
+        self._lifetime._end()
