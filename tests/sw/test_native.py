@@ -17,7 +17,7 @@ import torch
 
 from nearkv.attention import Partial, elementary, native, query
 from nearkv.attention.fold import Sums
-from nearkv.attention.tail import FEW_TOKENS, Tail
+from nearkv.attention.tail import FEW_TOKENS, Tail, stored_form
 from nearkv_hw import abi, number, pages
 from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.number import Wide
@@ -37,7 +37,9 @@ def both(function):
 
 
 def _assert_same_bits(a, b):
-    if isinstance(a, tuple):
+    if isinstance(a, bool):
+        assert a == b
+    elif isinstance(a, tuple):
         for x, y in zip(a, b, strict=True):
             _assert_same_bits(x, y)
     elif isinstance(a, Partial):
@@ -107,6 +109,12 @@ def test_elementary_functions_have_the_same_bits_natively():
 # --- queries ---------------------------------------------------------------------------------
 
 
+def _records(q):
+    """int32 (n_queries, head_dim, 16)"""
+    image = query.job_image(np.zeros(0, np.uint8), q, np.arange(len(q)), 0)
+    return image.view(np.int32).reshape(len(q), q.shape[2], 16)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1), n_jobs=st.integers(0, 4), width=st.integers(1, 14),
@@ -124,8 +132,7 @@ def test_query_records_are_those_of_quantize_q(seed, n_jobs, width, head_dim, dt
         q = q.astype(dtype)
     if np.isinf(q).any():
         q = np.where(np.isinf(q), np.finfo(dtype).max, q).astype(dtype)
-    records = query.query_records(q)
-    assert records.shape == (n_jobs, head_dim, abi.Q_RECORD.bytes // 4)
+    records = _records(q)
     for job, its in zip(q, records, strict=True):
         weight, exponent = number.quantize_q(job)
         np.testing.assert_array_equal(its[:, :width], weight.T)
@@ -133,21 +140,17 @@ def test_query_records_are_those_of_quantize_q(seed, n_jobs, width, head_dim, dt
         np.testing.assert_array_equal(its[:, 15], exponent)
 
 
-def test_jobs_may_take_any_of_the_queries(monkeypatch):
-    q = np.random.default_rng(0).standard_normal((2, 3, 5, 32))
-    where = np.array([5, 0, 5, 2])
-    want = query.query_records(q)[where]
+def test_the_image_of_jobs_has_a_front_and_zeros(monkeypatch):
+    q = np.random.default_rng(0).standard_normal((6, 5, 32))
+    where, front = np.array([5, 0, 5, 2]), np.arange(64, dtype=np.uint8)
     for _ in "native", "numpy":
-        np.testing.assert_array_equal(query.query_records(q, where), want)
-        out = np.full((4, 32, 16), -1, np.int32)
-        assert query.query_records(q, where, out) is out
-        np.testing.assert_array_equal(out, want)
+        image = query.job_image(front, q, where, 100)
+        np.testing.assert_array_equal(image[:64], front)
+        np.testing.assert_array_equal(image[64:-100].view(np.int32), _records(q)[where].reshape(-1))
+        np.testing.assert_array_equal(image[-100:], 0)
         for wrong in ([0, 6], [-1, 0]):
             with pytest.raises(IndexError, match="queries must be among 6"):
-                query.query_records(q, np.array(wrong))
-        for wrong in (out[:3], out[:, ::2], out[:, :, :8]):
-            with pytest.raises(ValueError, match=r"out must be a contiguous \(4, 32, 16\)"):
-                query.query_records(q, where, wrong)
+                query.job_image(front, q, np.array(wrong), 0)
         monkeypatch.setattr(native, "library", lambda: None)
 
 
@@ -157,10 +160,10 @@ def test_queries_that_no_card_can_take_are_refused(bad, monkeypatch):
     q[1, 2, 5] = bad
     for _ in "native", "numpy":
         with pytest.raises(ValueError, match=r"q must be (finite|below 2\^511)"):
-            query.query_records(q)
+            _records(q)
         monkeypatch.setattr(native, "library", lambda: None)
     q[1, 2, 5] = -np.nextafter(2.0**511, 0)
-    assert query.query_records(q)[1, 5, 15] == number.Q_EXPONENT_MAX
+    assert _records(q)[1, 5, 15] == number.Q_EXPONENT_MAX
 
 
 # --- partials --------------------------------------------------------------------------------
@@ -336,6 +339,58 @@ def _tail(
     return [q, *tails, np.array(tail_tokens), *new, valid, head_dim**-0.5, kv_type]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), kv_type=st.sampled_from(list(KvType)), n_new=st.integers(1, 3),
+    channels=st.sampled_from([24, 32]), scale=st.integers(-30, 20), odd=st.booleans(),
+)  # fmt: skip
+def test_new_k_and_v_are_stored_as_their_nearest_patterns(
+    seed, kv_type, n_new, channels, scale, odd
+):
+    rng = np.random.default_rng(seed)
+    k, v = (rng.standard_normal((2, n_new, 3, 24)) * 2.0**scale for _ in "kv")
+    k, v = (x.astype(np.float32).swapaxes(1, 2) for x in (k, v))  # as models have them
+    if odd:
+        k, v = (np.repeat(x, 2, axis=3)[..., ::2] for x in (k, v))
+    patterns, finite = both(lambda: stored_form(k, v, kv_type, channels))
+    want = np.stack([pages.to_patterns(x, kv_type) for x in (k, v)])
+    np.testing.assert_array_equal(patterns[..., :24], want)
+    np.testing.assert_array_equal(patterns[..., 24:], 0)
+    assert finite == (pages.first_non_finite(want, kv_type) is None)
+    by_torch = [torch.from_numpy(np.ascontiguousarray(x)) for x in (k, v)]
+    np.testing.assert_array_equal(stored_form(*by_torch, kv_type, channels)[0], patterns)
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+def test_every_rounding_is_to_the_nearest_pattern(kv_type):
+    """Every pattern, what lies halfway to the next, and the closest beside that."""
+    every = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+    exact = pages.to_float32(every[_finite(every, kv_type)], kv_type)
+    exact = np.sort(exact)
+    with np.errstate(over="ignore"):
+        halves = (exact[:-1].astype(np.float64) + exact[1:]) / 2
+        halves = halves[halves.astype(np.float32) == halves].astype(np.float32)
+        some = [exact, halves, *(np.nextafter(halves, np.float32(x)) for x in (-np.inf, np.inf))]
+        some += [np.float32([65519.99, 65520, 65536, 1e38, 3.4e38, np.inf, -np.inf, np.nan, 1e-45])]
+        x = np.concatenate(some)
+        x = np.resize(x, (-(-len(x) // 8), 1, 1, 8)).astype(np.float32)
+        patterns, finite = both(lambda: stored_form(x, x, kv_type, 8))
+    assert not finite
+    good = np.isfinite(x)
+    np.testing.assert_array_equal(patterns[0][good], pages.to_patterns(x, kv_type)[good])
+    for value in (np.inf, -np.inf, np.nan):
+        for which in range(2):
+            two = [np.ones((2, 1, 1, 8), np.float32) for _ in "kv"]
+            assert both(lambda two=two: stored_form(*two, kv_type, 8))[1]
+            two[which][1, 0, 0, 5] = value
+            assert not both(lambda two=two: stored_form(*two, kv_type, 8))[1]
+
+
+def _finite(patterns, kv_type):
+    form = number.KV_FORMATS[kv_type]
+    return (patterns >> form.mantissa_bits) & form.exponent_max != form.exponent_max
+
+
 def _attend(q, tail_k, tail_v, tail_tokens, k, v, valid, scale, kv_type):
     return Tail(tail_k, tail_v, kv_type).attend_alone(q, tail_tokens, k, v, valid, scale)
 
@@ -362,9 +417,8 @@ def test_the_tail_has_the_same_bits_natively(
 @pytest.mark.parametrize("kv_type", KvType)
 def test_every_element_reads_as_what_it_is(kv_type):
     """One token: the result is its V, bit for bit; of K, one channel is the score."""
-    form = number.KV_FORMATS[kv_type]
     finite = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
-    finite = finite[(finite >> form.mantissa_bits) & form.exponent_max != form.exponent_max]
+    finite = finite[_finite(finite, kv_type)]
     patterns = np.resize(finite, (-(-len(finite) // 32), 1, 1, 32))
     batch = len(patterns)
     q = np.zeros((batch, 1, 1, 32), np.float32)
@@ -533,7 +587,7 @@ def test_the_bits_are_the_same_with_any_instructions(instructions, tmp_path, mon
         sums = Sums(PageLayout(96), 3, 3)
         sums.add(np.arange(6) % 3, data)
         total = sums.total()
-        yield query.query_records(arguments[0][0])
+        yield _records(arguments[0][0][:, 0])
         yield from (_attend(*some) for some in arguments)
         yield from (total, total.normalise(), _call("exp2", x), _call("log2", -x))
         yield total.combine(rng.standard_normal((3, 3, 96)), total.normalise()[1] + 1.5)

@@ -84,6 +84,7 @@ class TwinCard:
         )
         if not self._handle:
             raise TwinError(f"no memory, or {threads} threads cannot be started")
+        self._memories: tuple = (None, None)  # of the last run, and where they are
         self._lifetime = Lifetime(
             free=functools.partial(self._library.twin_close, self._handle),
             stop=functools.partial(self._library.twin_stop, self._handle),
@@ -92,6 +93,7 @@ class TwinCard:
     def close(self) -> None:
         """Free the card. From any thread: a run under way is stopped first, see `Lifetime`."""
         self._lifetime.close()
+        self._memories = (None, None)
 
     def __enter__(self):
         return self
@@ -132,11 +134,8 @@ class TwinCard:
             self._execute(kv, job, queue, n_jobs, summary, timeout_s)
 
     def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
-        for name, memory in (("kv", kv), ("job", job)):
-            if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
-                raise ValueError(f"{name} must be a contiguous uint8 vector")
-        if not job.flags.writeable:
-            raise ValueError("job must be writeable")
+        if kv is not self._memories[0] or job is not self._memories[1]:
+            self._memories = kv, job, *_checked(kv, job)
         if min(queue, n_jobs, summary) < 0 or (
             max(queue + n_jobs * abi.JOB.bytes, summary + abi.SUMMARY.bytes) > len(job)
         ):
@@ -146,9 +145,7 @@ class TwinCard:
         summary -= summary % abi.BEAT_BYTES
         n_jobs = 0 if error else n_jobs
         begin = time.monotonic()
-        if self._library.twin_start(
-            self._handle, kv.ctypes.data, kv.nbytes, job.ctypes.data, job.nbytes, queue, n_jobs
-        ):
+        if self._library.twin_start(self._handle, *self._memories[2:], queue, n_jobs):
             raise ValueError(self._library.twin_error(self._handle).decode())
         left = _SLICE_S if timeout_s is None else timeout_s
         while not self._library.twin_run(self._handle, max(0.0, min(left, _SLICE_S))):
@@ -157,16 +154,17 @@ class TwinCard:
                 left = timeout_s - (time.monotonic() - begin)
                 if left <= 0:
                     raise TimeoutError(f"the path {self.path} on {self.threads} threads")
-        counters = (ctypes.c_uint64 * 4)()
-        self._library.twin_counters(self._handle, counters)
-        kv_beats, kv_bursts, partial_beats, n_failed = counters
-        packed = abi.SUMMARY.pack(
-            abi_version=abi.ABI_VERSION, config_hash=self._config_hash,
-            n_jobs=n_jobs, n_failed=n_failed, cycles=0, kv_beats=kv_beats, stream_cycles=0,
-            starved_cycles=0, stalled_cycles=0, kv_bursts=kv_bursts, partial_beats=partial_beats,
-            error=error,
-        )  # fmt: skip
-        job[summary : summary + len(packed)] = np.frombuffer(packed, np.uint8)
+        self._library.twin_summary(self._handle, summary, self._config_hash, error)
+
+
+def _checked(kv, job) -> tuple[int, int, int, int]:
+    """Address and size of both memories."""
+    for name, memory in (("kv", kv), ("job", job)):
+        if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
+            raise ValueError(f"{name} must be a contiguous uint8 vector")
+    if not job.flags.writeable:
+        raise ValueError("job must be writeable")
+    return kv.ctypes.data, kv.nbytes, job.ctypes.data, job.nbytes
 
 
 def supported_paths() -> list[str]:
@@ -206,7 +204,7 @@ def load() -> ctypes.CDLL:
         "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
         "run": (ctypes.c_int, [pointer, ctypes.c_double]),
         "stop": (None, [pointer]),
-        "counters": (None, [pointer, ctypes.POINTER(u64)]),
+        "summary": (None, [pointer, u64, ctypes.c_uint32, ctypes.c_uint32]),
     }
     for name, (result, arguments) in types.items():
         function = getattr(library, "twin_" + name)
@@ -243,7 +241,7 @@ def _constants() -> str:
         **{
             name: getattr(abi, name)
             for name in (
-                "BEAT_BYTES", "BURST_BYTES", "BLOCK_TOKENS", "TILE_TOKENS", "MAX_HEAD_DIM",
+                "ABI_VERSION", "BEAT_BYTES", "BURST_BYTES", "BLOCK_TOKENS", "TILE_TOKENS", "MAX_HEAD_DIM",
                 "ROW_STEP", "MAX_ROWS", "WIDE_BYTES",
             )
         },
@@ -272,7 +270,7 @@ def _constants() -> str:
         text = ", ".join(map(str, column))
         lines.append(f"alignas(64) constexpr int64_t EXP2_A{i}[{len(column)}] = {{{text}}};")
     lines += ["namespace abi {"]
-    for record in (abi.JOB, abi.PAGE_ENTRY, abi.Q_RECORD, abi.PARTIAL_HEADER):
+    for record in (abi.JOB, abi.PAGE_ENTRY, abi.Q_RECORD, abi.PARTIAL_HEADER, abi.SUMMARY):
         lines += _struct(record)
     lines += _legality(abi.JOB, abi.JOB_LIMITS, "n_tiles", "rows", "max_head_dim")
     lines += _legality(abi.PAGE_ENTRY, abi.PAGE_ENTRY_LIMITS, "page_tokens")

@@ -78,7 +78,8 @@ struct Unit {
 };
 
 struct Counters {
-    uint64_t kv_beats, kv_bursts, partial_beats, n_failed;
+    uint64_t kv_beats, kv_bursts, partial_beats;
+    uint32_t n_failed;
 };
 
 int part_bytes(const abi::Job& job) { return job.page_tokens * job.head_dim * KV_ELEMENT_BYTES; }
@@ -237,6 +238,15 @@ class Card {
         open_ = false;
         idle_.wait(hold, [this] { return busy_ == 0; });
         return units_left_ == 0;
+    }
+
+    void summarise(uint64_t offset, uint32_t config_hash, uint32_t error) const {
+        abi::Summary summary{};
+        summary.abi_version = ABI_VERSION, summary.config_hash = config_hash, summary.error = error;
+        summary.n_jobs = static_cast<uint32_t>(jobs_.size()), summary.n_failed = counters.n_failed;
+        summary.kv_beats = counters.kv_beats, summary.kv_bursts = counters.kv_bursts;
+        summary.partial_beats = counters.partial_beats;
+        memcpy(job_ + offset, &summary, sizeof summary);
     }
 
     // From any thread: the run under way ends soon, and so does every later one.
@@ -543,9 +553,9 @@ int twin_run(void* card, double seconds) { return static_cast<Card*>(card)->run(
 // From any thread.
 void twin_stop(void* card) { static_cast<Card*>(card)->stop(); }
 
-// kv_beats, kv_bursts, partial_beats, n_failed
-void twin_counters(void* card, uint64_t* counters) {
-    memcpy(counters, &static_cast<Card*>(card)->counters, sizeof(twin::Counters));
+// Write the summary of the queue that is finished.
+void twin_summary(void* card, uint64_t offset, uint32_t config_hash, uint32_t error) {
+    static_cast<Card*>(card)->summarise(offset, config_hash, error);
 }
 
 }  // extern "C"

@@ -69,7 +69,7 @@ double log2_of(double x) {
 
 // Whether all of n indices are.
 bool among(const int64_t* indices, int64_t n, int64_t limit) {
-    return !indices || std::all_of(indices, indices + n, [=](int64_t i) { return 0 <= i && i < limit; });
+    return std::all_of(indices, indices + n, [=](int64_t i) { return 0 <= i && i < limit; });
 }
 
 // The larger one; NaN if one is.
@@ -77,15 +77,14 @@ INLINE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
 // --- queries --------------------------------------------------------------------------------
 
-// number.quantize_q for jobs, of which job i has the queries where[i]. False if an element is not finite or too
-// large.
+// number.quantize_q for jobs, of which job i has the queries where[i], into zeros. False if an element is not
+// finite or too large.
 template <typename T>
 bool records_of(const T* queries, const int64_t* where, int64_t n_jobs, int64_t width, int64_t head_dim,
                 int32_t* records) {
     constexpr int INTEGERS = Q_RECORD / 4;
-    memset(records, 0, n_jobs * head_dim * Q_RECORD);
     for (int64_t job = 0; job < n_jobs; job++) {
-        const T* q = queries + (where ? where[job] : job) * width * head_dim;
+        const T* q = queries + where[job] * width * head_dim;
         for (int64_t c = 0; c < head_dim; c++, q++, records += INTEGERS) {
             double largest = 0;
             for (int64_t row = 0; row < width; row++) largest = larger(fabs(double(q[row * head_dim])), largest);
@@ -189,8 +188,9 @@ struct Elements {
     const uint8_t* first;
     int64_t sequence, head, token;
 
-    const uint16_t* at(int64_t b, int64_t h, int64_t t) const {
-        return reinterpret_cast<const uint16_t*>(first + b * sequence + h * head + t * token);
+    template <typename T = uint16_t>
+    const T* at(int64_t b, int64_t h, int64_t t) const {
+        return reinterpret_cast<const T*>(first + b * sequence + h * head + t * token);
     }
 };
 
@@ -205,6 +205,19 @@ INLINE double real(uint16_t pattern) {
     const float small = std::bit_cast<float>(magnitude + 113 * one) - 0x1p-14f;
     const uint32_t normal = magnitude + (magnitude >= 31 * one ? 224 * one : 112 * one);
     return std::bit_cast<float>((magnitude < one ? std::bit_cast<uint32_t>(small) : normal) | sign);
+}
+
+// pages.to_patterns: rounded to nearest, ties to even.
+INLINE uint16_t pattern(float x, bool bf16) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFF, sign = bits >> 16 & 0x8000;
+    constexpr uint32_t one = 1u << 23, infinite = 255 * one;  // of the exponent field
+    if (magnitude > infinite) return bf16 ? 0x7FC0 : 0x7E00;
+    if (bf16) return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    // Below 2^-14 the places of 0.5f are those of the result.
+    if (magnitude < 113 * one)
+        return sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f));
+    const uint32_t rounded = (magnitude - 112 * one + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    return sign | std::min(rounded, 0x7C00u);
 }
 
 template <typename T, typename F>
@@ -297,11 +310,15 @@ void native_log2(const double* x, int64_t n, double* to) {
     for (int64_t i = 0; i < n; i++) to[i] = log2_of(x[i]);
 }
 
-// 0 if an element is not finite or too large, or where[i] is not among the n_queries; otherwise 1. `where` is null,
-// or (n_jobs); q is (n_queries, width, head_dim).
-int64_t native_query_records(const void* q, int64_t is_double, const int64_t* where, int64_t n_queries, int64_t n_jobs,
-                             int64_t width, int64_t head_dim, int32_t* records) {
+// query.job_image. 0 if an element is not finite or too large, or where[i] is not among the n_queries; otherwise 1.
+int64_t native_job_image(const void* q, int64_t is_double, const int64_t* where, int64_t n_queries, int64_t n_jobs,
+                         int64_t width, int64_t head_dim, const uint8_t* front, int64_t front_bytes, int64_t n_zeros,
+                         uint8_t* image) {
     if (!among(where, n_jobs, n_queries)) return 0;
+    memcpy(image, front, front_bytes);
+    image += front_bytes;
+    memset(image, 0, n_jobs * head_dim * Q_RECORD + n_zeros);
+    auto* records = reinterpret_cast<int32_t*>(image);
     if (is_double) return records_of(static_cast<const double*>(q), where, n_jobs, width, head_dim, records);
     return records_of(static_cast<const float*>(q), where, n_jobs, width, head_dim, records);
 }
@@ -335,6 +352,27 @@ int64_t native_fold(const uint8_t* partials, int64_t bytes, const int64_t* where
             }
         }
     return 1;
+}
+
+// tail.stored_form: patterns of float K, then V, (batch, heads, tokens, channels) each. 1 if all are finite.
+int64_t native_patterns(const uint8_t* k, int64_t k0, int64_t k1, int64_t k2, const uint8_t* v, int64_t v0, int64_t v1,
+                        int64_t v2, int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t channels,
+                        int64_t kv_type, uint16_t* to) {
+    const bool bf16 = kv_type == KV_BF16;
+    const uint16_t infinite = bf16 ? 0x7F80 : 0x7C00;
+    bool finite = true;
+    for (const Elements& x : {Elements{k, k0, k1, k2}, Elements{v, v0, v1, v2}})
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t t = 0; t < tokens; t++, to += channels) {
+                    const float* from = x.at<float>(b, h, t);
+                    for (int64_t c = 0; c < head_dim; c++) {
+                        to[c] = pattern(from[c], bf16);
+                        finite &= (to[c] & infinite) != infinite;
+                    }
+                    std::fill(to + head_dim, to + channels, 0);
+                }
+    return finite;
 }
 
 void native_normalise(const int64_t* limbs, const int64_t* top, int64_t n_heads, int64_t head_dim, int64_t unit,

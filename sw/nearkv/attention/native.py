@@ -67,7 +67,11 @@ def declare(native: ctypes.CDLL) -> None:
     types = {
         "exp2": (None, [pointer, integer, pointer]),
         "log2": (None, [pointer, integer, pointer]),
-        "query_records": (integer, [pointer, integer, pointer, *[integer] * 4, pointer]),
+        "job_image": (
+            integer,
+            [pointer, integer, pointer, *[integer] * 4, pointer, integer, integer, pointer],
+        ),
+        "patterns": (integer, [*elements * 2, *[integer] * 6, pointer]),
         "fold": (integer, [pointer, integer, pointer, *[integer] * 5, *[pointer] * 3]),
         "normalise": (None, [pointer, pointer, *[integer] * 3, *[pointer] * 2]),
         "combine": (None, [pointer, pointer, *[integer] * 3, *[pointer] * 3]),

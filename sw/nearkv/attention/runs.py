@@ -21,7 +21,7 @@ from nearkv_hw.abi import PageLayout
 from nearkv_hw.number import score_scale
 
 from ..io import Read
-from .query import query_records
+from .query import job_image
 
 _JOB = pages.record_dtype(abi.JOB)
 _ENTRY = pages.record_dtype(abi.PAGE_ENTRY)
@@ -195,14 +195,8 @@ class Run:
         front = self._fronts.get(kv_offset)
         if front is None:
             front = self._fronts[kv_offset] = self._front(kv_offset, stored)
-        places = self._map
-        queries, partials = places.queries - places.queue, places.partials - places.queue
-        image = np.empty(places.nbytes - places.queue, np.uint8)
-        image[:queries] = front
-        records = image[queries:partials].view(np.int32)
-        query_records(q, self.where, records.reshape(self.n_jobs, self._query.head_dim, -1))
-        image[partials:] = 0  # clears every status word
-        return image
+        # The zeros at its end clear every status word.
+        return job_image(front, q, self.where, self.n_jobs * self.partial_bytes)
 
     def work_of(self, job: int) -> Work:
         """What a job is about."""

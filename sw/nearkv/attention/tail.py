@@ -15,6 +15,7 @@ import numpy as np
 
 from nearkv_hw import pages
 from nearkv_hw.abi import KvType
+from nearkv_hw.pages import is_torch
 
 from . import native
 from .elementary import exp2, log2
@@ -26,6 +27,39 @@ FEW_TOKENS = (
     16  # new ones of a sequence, up to which the order is kept; it costs as much as matrices there
 )
 _TOKENS_AT_ONCE = 256  # whose scores are held
+
+
+def stored_form(k, v, kv_type: KvType, channels: int) -> tuple[np.ndarray, bool]:
+    """New K and V as they are stored.
+
+    Parameters
+    ----------
+    k, v : numpy or torch floating-point (batch, n_kv_heads, n_new, head_dim)
+    kv_type : KvType
+    channels : int
+        Of the result; those beyond head_dim are zero.
+
+    Returns
+    -------
+    patterns : uint16 (2, batch, n_kv_heads, n_new, channels)
+        Those of K, then those of V; see `nearkv_hw.pages`.
+    finite : bool
+        Whether no element is Inf or NaN, or became Inf because it is too large.
+    """
+    batch, n_heads, n_new, head_dim = k.shape
+    patterns = np.empty((2, batch, n_heads, n_new, channels), np.uint16)
+    library = native.library()
+    if library is not None and n_new <= FEW_TOKENS and not is_torch(k) and k.dtype == np.float32:
+        k, v = (x if x.strides[3] == 4 else np.ascontiguousarray(x) for x in (k, v))
+        finite = library.native_patterns(
+            *_elements(k), *_elements(v), batch, n_heads, n_new, head_dim, channels, kv_type,
+            address(patterns),
+        )  # fmt: skip
+        return patterns, bool(finite)
+    for mine, its in zip(patterns, (k, v), strict=True):
+        mine[..., :head_dim] = pages.to_patterns(its, kv_type)
+    patterns[..., head_dim:] = 0
+    return patterns, pages.first_non_finite(patterns, kv_type) is None
 
 
 class Tail:

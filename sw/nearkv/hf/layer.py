@@ -25,7 +25,7 @@ from nearkv_hw import pages
 from nearkv_hw.abi import KvType
 
 from ..attention import Figures, Partial
-from ..attention.tail import Tail
+from ..attention.tail import Tail, stored_form
 from ..cards import CardError
 from ..io import FlashError, PageId
 from .attention import Handle, Length, causal_mask, uncompiled
@@ -500,8 +500,7 @@ class Layer(CacheLayerMixin):
         if len(key_states) != batch.size:
             raise ValueError(self._other_size(len(key_states)))
         batch.begin(self, key_states.shape[2])
-        k, v = (x.detach().to("cpu", batch.dtype) for x in (key_states, value_states))
-        self._pending = k, v
+        self._pending = k, v = key_states.detach(), value_states.detach()
         return Handle(k, self), Handle(v, self)
 
     def _other_size(self, given: int) -> str:
@@ -545,13 +544,12 @@ class Layer(CacheLayerMixin):
         """Put K and V behind what there is, without attention: (batch, kv heads, tokens, head_dim)."""
         k, v = (handle.plain for handle in self.update(k, v))
         try:
-            k, v = (self._stored_form(x) for x in (k, v))
+            new = self._stored_form(k, v)
             valid = self._batch.valid(None)
-            self._check_finite(k, v)
         except BaseException:
             self.forget()
             raise
-        self._commit(k, v, valid)
+        self._commit(new, valid)
 
     def clear(self) -> None:
         """Forget every token; the store has forgotten its pages."""
@@ -650,29 +648,28 @@ class Layer(CacheLayerMixin):
         assert self._pending is not None
         size, n_q_heads, n_new, _ = query.shape
         try:
-            k, v = (self._stored_form(x) for x in self._pending)
+            new = self._stored_form(*self._pending)
             valid = self._batch.valid(mask)
-            self._check_finite(k, v)
             if not self.positions:  # prefill: nothing but new tokens
                 causal = None if valid is None else causal_mask(valid, n_new).to(query.device)
-                k_here, v_here = (x.to(query.device, query.dtype) for x in self._pending)
+                k_here, v_here = (self._as_stored(x).to(query.device, query.dtype) for x in new)
                 out, _ = sdpa_attention_forward(
                     module, query, k_here, v_here, causal, scaling=scale, is_causal=True
                 )
                 self.figures.prefill_tokens += size * n_q_heads * n_new * (n_new + 1) // 2
             else:
-                out = self._attend_past(query.float().cpu(), k, v, valid, scale)
+                out = self._attend_past(query.float().cpu(), new, valid, scale)
                 out = out.to(query.device, query.dtype)
         except BaseException:
             self.forget()
             raise
-        self._commit(k, v, valid)
+        self._commit(new, valid)
         if self._batch.faults:
             out[list(self._batch.faults)] = 0
         return out
 
     def _attend_past(
-        self, query: torch.Tensor, k: np.ndarray, v: np.ndarray, valid, scale: float
+        self, query: torch.Tensor, new: np.ndarray, valid, scale: float
     ) -> torch.Tensor:
         """Attend to pages, tail and new tokens: float32 (batch, n_new, n_q_heads, head_dim)."""
         batch, (size, n_q_heads, n_new, _) = self._batch, query.shape
@@ -683,7 +680,7 @@ class Layer(CacheLayerMixin):
         stored = self._attend_pages(rows, scale)
         self._count(n_q_heads, n_new, valid)
         assert self._tail is not None
-        out = self._tail.attend(rows, self.tail_tokens, k, v, valid, scale, stored)
+        out = self._tail.attend(rows, self.tail_tokens, new[0], new[1], valid, scale, stored)
         out = out.reshape(size, n_q_heads, n_new, -1)[..., : batch.head_dim]
         return torch.from_numpy(out).transpose(1, 2).contiguous()
 
@@ -712,9 +709,23 @@ class Layer(CacheLayerMixin):
             whole[alive] = partial
             return whole
 
-    def _stored_form(self, x: torch.Tensor) -> np.ndarray:
-        """New K or V as they are stored: patterns, with all channels."""
-        return self._widened(_patterns(x))
+    def _stored_form(self, k: torch.Tensor, v: torch.Tensor) -> np.ndarray:
+        """New K and V as they are stored: uint16 (K or V, row, kv head, token, channel).
+
+        A row with Inf or NaN is taken out.
+        """
+        layout = self._batch.layout
+        plain = k.dtype == torch.float32 and k.device.type == "cpu"
+        both = (k.numpy(), v.numpy()) if plain else (k, v)
+        new, finite = stored_form(*both, layout.kv_type, layout.head_dim)
+        if not finite:
+            self._refuse(new)
+        return new
+
+    def _as_stored(self, x: np.ndarray) -> torch.Tensor:
+        """K or V as the cards see them, with the channels of the model."""
+        plain = torch.from_numpy(x.view(np.int16)).view(self._batch.dtype)
+        return plain[..., : self._batch.head_dim]
 
     def _widened(self, x: np.ndarray) -> np.ndarray:
         """With as many channels as pages have; channels that are zero change no score."""
@@ -736,40 +747,40 @@ class Layer(CacheLayerMixin):
 
     # --- storing ------------------------------------------------------------------------------
 
-    def _commit(self, k: np.ndarray, v: np.ndarray, valid: torch.Tensor | None) -> None:
+    def _commit(self, new: np.ndarray, valid: torch.Tensor | None) -> None:
         """Tokens move to the tail, and from there to flash whenever they fill pages."""
         batch = self._batch
         try:
             for row in range(self.batch_size):
                 if row not in batch.faults:
-                    new = k[row], v[row]
+                    mine = new[:, row]
                     if valid is not None:
-                        new = tuple(x[:, valid[row].numpy()] for x in new)
+                        mine = mine[:, :, valid[row].numpy()]
                     try:
-                        self._commit_one(row, *new)
+                        self._commit_one(row, mine)
                     except FlashError as error:
                         batch.take_out(row, error)
         except BaseException as error:
             batch.fail(error)
             raise
-        self.positions += k.shape[2]
+        self.positions += new.shape[3]
         self._pending = None
 
-    def _commit_one(self, row: int, k: np.ndarray, v: np.ndarray) -> None:
-        """k, v : uint16 (kv head, token, channel)"""
+    def _commit_one(self, row: int, new: np.ndarray) -> None:
+        """new : uint16 (K or V, kv head, token, channel)"""
         batch, page_tokens = self._batch, self._batch.layout.page_tokens
-        have, n_new = self.tail_tokens[row], k.shape[1]
+        have, n_new = self.tail_tokens[row], new.shape[2]
         if have + n_new >= batch.spill_tokens and batch.may_write:
-            tokens = np.concatenate([self.tail[:, row, :, :have], np.stack([k, v])], axis=2)
+            tokens = np.concatenate([self.tail[:, row, :, :have], new], axis=2)
             full = (have + n_new) // page_tokens * page_tokens
             if self._spill(row, tokens[:, :, :full]):
-                have, (k, v) = 0, tokens[:, :, full:]
-        end = have + k.shape[1]
+                have, new = 0, tokens[:, :, full:]
+        end = have + new.shape[2]
         missing = end - self.tail.shape[3]
         if missing > 0:
             room = -(-missing // batch.spill_tokens) * batch.spill_tokens
             self._set_tail(np.pad(self.tail, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))))
-        self.tail[0, row, :, have:end], self.tail[1, row, :, have:end] = k, v
+        self.tail[:, row, :, have:end] = new
         self.tail_tokens[row] = end
 
     def _spill(self, row: int, tokens: np.ndarray) -> bool:
@@ -783,11 +794,10 @@ class Layer(CacheLayerMixin):
             batch.may_write = False
         return batch.may_write
 
-    def _check_finite(self, k: np.ndarray, v: np.ndarray) -> None:
+    def _refuse(self, new: np.ndarray) -> None:
+        """Take out the rows whose new K or V are not finite."""
         batch, kind = self._batch, self._batch.layout.kv_type
-        for name, x in (("K", k), ("V", v)):
-            if pages.first_non_finite(x, kind) is None:
-                continue
+        for name, x in zip("KV", new, strict=True):
             reach = "" if kind == KvType.BF16 else " (kv_dtype='bf16' reaches further)"
             for row in range(len(x)):
                 where = pages.first_non_finite(x[row], kind)
@@ -808,8 +818,3 @@ class Layer(CacheLayerMixin):
             data = batch.store.read_pages(PageId(self.index, batch.sequences[row], head, page), 1)
             for which, patterns in enumerate(pages.unpack(layout, data)):
                 self.tail[which, row, head, : layout.page_tokens] = patterns
-
-
-def _patterns(x: torch.Tensor) -> np.ndarray:
-    """The bits of a 16-bit tensor on the host: uint16, the same memory."""
-    return x.contiguous().view(torch.int16).numpy().view(np.uint16)
