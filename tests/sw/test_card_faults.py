@@ -674,11 +674,11 @@ def test_nobody_waits_for_a_turn_for_ever(open_board, stored, tmp_path, monkeypa
 def test_one_waits_as_long_as_somebody_makes_progress():
     progress = itertools.count()
     turns = Turns("a turn", lambda: next(progress), lambda: 0.01)
-    with turns.turn():
-        waiting = _in_thread(lambda: turns.turn().__enter__() or "mine")
+    with turns:
+        waiting = _in_thread(lambda: turns.__enter__() or "mine")
         while next(progress) < 20:  # it has asked many times
             threading.Event().wait(0.01)
-        with turns.turn():  # a finalizer may run in the thread whose turn it is
+        with turns:  # a finalizer may run in the thread whose turn it is
             pass
     assert waiting() == "mine"
 

@@ -357,8 +357,10 @@ def test_new_k_and_v_are_stored_as_their_nearest_patterns(
     np.testing.assert_array_equal(patterns[..., :24], want)
     np.testing.assert_array_equal(patterns[..., 24:], 0)
     assert finite == (pages.first_non_finite(want, kv_type) is None)
-    by_torch = [torch.from_numpy(np.ascontiguousarray(x)) for x in (k, v)]
-    np.testing.assert_array_equal(stored_form(*by_torch, kv_type, channels)[0], patterns)
+    by_torch = [torch.from_numpy(x) for x in (k, v)]
+    _assert_same_bits(both(lambda: stored_form(*by_torch, kv_type, channels)), (patterns, finite))
+    doubles = [x.double() for x in by_torch]
+    _assert_same_bits(both(lambda: stored_form(*doubles, kv_type, channels)), (patterns, finite))
 
 
 @pytest.mark.parametrize("kv_type", KvType)

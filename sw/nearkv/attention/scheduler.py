@@ -136,7 +136,7 @@ class PageAttention:
             If shapes do not fit.
         """
         self._check_process()
-        with self._turns.turn():
+        with self._turns:
             return self._attend(layer, sequences, q, scale, n_pages)
 
     def rates(self) -> np.ndarray:

@@ -49,13 +49,14 @@ def stored_form(k, v, kv_type: KvType, channels: int) -> tuple[np.ndarray, bool]
     batch, n_heads, n_new, head_dim = k.shape
     patterns = np.empty((2, batch, n_heads, n_new, channels), np.uint16)
     library = native.library()
-    if library is not None and n_new <= FEW_TOKENS and not is_torch(k) and k.dtype == np.float32:
-        k, v = (x if x.strides[3] == 4 else np.ascontiguousarray(x) for x in (k, v))
-        finite = library.native_patterns(
-            *_elements(k), *_elements(v), batch, n_heads, n_new, head_dim, channels, kv_type,
-            address(patterns),
-        )  # fmt: skip
-        return patterns, bool(finite)
+    if library is not None and n_new <= FEW_TOKENS:
+        elements = _floats(k), _floats(v)
+        if elements[0] is not None and elements[1] is not None:
+            finite = library.native_patterns(
+                *elements[0], *elements[1], batch, n_heads, n_new, head_dim, channels, kv_type,
+                address(patterns),
+            )  # fmt: skip
+            return patterns, bool(finite)
     for mine, its in zip(patterns, (k, v), strict=True):
         mine[..., :head_dim] = pages.to_patterns(its, kv_type)
     patterns[..., head_dim:] = 0
@@ -205,6 +206,16 @@ class Tail:
             )
         if min(tokens) < 0 or max(tokens) > capacity:
             raise ValueError(f"tails have room for {capacity} tokens, not for {list(tokens)}")
+
+
+def _floats(x) -> tuple[int, ...] | None:
+    """The same of a numpy array or torch tensor that is float32 on the host, with contiguous channels."""
+    if is_torch(x):
+        if x.is_cpu and x.is_floating_point() and x.element_size() == 4 and x.stride(3) == 1:
+            return (x.data_ptr(), *(4 * step for step in x.stride()[:3]))
+    elif x.dtype == np.float32 and x.strides[3] == 4:
+        return _elements(x)
+    return None
 
 
 def _elements(x: np.ndarray) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking turns: several stores share a card's memory, and several threads an attention."""
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import threading
 from typing import Protocol
 
@@ -11,6 +10,9 @@ from .errors import CardError
 
 class Turns:
     """One thread at a time. The others wait as long as it makes progress.
+
+    A context manager, for as long as the turn lasts; entering it raises CardError if whoever has the turn
+    makes no progress. (No generator: each call enters several, and those take longer.)
 
     Parameters
     ----------
@@ -26,15 +28,9 @@ class Turns:
         self._what, self._progress, self._timeout_s = what, progress, timeout_s
         self._lock = threading.RLock()  # a finalizer may run in the thread whose turn it is
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for one's turn, and have it.
-
-        Raises
-        ------
-        CardError
-            If whoever has it makes no progress.
-        """
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            return
         seen, limit = self._progress(), self._timeout_s()
         while not self._lock.acquire(timeout=limit):
             if self._progress() == seen:
@@ -43,10 +39,9 @@ class Turns:
                     "hangs?"
                 )
             seen = self._progress()
-        try:
-            yield
-        finally:
-            self._lock.release()
+
+    def __exit__(self, *exception) -> None:
+        self._lock.release()
 
 
 class Tenant(Protocol):
@@ -73,20 +68,28 @@ class Tenancy:
         what = f"a turn with card {name!r}, which another thread attends with"
         self._turns = Turns(what, lambda: self.progress, timeout_s)
 
-    @contextlib.contextmanager
-    def turn(self, tenant: Tenant) -> Iterator[None]:
-        """Have the card for oneself. Whoever had it before leaves first.
+    def turn(self, tenant: Tenant) -> "_Turn":
+        """Have the card for oneself, in a `with`. Whoever had it before leaves first.
 
         Raises
         ------
         CardError
             If another thread has it and makes no progress.
         """
-        with self._turns.turn():
-            before, self._tenant = self._tenant, tenant
-            if before is not None and before is not tenant:
+        return _Turn(self, tenant)
+
+    def _begin(self, tenant: Tenant) -> None:
+        self._turns.__enter__()
+        before, self._tenant = self._tenant, tenant
+        if before is not None and before is not tenant:
+            try:
                 before.leave()
-            yield
+            except BaseException:
+                self._end()
+                raise
+
+    def _end(self) -> None:
+        self._turns.__exit__()
 
     def moved(self) -> None:
         """A load has arrived, or a run has ended: those who wait may go on doing so."""
@@ -96,3 +99,16 @@ class Tenancy:
         """The tenant, whose turn it is, has nothing there any more."""
         if self._tenant is tenant:
             self._tenant = None
+
+
+class _Turn:
+    """`Tenancy.turn`."""
+
+    def __init__(self, tenancy: Tenancy, tenant: Tenant):
+        self._tenancy, self._tenant = tenancy, tenant
+
+    def __enter__(self) -> None:
+        self._tenancy._begin(self._tenant)
+
+    def __exit__(self, *exception) -> None:
+        self._tenancy._end()

@@ -681,8 +681,12 @@ class Layer(CacheLayerMixin):
         self._count(n_q_heads, n_new, valid)
         assert self._tail is not None
         out = self._tail.attend(rows, self.tail_tokens, new[0], new[1], valid, scale, stored)
-        out = out.reshape(size, n_q_heads, n_new, -1)[..., : batch.head_dim]
-        return torch.from_numpy(out).transpose(1, 2).contiguous()
+        if batch.missing_channels:
+            out = out[..., : batch.head_dim]
+        plain = torch.from_numpy(out)
+        if n_new == 1:  # the usual case, in which the heads are in place
+            return plain.reshape(size, 1, n_q_heads, batch.head_dim)
+        return plain.reshape(size, n_q_heads, n_new, -1).transpose(1, 2).contiguous()
 
     def _attend_pages(self, rows: np.ndarray, scale: float) -> Partial | None:
         """The partial of all rows over their pages; None if there are no pages."""
@@ -715,9 +719,7 @@ class Layer(CacheLayerMixin):
         A row with Inf or NaN is taken out.
         """
         layout = self._batch.layout
-        plain = k.dtype == torch.float32 and k.device.type == "cpu"
-        both = (k.numpy(), v.numpy()) if plain else (k, v)
-        new, finite = stored_form(*both, layout.kv_type, layout.head_dim)
+        new, finite = stored_form(k, v, layout.kv_type, layout.head_dim)
         if not finite:
             self._refuse(new)
         return new
