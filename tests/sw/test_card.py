@@ -131,6 +131,10 @@ def test_a_run_that_takes_too_long_says_so():
             card.run(0, 3, 1024)
         with pytest.raises(CardError, match="open it again"):
             card.run(0, 3, 1024)
+        memories = card._kv, card._job
+        card.reset()
+        # Whoever still has the old ones may write there as long as he likes.
+        assert not {id(card._kv), id(card._job)} & {id(memory) for memory in memories}
 
 
 def test_a_backend_that_breaks_is_a_card_error():
@@ -172,6 +176,16 @@ def test_closed_cards_refuse_work():
     assert backend.closed == 1
     with pytest.raises(CardError, match="is closed"):
         card.read_job(0, 1)
+
+
+def test_runs_that_were_not_begun_when_a_card_was_closed_are_not():
+    backend = Backend()
+    card = _card(lambda: backend)
+    run = card.start_run(0, 2, 1024)
+    backend.execute = None
+    card.close()
+    with pytest.raises(CardError, match="was closed during a run of 2 jobs"):
+        card.finish_run(run)
 
 
 def test_opening_a_card_is_what_loads_the_simulation():

@@ -187,12 +187,11 @@ def test_what_an_earlier_run_has_left_is_not_taken_for_an_answer(board, stored):
     _, q, whole = stored
     for layer in (0, 0):  # both halves of job memory hold good summaries and partials
         _same(_attend(attention, layer, q), whole[layer])
-    first = board.runs
     for number in range(3):
-        board.before = lambda at, skipped=first + number: "skip" if at == skipped else None
+        skipped = board.runs + number
+        board.before = lambda at, skipped=skipped: "skip" if at == skipped else None
         with pytest.raises(CardError, match="different versions of nearkv .abi_version is 0x0"):
             _attend(attention, 0, q)
-        first = board.runs
     board.before = lambda number: None
     _same(_attend(attention, 1, q), whole[1])
 
@@ -591,9 +590,10 @@ def test_a_signal_handler_may_close_the_card_that_runs(stored):
         _attend(attention, 0, q)
 
 
-def test_runs_that_were_not_begun_when_a_program_was_closed_are_not(tmp_path):
-    card = open_card("model")
+def test_a_run_that_ended_well_is_of_no_use_when_the_card_is_closed(board):
+    board, card, _ = board
     run = card.start_run(128, 0, 0)
+    run._run.wait(30)
     card.close()
     with pytest.raises(CardError, match="was closed during a run of 0 jobs"):
         card.finish_run(run)
@@ -709,15 +709,15 @@ def test_the_attended_page_count_is_checked(stored, card):
 
 
 @pytest.mark.parametrize("name", ["model", "twin"])
-def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, name):
+def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, name, reader_kind):
     code = """if True:
-        import os, sys, gc
+        import os, sys, gc, threading
         import numpy as np
         from nearkv.attention import PageAttention
         from nearkv.cards import CardError, open_card
         from nearkv.store import KvStore
         from nearkv_hw.abi import PageLayout
-        card = open_card(sys.argv[2])
+        card = open_card(sys.argv[2], reader=sys.argv[3])
         store = KvStore(sys.argv[1], PageLayout(64, 32), 1, temporary=True)
         for layer in (0, 1):
             store.append(0, layer, *np.ones((2, 1, 320, 64), np.float16))
@@ -725,6 +725,16 @@ def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, nam
         q = np.ones((1, 1, 1, 64))
         attend = lambda layer: attention.attend(layer, [0], q, 1.0, [10]).normalise()[0]
         before = [attend(layer) for layer in (0, 1, 0, 1)]
+        # Locks that another thread has are held for ever in a forked process.
+        held, forked = threading.Event(), threading.Event()
+        def hold():
+            with attention._turns.turn(), card.tenancy.turn(attention._rings[0]), card._lock:
+                with card._reader._change:
+                    held.set()
+                    assert forked.wait(30)
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert held.wait(30)
         child = os.fork()
         if not child:
             for use in (lambda: attend(0), lambda: card.start_load([]), lambda: card.start_run(128, 0, 0),
@@ -741,6 +751,8 @@ def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, nam
             del attention, card, attend
             gc.collect()
             sys.exit(7)
+        forked.set()
+        thread.join()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         for layer in (0, 1, 0):
             np.testing.assert_array_equal(attend(layer), before[layer])
@@ -750,7 +762,7 @@ def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, nam
         print("undisturbed")
     """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), name],
+        [sys.executable, "-c", code, str(tmp_path), name, reader_kind],
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.stdout == "undisturbed\n", done.stderr

@@ -26,8 +26,8 @@ def small_extents(monkeypatch):
     monkeypatch.setattr(store_module, "READ_BYTES", 4 * LAYOUT.page_bytes)
 
 
-def _fill(store, lengths=LENGTHS, layers=(0, 1, 2)):
-    rng = np.random.default_rng(0)
+def _fill(store, lengths=LENGTHS, layers=(0, 1, 2), seed=0):
+    rng = np.random.default_rng(seed)
     for layer in layers:
         for sequence, n_pages in enumerate(lengths):
             k, v = rng.standard_normal((2, 2, n_pages * 32, 32)).astype(np.float16)
@@ -129,13 +129,21 @@ def test_several_stores_take_turns_with_a_card(tmp_path, expected, card):
     q, whole = expected
     with KvStore(tmp_path / "a", LAYOUT, 2) as a, KvStore(tmp_path / "b", LAYOUT, 2) as b:
         both = []
-        for store in (a, b):
-            _fill(store)
+        for seed, store in enumerate((a, b)):
+            _fill(store, seed=seed)
             both.append(PageAttention(card, store))
+        other = [_attend(both[1], layer, range(4), q, 0.2) for layer in range(3)]
         for _ in range(3):
-            for layer in range(3):
-                for attention in both:
-                    _same(_attend(attention, layer, range(4), q, 0.2), whole[layer])
+            for layer in range(3):  # each while pages of the other's next layer are on their way
+                _same(_attend(both[0], layer, range(4), q, 0.2), whole[layer])
+                _same(_attend(both[1], layer, range(4), q, 0.2), other[layer])
+        _attend(both[1], 0, range(4), q, 0.2)
+        wasted = both[1].figures.wasted_bytes
+        both[0].discard()  # of what is the other's, nothing is given up
+        _attend(both[1], 1, range(4), q, 0.2)
+        assert both[1].figures.wasted_bytes == wasted
+        for attention in both:
+            attention.close()
 
 
 def _placed(store, layer=0):

@@ -575,5 +575,7 @@ def test_memories_cannot_be_mistaken_for_each_other():
     for kind in (KvMemory, JobMemory):
         with pytest.raises(ValueError, match="multiple of 4096, not 100"):
             kind(100)
+        with pytest.raises(ValueError, match="must start at a multiple of 4096 .*not at 0x1001"):
+            kind(4096, address=4097)
         assert kind(4096).nbytes == 4096
     assert job.bytes.ctypes.data % 4096 == kv.simulated().ctypes.data % 4096 == 0

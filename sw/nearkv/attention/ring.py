@@ -152,9 +152,7 @@ class Ring:
 
     def close(self) -> None:
         """Wait for what is on its way, and leave the card to others."""
-        with self.card.tenancy.turn(self):
-            self.leave()
-            self.card.tenancy.end(self)
+        self.card.tenancy.end(self)
 
     def leave(self) -> None:
         """Give up what is on its way; its segments are free when it has ended. Does not raise."""

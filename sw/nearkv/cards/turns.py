@@ -96,9 +96,17 @@ class Tenancy:
         self.progress += 1
 
     def end(self, tenant: Tenant) -> None:
-        """The tenant, whose turn it is, has nothing there any more."""
-        if self._tenant is tenant:
-            self._tenant = None
+        """Let a tenant leave. Whoever has the card meanwhile is waited for, and keeps it.
+
+        Raises
+        ------
+        CardError
+            If another thread has the card and makes no progress.
+        """
+        with self._turns:
+            tenant.leave()
+            if self._tenant is tenant:
+                self._tenant = None
 
 
 class _Turn:

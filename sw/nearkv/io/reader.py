@@ -184,7 +184,7 @@ class Reader:
     """Reads pages into one card's kv memory, at most `depth` requests at a time.
 
     Threads with preadv, which leave Python's lock while the drive works. `open_reader` gives a better
-    one where the system has it.
+    one where the system has it. Any thread may call any method.
 
     Parameters
     ----------
