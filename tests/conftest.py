@@ -4,10 +4,14 @@
 from pathlib import Path
 import pickle
 
+from hypothesis import HealthCheck, settings
 import pytest
 
 from nearkv_sim.coverage import Coverage
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("nearkv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nearkv")
 _ALLOWED_SKIPS = Path(__file__).parent / "data" / "allowed_skips.txt"
 
 

@@ -102,12 +102,13 @@ class Drive:
     """Makes reads of page files fail, however they are made.
 
     `fate(file name, offset, nbytes)` says what becomes of a read: None, or a dict with any of
-    delay (s), errno, short (bytes that arrive).
+    delay (s), until (an event), errno, short (bytes that arrive).
     """
 
     def __init__(self, monkeypatch):
         self.fate = lambda name, offset, nbytes: None
         self.reads = []  # (file name, offset, nbytes)
+        self.held: list[threading.Event] = []
         preadv, read, wait = os.preadv, Uring.read, Uring.wait
         completions = Uring.completions
         fates, held = {}, []  # by (ring, key); (due, key, result)
@@ -120,6 +121,8 @@ class Drive:
         def faulty_preadv(fd, buffers, offset):
             fate = ask(fd, offset, len(buffers[0]))
             time.sleep(fate.get("delay", 0))
+            if "until" in fate:
+                fate["until"].wait(60)
             if "errno" in fate:
                 raise OSError(fate["errno"], os.strerror(fate["errno"]))
             return preadv(fd, [buffers[0][: fate.get("short")]], offset)
@@ -130,22 +133,34 @@ class Drive:
 
         def faulty_wait(ring, timeout_s, *, completions=True):
             left = [due - time.monotonic() for whose, due, *_ in held if whose is ring]
+            # What waits for an event is looked at again and again.
+            left += [0.005 for whose, _, until, *_ in held if whose is ring and until is not None]
             wait(ring, max(min([timeout_s, *left]), 0), completions=completions)
 
         def faulty_completions(ring):
             for key, result in completions(ring):
                 fate = fates.pop((ring, key))
                 due = time.monotonic() + fate.get("delay", 0)
-                held.append((ring, due, key, -fate["errno"] if "errno" in fate else result))
-            for work in [work for work in held if work[0] is ring and work[1] <= time.monotonic()]:
-                held.remove(work)
-                yield work[2:]
+                result = -fate["errno"] if "errno" in fate else result
+                held.append((ring, due, fate.get("until"), key, result))
+            for work in list(held):
+                whose, due, until, *completion = work
+                if whose is ring and due <= time.monotonic() and (until is None or until.is_set()):
+                    held.remove(work)
+                    yield completion
 
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(os, "preadv", faulty_preadv)
         monkeypatch.setattr(Uring, "read", faulty_read)
         monkeypatch.setattr(Uring, "wait", faulty_wait)
         monkeypatch.setattr(Uring, "completions", faulty_completions)
+
+    def hold(self):
+        """Hold back every read from now on; set the event that this returns to let them go on."""
+        event = threading.Event()
+        self.fate = lambda name, offset, nbytes: None if event.is_set() else {"until": event}
+        self.held.append(event)
+        return event
 
     def break_ring(self, point, after=0, error=None):
         """Make a method of every ring raise, after so many calls that go well."""
@@ -312,7 +327,10 @@ def open_board():
 
 @pytest.fixture
 def drive(monkeypatch):
-    return Drive(monkeypatch)
+    drive = Drive(monkeypatch)
+    yield drive
+    for event in drive.held:
+        event.set()
 
 
 @pytest.fixture

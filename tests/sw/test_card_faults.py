@@ -298,31 +298,31 @@ def test_a_reset_waits_for_reads_into_memory_that_cannot_be_abandoned(
 ):
     board, card, attention = board
     _, q, whole = stored
-    kv, slow = card._kv, [{"delay": 0.5}]
-    drive.fate = lambda name, offset, nbytes: slow[0] if slow else None
+    kv, go_on = card._kv, drive.hold()
     Impatient(monkeypatch, card, "finish_load")
-    reset, reader = board.attach, card._reader
+    reset, reader, attach, attached = card.reset, card._reader, board.attach, []
+    monkeypatch.setattr(card, "reset", lambda: (threading.Timer(0.1, go_on.set).start(), reset()))
 
-    def attach(*memories):  # the end of a reset
+    def attached_after_all_reads(*memories):  # the end of a reset
         assert reader.drained(0)
-        slow.clear()
-        reset(*memories)
+        attached.append(memories)
+        attach(*memories)
 
-    board.attach = attach
+    board.attach = attached_after_all_reads
     _same(_attend(attention, 0, q), whole[0])
-    assert not slow
+    assert attached
     assert card._kv is kv
 
 
 def test_a_reset_does_not_wait_for_ever_and_is_tried_again(board, stored, drive, monkeypatch):
     board, card, attention = board
     _, q, whole = stored
-    drive.fate = lambda name, offset, nbytes: {"delay": 1.0}
+    go_on = drive.hold()
     monkeypatch.setattr(card, "timeout_s", 0.05)
     for _ in range(2):
         with pytest.raises(CardError, match=r"cannot be reset yet: waited 0\.05 s, and reads into"):
             _attend(attention, 0, q)
-    drive.fate = lambda name, offset, nbytes: None
+    go_on.set()
     monkeypatch.setattr(card, "timeout_s", 30)
     _same(_attend(attention, 0, q), whole[0])
     assert board.resets == 0  # the executor had nothing to do with it
@@ -334,7 +334,7 @@ def test_memory_of_the_host_is_replaced_and_late_reads_go_to_the_old(
     store, q, whole = stored
     with open_card("model", reader=reader_kind) as card:
         attention = PageAttention(card, store, ring_bytes=SLOTS)
-        drive.fate = lambda name, offset, nbytes: {"delay": 0.5}
+        go_on = drive.hold()
         Impatient(monkeypatch, card, "finish_load")
         kv, reader, reset = card._kv, card._reader, card.reset
         monkeypatch.setattr(
@@ -342,6 +342,7 @@ def test_memory_of_the_host_is_replaced_and_late_reads_go_to_the_old(
         )
         _same(_attend(attention, 0, q), whole[0])
         assert card._kv is not kv
+        go_on.set()
         assert reader.drained(30)
         _same(_attend(attention, 1, q), whole[1])
         attention.close()
@@ -448,7 +449,7 @@ def test_io_uring_that_is_demanded_and_not_there_names_the_remedy(monkeypatch):
 
 def test_closing_a_card_ends_a_load_that_is_waited_for(stored, drive, reader_kind):
     store, q, _ = stored
-    drive.fate = lambda name, offset, nbytes: {"delay": 1.0}
+    drive.hold()
     card = open_card("model", reader=reader_kind)
     attention = PageAttention(card, store)
     waiting, finish_load = threading.Event(), card.finish_load
@@ -468,8 +469,9 @@ def test_a_closed_card_says_when_its_foreign_memory_is_still_written_to(board, d
     board, card, _ = board
     path = tmp_path / "pages"
     path.write_bytes(bytes(8192))
-    asked = threading.Event()
-    drive.fate = lambda name, offset, nbytes: asked.set() or {"delay": 1.0}
+    asked, go_on = threading.Event(), drive.hold()
+    held = drive.fate
+    drive.fate = lambda *read: asked.set() or held(*read)
     fd = os.open(path, os.O_RDONLY)
     load = card.start_load([Read(fd, path, 0, 8192, 0, PageId(0, 0, 0, 0), 4096)])
     assert asked.wait(30)
@@ -479,6 +481,7 @@ def test_a_closed_card_says_when_its_foreign_memory_is_still_written_to(board, d
     with pytest.raises(CardError, match="closed during a load"):
         card.finish_load(load)
     card.timeout_s = 30
+    go_on.set()
     card.close()
     os.close(fd)
 

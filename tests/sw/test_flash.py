@@ -83,16 +83,18 @@ def test_reads_arrive_whole_at_every_depth(big, opened, depth):
 
 def test_no_more_requests_than_the_depth_are_with_the_drive(big, opened, drive, monkeypatch):
     _, read = big
-    at_once, most, lock = [0], [0], threading.Lock()
+    at_once, most, lock, full = [0], [0], threading.Lock(), threading.Event()
 
     def count(change):
         with lock:
             at_once[0] += change
             most[0] = max(most[0], at_once[0])
+        if most[0] >= 3:
+            full.set()
 
     def fate(name, offset, nbytes):
         count(1)
-        return {"delay": 0.002}
+        return {"delay": 0.002, "until": full}
 
     done = Load._done
 
@@ -151,14 +153,14 @@ def test_interrupted_reads_are_made_again(big, drive):
 
 def test_a_load_that_is_late_is_known_to_have_arrived_later(big, opened, drive):
     _, read = big
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.3}
+    go_on = drive.hold()
     load = opened(KvMemory(2 * MIB)).start([read(0, 2 * MIB)])
     with pytest.raises(TimeoutError, match=r"0\.05 s, 2 of 2 reads .*page 0 of layer 1.*at byte 0"):
         load.wait(0.05)
     assert not load.arrived
-    time.sleep(0.4)
+    go_on.set()
+    load.wait(10)
     assert load.arrived
-    load.wait(0)
 
 
 def test_a_bug_in_a_reader_is_an_error_and_no_hang(big, monkeypatch):
@@ -172,17 +174,19 @@ def test_a_bug_in_a_reader_is_an_error_and_no_hang(big, monkeypatch):
 
 def test_a_reader_that_is_closed_ends_its_loads_and_lets_writers_go_on(big, opened, drive):
     _, read = big
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.5}
+    go_on = drive.hold()
     memory, window = KvMemory(4 * MIB), Window()
     reader = opened(memory, 2)
     load = reader.start([read(0, 4 * MIB, window=window)])
-    time.sleep(0.05)
+    while len(drive.reads) < 2:
+        time.sleep(0.001)
     reader.close()
     assert not reader.drained(0.05)  # what is with the drive may still be written
     with pytest.raises(FlashError, match="given up: the card was closed or reset .page 0 of layer"):
         load.wait(1)
     with window.writing():  # nobody is waited for
         pass
+    go_on.set()
     assert reader.drained(10)
     assert len(drive.reads) == 2  # nothing more was asked for
     reader = opened(memory, 2)
@@ -459,10 +463,33 @@ def test_memory_is_not_shared_with_a_forked_process():
 # --- windows -----------------------------------------------------------------------------------
 
 
+def test_a_load_that_begins_when_a_writer_is_done_ends_for_who_waits_already(big, opened):
+    """Nobody took what had arrived: the few reads were made in passing, by the writer."""
+    data, read = big
+    memory, window = KvMemory(MIB), Window()
+    reader, caught = opened(memory), []
+    with window.writing():
+        load = reader.start([read(0, 8192, window=window)])
+
+        def wait():
+            try:
+                load.wait(20)
+            except TimeoutError as error:
+                caught.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while waiting.is_alive() and not getattr(reader, "_waiters", True):
+            time.sleep(0.001)
+    waiting.join()
+    assert not caught
+    np.testing.assert_array_equal(memory.simulated()[:8192], data[:8192])
+
+
 def test_nobody_waits_for_the_drive_for_ever(big, opened, drive):
     data, read = big
     window = Window(timeout_s=0.05)
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.4}
+    go_on = drive.hold()
     memory = KvMemory(2 * MIB)
     reader = opened(memory)
     load = reader.start([read(0, MIB, window=window)])
@@ -470,6 +497,7 @@ def test_nobody_waits_for_the_drive_for_ever(big, opened, drive):
         with window.writing():
             pass
     later = reader.start([read(MIB, MIB, MIB, window=window)])  # not held up by who has given up
+    go_on.set()
     for one in (load, later):
         one.wait(10)
     np.testing.assert_array_equal(memory.simulated(), data[: 2 * MIB])

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 from hypothesis import given
 from hypothesis import strategies as st

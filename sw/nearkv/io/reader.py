@@ -425,9 +425,11 @@ class UringReader(Reader):
                 super()._go(requests)
                 return
             self._waiting.extend((*request, 0) for request in requests)
-            if len(self._waiting) + len(self._sent) <= self.FEW:
+            few = len(self._waiting) + len(self._sent) <= self.FEW
+            if few:
                 self._in_passing(self._submit)
-            else:
+            # Who waits already, because a writer was at work, has looked for what arrived before.
+            if (self._waiters or not few) and self.failure is None:
                 self._call_thread()
 
     def _until(self, finished: Callable[[], bool], timeout_s: float) -> None:
