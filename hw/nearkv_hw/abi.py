@@ -14,6 +14,7 @@ physical address and a record cannot point into the wrong bank.
 import builtins
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+import functools
 import struct
 
 ABI_VERSION = 1
@@ -114,11 +115,27 @@ class Record:
                 return field
         raise KeyError(f"{self.name} has no field {name!r}")
 
+    @functools.cached_property
+    def _whole(self) -> struct.Struct:
+        """All fields at once, and what lies between them."""
+        code, end = "<", 0
+        for field in self.fields:
+            code += f"{field.offset - end}x{field.count}{field.code}"
+            end = field.offset + field.count * field.bits // 8
+        return struct.Struct(f"{code}{self.bytes - end}x")
+
     def pack(self, **values) -> builtins.bytes:
         """The record as bytes. Every field must be given; a value that does not fit raises."""
-        missing = {field.name for field in self.fields} ^ set(values)
-        if missing:
+        if values.keys() != self._names:
+            missing = self._names ^ values.keys()
             raise TypeError(f"{self.name}: fields missing or unknown: {sorted(missing)}")
+        items = []
+        for field in self.fields:
+            items += values[field.name] if field.count > 1 else (values[field.name],)
+        try:
+            return self._whole.pack(*items)
+        except struct.error:
+            pass  # of which field
         out = bytearray(self.bytes)
         for field in self.fields:
             value = values[field.name]
@@ -134,11 +151,15 @@ class Record:
 
     def unpack(self, data) -> dict:
         """Field values of a record that starts at the first byte of `data`."""
-        values = {}
+        items, values, at = self._whole.unpack_from(data), {}, 0
         for field in self.fields:
-            got = struct.unpack_from(f"<{field.count}{field.code}", data, field.offset)
-            values[field.name] = got if field.count > 1 else got[0]
+            values[field.name] = items[at : at + field.count] if field.count > 1 else items[at]
+            at += field.count
         return values
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {field.name for field in self.fields}
 
 
 JOB = Record(

@@ -390,7 +390,10 @@ class Errors(_Accident):
     def after_error(self, op, truth, runner, rng, refusals) -> Truth:
         """The truth after an operation that raised."""
         truths, root = [truth], runner.root
-        if op.name in ("erase", "save"):  # dropped, but not erased; recorded, but not taken back yet
+        if op.name in (
+            "erase",
+            "save",
+        ):  # dropped, but not erased; recorded, but not taken back yet
             done = truth.copy()
             done.apply(op)
             if op.name == "erase":

@@ -375,7 +375,9 @@ def matches(
                 if s in seen
             }  # fmt: skip
             # What lost all its pages before they were written is known to this process alone.
-            found.vague |= {s for s, _ in truth.written if not any(found.tables.get(s, {}).values())}
+            found.vague |= {
+                s for s, _ in truth.written if not any(found.tables.get(s, {}).values())
+            }
             found.written.clear()
             found.unread = {
                 truth.tables[s][layer][i].key

@@ -36,7 +36,8 @@ def open_twin():
     def opener(config=CONFIG, path="auto", threads=1):
         key = config.name, path, threads
         if key not in cards:
-            cards[key] = TwinCard(config, path=path, threads=threads)
+            # Small as the queues are, all threads are to work on them.
+            cards[key] = TwinCard(config, path=path, threads=threads, alone_bytes=0)
         return cards[key]
 
     yield opener
@@ -275,7 +276,7 @@ def test_the_callers_floating_point_mode_does_not_matter(path, mode):
         libc.fegetenv(changed)
         got = []
         for threads in THREADS:  # a new thread inherits the mode
-            with TwinCard(CONFIG, path=path, threads=threads) as card:
+            with TwinCard(CONFIG, path=path, threads=threads, alone_bytes=0) as card:
                 got.append(memories.execute(card))
         libc.fegetenv(after)
     finally:

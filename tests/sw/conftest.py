@@ -102,16 +102,15 @@ class Drive:
     """Makes reads of page files fail, however they are made.
 
     `fate(file name, offset, nbytes)` says what becomes of a read: None, or a dict with any of
-    delay (s), until (an event), errno, short (bytes that arrive).
+    delay (s), until (an event, for the read to arrive), errno, short (bytes that arrive).
     """
 
     def __init__(self, monkeypatch):
         self.fate = lambda name, offset, nbytes: None
         self.reads = []  # (file name, offset, nbytes)
-        self.held: list[threading.Event] = []
         preadv, read, wait = os.preadv, Uring.read, Uring.wait
         completions = Uring.completions
-        fates, held = {}, []  # by (ring, key); (due, key, result)
+        fates, held = {}, []  # by (ring, key); (ring, due, fate, key, result)
 
         def ask(fd, offset, nbytes):
             name = file_name(f"/proc/self/fd/{fd}")
@@ -132,9 +131,11 @@ class Drive:
             read(ring, key, fd, offset, address, fate.get("short", nbytes))
 
         def faulty_wait(ring, timeout_s, *, completions=True):
-            left = [due - time.monotonic() for whose, due, *_ in held if whose is ring]
-            # What waits for an event is looked at again and again.
-            left += [0.005 for whose, _, until, *_ in held if whose is ring and until is not None]
+            left = [
+                0.005 if "until" in fate else due - time.monotonic()
+                for whose, due, fate, *_ in held
+                if whose is ring
+            ]
             wait(ring, max(min([timeout_s, *left]), 0), completions=completions)
 
         def faulty_completions(ring):
@@ -142,25 +143,19 @@ class Drive:
                 fate = fates.pop((ring, key))
                 due = time.monotonic() + fate.get("delay", 0)
                 result = -fate["errno"] if "errno" in fate else result
-                held.append((ring, due, fate.get("until"), key, result))
+                held.append((ring, due, fate, key, result))
             for work in list(held):
-                whose, due, until, *completion = work
-                if whose is ring and due <= time.monotonic() and (until is None or until.is_set()):
+                whose, due, fate, key, result = work
+                late = due > time.monotonic() or ("until" in fate and not fate["until"].is_set())
+                if whose is ring and not late:
                     held.remove(work)
-                    yield completion
+                    yield key, result
 
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(os, "preadv", faulty_preadv)
         monkeypatch.setattr(Uring, "read", faulty_read)
         monkeypatch.setattr(Uring, "wait", faulty_wait)
         monkeypatch.setattr(Uring, "completions", faulty_completions)
-
-    def hold(self):
-        """Hold back every read from now on; set the event that this returns to let them go on."""
-        event = threading.Event()
-        self.fate = lambda name, offset, nbytes: None if event.is_set() else {"until": event}
-        self.held.append(event)
-        return event
 
     def break_ring(self, point, after=0, error=None):
         """Make a method of every ring raise, after so many calls that go well."""
@@ -218,7 +213,7 @@ class Board:
 
     `kv` is mapped into the host as a BAR would be; `job` is not, so that a forgotten sync shows. It
     computes as the card `model` does. `before(number)` is called before each run is carried out, and may
-    wait, or raise.
+    wait, raise, or return "skip".
     """
 
     def __init__(self, kv_bytes=1 << 20, job_bytes=1 << 18, config="tiny"):
@@ -240,8 +235,8 @@ class Board:
     def _work(self):
         while (run := self._queue.get()) is not None:
             try:
-                self.before(run.number)
-                self.model.execute(self.kv, self.job, *run.arguments)
+                if self.before(run.number) != "skip":
+                    self.model.execute(self.kv, self.job, *run.arguments)
             except RuntimeError as error:
                 run.error = error
             self._idle.set()
@@ -327,10 +322,7 @@ def open_board():
 
 @pytest.fixture
 def drive(monkeypatch):
-    drive = Drive(monkeypatch)
-    yield drive
-    for event in drive.held:
-        event.set()
+    return Drive(monkeypatch)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 import errno
 import os
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -100,6 +99,29 @@ def test_wrong_guesses_cost_nothing_but_the_reads(tmp_path, expected, card):
         _same(changed, _attend(fresh, 1, range(4), q, 0.2))
         _same(changed[[1, 2]], whole[1][[1, 2]])
         fresh.close()
+
+
+def test_a_short_context_stays_in_the_same_places(tmp_path, card, monkeypatch):
+    """As many segments as are on their way and in work at once, however many steps there are."""
+    places = set()
+    start_load = card.start_load
+
+    def recording(reads):
+        places.update(read.kv_offset for read in reads)
+        return start_load(reads)
+
+    monkeypatch.setattr(card, "start_load", recording)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        k, v = np.random.default_rng(0).standard_normal((2, 2, 32, 32)).astype(np.float16)
+        for layer in range(4):
+            store.append(0, layer, k, v)
+        attention = PageAttention(card, store)
+        for _ in range(5):
+            for layer in range(4):
+                _attend(attention, layer, [0], np.ones((1, 2, 3, 32)), 0.2)
+        attention.close()
+    assert attention._rings[0].room.segment_pages > 2  # there are others
+    assert len(places) == 2 * 2  # segments, kv heads
 
 
 def test_several_stores_take_turns_with_a_card(tmp_path, expected, card):
@@ -279,20 +301,21 @@ def test_a_drive_a_hundred_times_slower_is_waited_for(faulty):
     attention.close()
 
 
-@pytest.mark.slow
 def test_a_load_that_is_late_names_the_page_and_the_card_is_reset(faulty, monkeypatch, caplog):
     store, attention, q, faults = faulty
     attention.close()
     before = _attend(attention, 2, range(4), q, 0.2)
     attention.close()
-    monkeypatch.setattr(attention.card, "timeout_s", 2)
-    go_on = threading.Event()
-    faults[0] = {"until": go_on, "errno": errno.EIO}
-    with pytest.raises(CardError, match=r" 2 s.*page 0 of layer 2, sequence 0, .*pages-0.kv"):
-        _attend(attention, 2, range(4), q, 0.2)
+    arrives = threading.Event()
+    faults[0] = {"until": arrives, "errno": errno.EIO}
+    with monkeypatch.context() as patch:
+        patch.setattr(attention.card, "timeout_s", 0.1)
+        match = r"0\.1 s.*page 0 of layer 2, sequence 0, .*pages-0.kv"
+        with pytest.raises(CardError, match=match):
+            _attend(attention, 2, range(4), q, 0.2)
+    arrives.set()
     assert "the card is reset and the work done again" in caplog.text
     _attend(attention, 2, [1], q[[1]], 0.2)  # whatever has not arrived
-    go_on.set()
     faults.clear()
     _same(_attend(attention, 2, range(4), q, 0.2), before)
 
@@ -303,14 +326,14 @@ def test_late_reads_cannot_reach_what_comes_after_a_reset(faulty, monkeypatch):
     attention.close()
     before = _attend(attention, 1, range(4), q, 0.2)
     attention.close()
-    go_on = threading.Event()
-    faults[0] = {"until": go_on}
+    arrives = threading.Event()
+    faults[0] = {"until": arrives}
     with monkeypatch.context() as patch:
         patch.setattr(attention.card, "timeout_s", 0.1)
         with pytest.raises(CardError, match=r"0\.1 s"):
             _attend(attention, 0, [0], q[[0]], 0.2)
     faults.clear()
-    go_on.set()
-    for _ in range(20):  # while pages of layer 0 arrive
+    for number in range(20):  # while pages of layer 0 arrive
         _same(_attend(attention, 1, range(4), q, 0.2), before)
-        time.sleep(0.02)
+        if number == 2:
+            arrives.set()

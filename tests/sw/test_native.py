@@ -19,7 +19,7 @@ from nearkv.attention import Partial, elementary, native, query
 from nearkv.attention.fold import Sums
 from nearkv.attention.tail import FEW_TOKENS, Tail
 from nearkv_hw import abi, number, pages
-from nearkv_hw.abi import KvType, PageLayout
+from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.number import Wide
 from nearkv_sim.reference import attention as reference
 
@@ -181,6 +181,9 @@ def _card_bytes(rng, n_partials, width, head_dim, *, empty=0.1, spread=3, first_
     data[:, header : header + 32] = run_max.astype("<i2").view(np.uint8)
     packed = Wide(limbs, top).pack().view(np.uint8)
     packed = packed.reshape(n_partials, elements * rows * abi.WIDE_BYTES)
+    fields = {"status": Status.DONE, "tag": np.arange(n_partials)}
+    for name, values in fields.items():
+        data.view("<u4")[:, abi.PARTIAL_HEADER[name].offset // 4] = values
     start = abi.PARTIAL_HEADER.bytes
     data[:, start : start + packed.shape[1]] = packed
     return data, run_max[:, :width].astype(np.int16), Wide(limbs[:, :, :width], top[:, :, :width])
@@ -202,7 +205,7 @@ def test_sums_are_those_of_wide_however_the_partials_come(seed, n_jobs, width, c
     def fold():
         sums = Sums(layout, n_jobs, width)
         for where, data, *_ in runs:
-            sums.add(where, data)
+            assert sums.add(where, data)
         return sums.total()
 
     got = both(fold)
@@ -223,6 +226,21 @@ def test_a_partial_of_no_job_is_refused_and_nothing_added(monkeypatch):
             with pytest.raises(IndexError, match="among 2, not"):
                 sums.add(np.array([0, wrong]), data)
         _assert_same_bits(sums.total(), Partial.empty(KvType.FP16, (2, 3), 32))
+        monkeypatch.setattr(native, "library", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("status", 0), ("status", Status.DONE | Status.BAD_CRC_K), ("tag", 0), ("tag", 1 << 31)],
+)
+def test_partials_are_added_only_if_all_are_good(monkeypatch, field, value):
+    data, *_ = _card_bytes(np.random.default_rng(0), 3, 3, 32)
+    data.view("<u4")[2, abi.PARTIAL_HEADER[field].offset // 4] = value
+    for _ in "native", "numpy":
+        sums = Sums(PageLayout(32), 2, 3)
+        assert not sums.add(np.array([0, 1, 0]), data)
+        _assert_same_bits(sums.total(), Partial.empty(KvType.FP16, (2, 3), 32))
+        assert sums.add(np.array([0, 1]), data[:2])
         monkeypatch.setattr(native, "library", lambda: None)
 
 

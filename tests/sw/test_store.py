@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Page files: round trips, and every way in which a drive can fail us."""
 
+import contextlib
 import errno
+import fcntl
+import functools
 import os
 from pathlib import Path
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +19,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from nearkv.io import FlashError, PageId
+from nearkv.io import Directory, FlashError, PageId
 from nearkv.store import KvStore
 from nearkv.store.space import Slots
 from nearkv.store.tables import Tables
@@ -332,7 +336,11 @@ def test_a_file_system_without_nameless_files(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", no_tmpfile)
     with KvStore(tmp_path, LAYOUT, 2, temporary=True) as store:
         store.append(0, 0, *_kv(32))
-        assert list(tmp_path.iterdir()) == []
+        left_over = [path for path in tmp_path.rglob("*") if path.is_file()]
+        # One that was made by somebody who could not lock it; anybody takes it.
+        assert [
+            path for path in left_over if path.name != "store.json" or path.stat().st_size
+        ] == []
         np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], _kv(32)[0][1])
 
 
@@ -516,6 +524,74 @@ def test_a_snapshot_keeps_its_pages_whatever_becomes_of_the_sequences(tmp_path):
             store.save(b"")
 
 
+@pytest.mark.parametrize("n_failures", [1, 3])
+def test_a_snapshot_that_the_drive_may_not_keep_is_taken_back(tmp_path, monkeypatch, n_failures):
+    k, v = _kv(32)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        for before in (None, b"first"):
+            if before:
+                store.append(0, 0, k, v)
+                store.save(before)
+            store.append(1, 0, k, v)
+            with monkeypatch.context() as patch:
+                _fail_fsync_and_then(patch, n_failures - 1)
+                with pytest.raises(FlashError, match="may not keep"):
+                    store.save(b"never")
+            assert store.saved() == before
+            store.flush()
+            assert store.saved() == before
+            copy = tmp_path.parent / f"{tmp_path.name}-{before}"
+            shutil.copytree(tmp_path, copy)
+            with KvStore(copy, LAYOUT, 2) as other:
+                assert other.saved() == before
+                if before:
+                    other.restore()
+                    assert other.sequences() == [0, 1]
+
+
+def _fail_fsync_and_then(patch, n_writes):
+    """The next fsync of the journal fails, and so many writes of it after that."""
+    left, pwrite, fsync = [n_writes + 1], os.pwrite, os.fsync
+
+    def failing(real, begun, fd, *rest):
+        if begun() and left[0] and os.readlink(f"/proc/self/fd/{fd}").endswith("journal"):
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, *rest)
+
+    patch.setattr(os, "fsync", functools.partial(failing, fsync, lambda: True))
+    patch.setattr(os, "pwrite", functools.partial(failing, pwrite, lambda: left[0] <= n_writes))
+
+
+def test_a_snapshot_is_kept_although_the_one_before_cannot_be_removed(tmp_path, monkeypatch):
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.save(b"one")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", _full)
+            store.save(b"two")
+        assert store.saved() == b"two"
+    assert len(list(tmp_path.glob("state-*"))) == 2
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.saved() == b"two"
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-1"]
+
+
+def test_what_could_not_be_erased_is_said(tmp_path, monkeypatch):
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, *_kv(32))
+        real = os.pwrite
+
+        def fail(fd, data, offset):
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(".kv"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(fd, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", fail)
+        with pytest.raises(FlashError, match="could not be overwritten .*pages-0.kv.*fstrim"):
+            store.drop(0, erase=True)
+        assert store.sequences() == []
+
+
 # --- what a reopened store believes --------------------------------------------------------------
 
 
@@ -645,6 +721,226 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_again(tmp_path):
         KvStore(tmp_path, LAYOUT, 2)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_making_a_store_may_be_killed_at_any_call_and_is_made_again(tmp_path, several):
+    """Every state that a killed process leaves behind is a store, or made into one."""
+    outside = sorted(tmp_path.iterdir())
+    for n in range(200):
+        home = tmp_path / f"{n}"
+        home.mkdir()
+        paths = [home / "a", home / "b"] if several else [home / "a"]
+        child = os.fork()
+        if not child:
+            left = [n]
+            for name in ("open", "mkdir", "pwrite", "fsync", "unlink", "ftruncate"):
+                setattr(os, name, _dying(getattr(os, name), left))
+            KvStore(paths, LAYOUT, 2).close()
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        with KvStore(paths, LAYOUT, 2) as store:
+            store.append(0, 0, *_kv(32))
+        assert not (home / "a" / "store.new").exists()
+        with KvStore(paths, LAYOUT, 2) as store:
+            assert store.n_pages(0, 0) == 1
+        if not status:
+            break
+    assert n > 15
+    assert outside == []
+
+
+def _dying(real, left):
+    """Kills this process at its n-th call."""
+
+    def call(*args, **kwargs):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return real(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_store_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch, several):
+    paths = [tmp_path / "a", tmp_path / "b"] if several else [tmp_path / "a"]
+    for n in range(200):
+        left = [n]
+        with monkeypatch.context() as patch:
+            for name in ("open", "pwrite", "fsync", "posix_fallocate"):
+                patch.setattr(os, name, _failing_once(getattr(os, name), left))
+            try:
+                KvStore(paths, LAYOUT, 2).close()
+            except FlashError as problem:
+                error = problem
+            else:
+                break
+        assert error.errno == errno.EIO
+        assert str(tmp_path) in str(error)
+        left_over = [path for path in tmp_path.rglob("*") if path.is_file()]
+        # One that was made by somebody who could not lock it; anybody takes it.
+        assert [
+            path for path in left_over if path.name != "store.json" or path.stat().st_size
+        ] == []
+    assert n > 10
+
+
+def _failing_once(real, left):
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **kwargs)
+
+    return call
+
+
+def test_the_names_of_a_new_store_are_kept_before_it_is_used(tmp_path, monkeypatch):
+    """A directory that its parent has forgotten took a flushed store with it."""
+    synced, real = [], os.fsync
+
+    def fsync(fd):
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    KvStore([tmp_path / "a", tmp_path / "b"], LAYOUT, 2).close()
+    first = synced.index(str(tmp_path / "b" / "store.json"))
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "b")} <= set(synced[:first])
+
+
+def test_a_part_of_another_store_is_not_cleared_for_a_new_one(tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    with KvStore([a, b], LAYOUT, 1, weights=[1000, 1]) as store:
+        store.append(0, 0, *_kv(32, 1))  # all of it in the first
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for paths in ([c, b], [b, c], [b, a], [c, a]):
+        with pytest.raises((FlashError, ValueError), match="directories|directory"):
+            KvStore(paths, LAYOUT, 1)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert not c.exists()
+    # A description that is gone: no directory is cleared before all were looked at.
+    (a / "store.json").write_bytes(b"")
+    (b / "store.json").write_bytes(b"")
+    (a / "pages-0.kv").rename(b / "pages-7.kv")
+    names = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FlashError, match="no store.json that belongs to them.*pages-7.kv"):
+        KvStore([a, b], LAYOUT, 1)
+    assert sorted(tmp_path.rglob("*")) == names
+
+
+def test_whoever_waits_for_a_store_that_is_being_made_does_not_take_it_away(tmp_path, monkeypatch):
+    """The one that was refused once removed the description of the one that was faster."""
+    monkeypatch.setattr("nearkv.store.home._LOCK_S", 0.05)
+    other, create = [], Directory.create
+
+    def slow_create(directory, name, **options):
+        file = create(directory, name, **options)
+        if name == "store.json" and not other:
+            other.append(True)
+            other.append(KvStore(tmp_path, LAYOUT, 2))  # before this one has locked it
+        return file
+
+    monkeypatch.setattr(Directory, "create", slow_create)
+    with pytest.raises(FlashError, match="in use"):
+        KvStore(tmp_path, LAYOUT, 2)
+    other[1].append(0, 0, *_kv(32))
+    other[1].close()
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.n_pages(0, 0) == 1
+
+
+def test_a_description_that_was_removed_while_somebody_waited_for_it_is_made_again(
+    tmp_path, monkeypatch
+):
+    real, first = fcntl.flock, []
+
+    def flock(fd, how):
+        if not first:
+            first.append(True)
+            (tmp_path / "store.json").unlink()  # whoever made it has given up
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, *_kv(32))
+        store.flush()  # sees that it still has its name
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.n_pages(0, 0) == 1
+
+
+def test_things_that_are_not_the_stores_do_not_end_in_a_raw_error(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, *_kv(32))
+        store.save(b"one")
+    (tmp_path / "state-9").mkdir()
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.save(b"two")
+        assert store.saved() == b"two"
+    (tmp_path / "journal.new").mkdir()
+    with pytest.raises(FlashError, match="cannot remove .*journal.new.*directory"):
+        KvStore(tmp_path, LAYOUT, 2)
+
+
+def test_a_mark_of_another_journal_is_told_from_ones_own(tmp_path):
+    for name, n_tokens in (("a", 32), ("b", 96)):
+        with KvStore(tmp_path / name, LAYOUT, 2) as store:
+            for _ in range(3):
+                store.append(0, 0, *_kv(n_tokens))
+    mark = (tmp_path / "a" / "journal.end").read_bytes()
+    (tmp_path / "b" / "journal.end").write_bytes(mark)
+    with pytest.raises(FlashError, match="journal is damaged.*not the record|another journal"):
+        KvStore(tmp_path / "b", LAYOUT, 2)
+
+
+def test_a_mark_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    real = os.pwrite
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+
+        def half(fd, data, offset):
+            if not os.readlink(f"/proc/self/fd/{fd}").endswith("journal.end"):
+                return real(fd, data, offset)
+            real(fd, data[:20], offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        store.append(0, 0, *_kv(32))
+        store.flush()
+        for _ in range(2):
+            store.append(0, 0, *_kv(32))
+            monkeypatch.setattr(os, "pwrite", half)
+            with pytest.raises(FlashError, match=r"journal\.end.*Input/output"):
+                store.flush()
+            monkeypatch.undo()
+            for path in tmp_path.iterdir():  # as a killed process would leave it
+                copy = tmp_path.parent / f"{tmp_path.name}-copy"
+                copy.mkdir(exist_ok=True)
+                (copy / path.name).write_bytes(path.read_bytes())
+            for path in copy.iterdir():
+                path.chmod(0o600)
+            with KvStore(copy, LAYOUT, 2) as other:
+                assert other.n_pages(0, 0) == store.n_pages(0, 0)
+
+
+def test_a_store_that_was_killed_keeps_what_it_has_before_freed_places_are_used(
+    tmp_path, monkeypatch
+):
+    """Or a loss of power after that could bring a sequence back with somebody else's bytes."""
+    store = KvStore(tmp_path, LAYOUT, 2)
+    store.append(0, 0, *_kv(32))
+    store.flush()
+    store.drop(0)
+    store._home.close()  # as kill -9 would
+    synced, real = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))
+    )
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert str(tmp_path / "journal") in synced
+        synced.clear()
+    assert synced == []
+    KvStore(tmp_path, LAYOUT, 2).close()
+    assert synced == []  # all was kept already
+
+
 def test_a_journal_is_written_anew_when_it_has_grown_far_beyond_its_pages(tmp_path, monkeypatch):
     monkeypatch.setattr("nearkv.store.journal.COMPACT_BYTES", 4096)
     k, v = _kv(32)
@@ -720,6 +1016,44 @@ def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], np.concatenate([k[1], k[1]]))
 
 
+def test_a_new_sequence_whose_first_pages_fail_is_not_known(tmp_path, monkeypatch):
+    k, v = _kv(32)
+    for name in ("posix_fallocate", "pwrite"):
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, _full)
+                with pytest.raises(FlashError, match="No space left"):
+                    store.append(4, 0, k, v)
+            assert store.sequences() == []
+            with pytest.raises(FlashError, match="no sequence 4"):
+                store.arrange({5: 4})
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(1, 0, k, v)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", _full)
+            with pytest.raises(FlashError, match="write the journal"):
+                store.arrange({7: 1})
+        assert store.sequences() == [1]
+
+
+def test_numbers_that_mean_nothing_are_refused_before_anything_changes(tmp_path):
+    k, v = _kv(64)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, k, v)
+        for call in (
+            lambda: store.append(0, -1, k, v),
+            lambda: store.append(1 << 63, 0, k, v),
+            lambda: store.append(0, 1 << 32, k, v),
+            lambda: store.truncate(0, 0, -1),
+            lambda: store.arrange({1: 0}, n_pages=-1),
+            lambda: store.arrange({1: 0}, layer=-1),
+        ):
+            with pytest.raises(ValueError, match="numbered from 0|is 0 or more"):
+                call()
+        assert store.sequences() == [0]
+        assert store.n_pages(0, 0) == 2
+
+
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -776,6 +1110,10 @@ def test_a_sequence_whose_pages_cannot_be_written_can_be_dropped_and_leaves_noth
     with KvStore(tmp_path, LAYOUT, 2) as store:
         assert store.sequences() == [0]
         np.testing.assert_array_equal(_read(store, 0, 0, 1)[0][:32], k[1])
+
+
+def _full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _no_space(writer, spills):
@@ -940,6 +1278,95 @@ def test_a_link_planted_before_a_store_is_made_is_not_followed(tmp_path):
         assert [path.name for path in store.iterdir()] == [name]
         (store / name).unlink()
         store.rmdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_until_a_change_is_over(tmp_path, monkeypatch, number):
+    """Between any two lines of a change, Ctrl-C once left memory and journal at odds."""
+    k, v = _kv(32)
+    monkeypatch.setattr("nearkv.store.journal.COMPACT_BYTES", 0)
+    handler = signal.signal(number, _interrupt)
+    try:
+        store, n_pages, n = None, 0, 0
+        while n < 400:
+            n += 7 if n < 100 else 31
+            for call in ("open", "append", "save", "close"):
+                try:
+                    with _raised_at_line(number, n):
+                        if call == "open":
+                            store = KvStore(tmp_path, LAYOUT, 2)
+                        elif call == "append":
+                            store.append(0, 0, k, v)
+                        elif call == "save":
+                            store.save(b"saved")
+                        else:
+                            store.close()
+                except KeyboardInterrupt:
+                    if call == "open" and (store is None or store.closed):
+                        store = KvStore(tmp_path, LAYOUT, 2)  # nobody has it
+                if call == "append":  # before it, or after it
+                    assert store.n_pages(0, 0) in (n_pages, n_pages + 1)
+                    n_pages = store.n_pages(0, 0)
+                elif call == "save":
+                    assert store.saved() in (None, b"saved")
+            store.close()
+            assert store.closed
+        with KvStore(tmp_path, LAYOUT, 2) as store:
+            assert store.n_pages(0, 0) == n_pages
+            store.read_pages(PageId(0, 0, 1, 0), n_pages)
+        assert signal.getsignal(number) is _interrupt
+    finally:
+        signal.signal(number, handler)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _raised_at_line(number, n):
+    """A signal at the n-th line of the store's code from here on, or at the end."""
+    left = [n]
+
+    def trace(frame, event, arg):
+        if "/nearkv/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(number)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_a_process_that_was_forked_in_the_middle_of_a_change_hears_its_signals(tmp_path):
+    store = KvStore(tmp_path, LAYOUT, 2)
+    with store._turn("to be in the middle of it"):
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                os._exit(0)
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    store.close()
+
+
+def test_a_store_that_was_forgotten_leaves_its_lock(tmp_path):
+    store = KvStore(tmp_path, LAYOUT, 2)
+    store.append(0, 0, *_kv(32))
+    del store
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.n_pages(0, 0) == 1
 
 
 def test_threads_take_turns(tmp_path):

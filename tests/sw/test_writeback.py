@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import signal
 import threading
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
+from nearkv.store.journal import Journal
 from nearkv.store.writer import PageWriter
 from nearkv_hw import pages
 from nearkv_hw.abi import PageLayout
@@ -207,6 +209,107 @@ def test_sequences_can_be_dropped_and_taken_back_while_they_are_written(tmp_path
         assert store.sequences() == [1]
 
 
+def _in_threads(*calls):
+    """Run calls side by side; what they raised."""
+    errors = []
+
+    def run(call):
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    return threads, errors
+
+
+def test_what_others_do_while_a_call_waits_is_not_overlooked(tmp_path, held):
+    """A snapshot, a fork or a truncation once was of tables as they were before the wait."""
+    held.set()
+    with _delayed(tmp_path) as store:
+        for sequence in (0, 1):
+            store.append(sequence, 0, *_kv(96, sequence))
+        store.flush()
+        held.clear()
+        store.append(0, 0, *_kv(32, 7))
+        threads, errors = _in_threads(
+            lambda: store.save(b""),
+            lambda: store.arrange({5: 0, 6: 1}),
+            lambda: store.truncate(0, 0, 3),
+            lambda: store.drop(0),
+        )
+        for n in range(3):
+            store.append(1, 0, *_kv(32, n))
+        held.set()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert [error for error in errors if "no sequence 0" not in str(error)] == []
+        store.flush()
+        before = {s: store.n_pages(s, 0) for s in store.sequences()}
+        assert before[1] == 6
+        got = _keys(store, 0, 1, 1)
+    with KvStore(tmp_path, LAYOUT, 2) as store:  # memory and journal agree
+        assert {s: store.n_pages(s, 0) for s in store.sequences()} == before
+        np.testing.assert_array_equal(_keys(store, 0, 1, 1), got)
+        store.restore()
+
+
+def test_pages_that_are_given_up_are_not_in_a_snapshot(tmp_path, held):
+    held.set()
+    with _delayed(tmp_path) as store:
+        held.clear()
+        store.append(0, 0, *_kv(32))
+        while not store._behind._writing:  # the thread has it
+            store._behind.hurry() if store._change.acquire() else None
+            store._change.release()
+        store.append(0, 0, *_kv(32))
+        store.append(1, 0, *_kv(32))
+        threads, errors = _in_threads(lambda: store.drop(0), lambda: store.save(b"kept"))
+        threading.Timer(0.2, held.set).start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert errors == []
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.sequences() == [1]
+        store.restore()
+        for sequence in store.sequences():
+            _keys(store, 0, sequence, 1)
+
+
+def test_a_thread_that_cannot_be_started_is_said_and_nothing_claims_pages(tmp_path, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with _delayed(tmp_path) as store:
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(FlashError, match="cannot start the thread.*ulimit -u"):
+            store.append(0, 0, *_kv(32))
+        monkeypatch.undo()
+        assert store.sequences() == []
+        store.append(0, 0, *_kv(32))
+        np.testing.assert_array_equal(_keys(store, 0, 0, 1), _kv(32)[0][1])
+
+
+def test_a_signal_ends_a_wait(tmp_path, held):
+    held.set()
+    with _delayed(tmp_path) as store:
+        held.clear()
+        store.append(0, 0, *_kv(32))
+        handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                store.settle(0, 0)
+        finally:
+            signal.signal(signal.SIGALRM, handler)
+            held.set()
+        np.testing.assert_array_equal(_keys(store, 0, 0, 1), _kv(32)[0][1])
+
+
 def test_what_was_written_is_counted(tmp_path):
     with KvStore(tmp_path, LAYOUT, 2) as store:
         assert store.write_amplification == 0
@@ -311,6 +414,64 @@ def test_freed_places_are_not_used_before_the_drive_has_forgotten_them(tmp_path)
         store.flush()
         store.append(2, 0, *_kv(32))
         assert set(store.stored(2, 0)["offset"].ravel()) <= set(np.ravel(place))
+
+
+def test_a_store_that_nobody_flushes_does_not_grow_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("nearkv.store.journal.COMPACT_BYTES", 4000)
+    monkeypatch.setattr("nearkv.store.store.LONG_BYTES", 8000)
+    monkeypatch.setattr("nearkv.store.store.LIMBO_BYTES", 20 * LAYOUT.page_bytes)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(1, 0, *_kv(64))
+        for n in range(200):
+            store.append(0, 0, *_kv(64, n))
+            store.arrange({2: 0, 3: 1} if n % 2 else {2: 1, 3: 0})
+            store.drop(0)
+        assert (tmp_path / "journal").stat().st_size < 20000
+        assert (tmp_path / "pages-0.kv").stat().st_size < 80 * LAYOUT.page_bytes
+        np.testing.assert_array_equal(_keys(store, 0, 2, 1), _kv(64, 199)[0][1])
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        np.testing.assert_array_equal(_keys(store, 0, 2, 1), _kv(64, 199)[0][1])
+        assert store.sequences() == [1, 2, 3]
+
+
+def test_a_full_drive_gives_the_journal_what_was_freed(tmp_path, monkeypatch):
+    real = Journal.append
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, *_kv(32))
+        store.append(1, 0, *_kv(32))
+        store.drop(0)
+
+        def full(journal, kind, payload):
+            if store._space.limbo_bytes:
+                raise FlashError("no room", errno=errno.ENOSPC, filename=tmp_path)
+            real(journal, kind, payload)
+
+        monkeypatch.setattr(Journal, "append", full)
+        store.append(1, 0, *_kv(32, 5))
+        np.testing.assert_array_equal(_keys(store, 0, 1, 0)[32:], _kv(32, 5)[0][0])
+
+
+def test_the_drive_keeps_the_name_of_a_journal_before_its_mark(tmp_path, calls, monkeypatch):
+    """A mark of a journal whose name is not kept says that the old one is too old."""
+    calls, failing = calls
+    monkeypatch.setattr("nearkv.store.journal.COMPACT_BYTES", 0)
+    path = tmp_path / "store"
+    with KvStore(path, LAYOUT, 2) as store:
+        for _ in range(3):
+            store.append(0, 0, *_kv(32))
+            store.arrange({1: 0})
+            store.drop(1)
+        failing.append("/store")
+        calls.clear()
+        store.flush()  # the journal stays as it is, and that is not an error
+        assert ("fsync", "store") in calls
+        assert ("pwrite", "journal.end") not in calls[calls.index(("fsync", "store")) :]
+        failing.clear()
+        calls.clear()
+        store.append(0, 0, *_kv(32))
+        store.flush()
+        kept = [name for call, name in calls if call == "fsync"]
+        assert kept[:3] == ["pages-0.kv", "journal", "store"]
 
 
 def test_temporary_stores_do_not_wait_for_the_drive(tmp_path, calls):

@@ -58,6 +58,7 @@ class Directory:
                 raise PermissionError(errno_codes.EACCES, "")
         except OSError as error:
             self.close()
+            self.unmake()
             remedy = "choose another with directory= (--kv-dir)"
             if not path.parent.exists():
                 remedy = (
@@ -163,15 +164,16 @@ class Directory:
 
     def sync_own_name(self) -> None:
         """Make the drive keep the directory's own name, where its parent can be opened."""
-        with contextlib.suppress(PermissionError):
-            try:
-                parent = os.open(self.path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError as error:
-                raise self._failed("find the KV directory any more", error) from error
-            try:
-                _sync(parent, self.path)
-            finally:
-                os.close(parent)
+        try:
+            parent = os.open(self.path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError:
+            return
+        except OSError as error:
+            raise self._failed("open what the KV directory is in", error) from error
+        try:
+            _sync(parent, self.path)
+        finally:
+            os.close(parent)
 
     def unmake(self) -> None:
         """Remove it again, if it was made here and nothing is in it."""

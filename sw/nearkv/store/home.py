@@ -168,7 +168,7 @@ class Home:
             self._create(about, "")
             return
         self.is_new = False
-        identity = str(found[0].get("store"))
+        identity = found[0].get("store", "")
         for position, (directory, theirs) in enumerate(zip(self.directories, found, strict=True)):
             mine = {"format": _FORMAT, "store": identity, **about, "directory": position}
             if theirs is None:
@@ -226,7 +226,7 @@ class Home:
 
     def _lock(self, directory: Directory) -> None:
         """Take a directory for this process, by its description, which is empty if it is new."""
-        patience = time.monotonic() + _LOCK_S
+        patience, collected = time.monotonic() + _LOCK_S, False
         while True:
             made = False
             if not directory.exists(ABOUT_NAME):
@@ -243,7 +243,9 @@ class Home:
                     break
                 # Whoever had it has given up making a store here, and removed it.
             except BlockingIOError:
-                gc.collect()  # perhaps a store of this process that was forgotten, not closed
+                if not collected:  # perhaps a store of this process was forgotten, not closed
+                    gc.collect()
+                    patience, collected = time.monotonic() + _LOCK_S, True
             except OSError as error:
                 file.close()
                 raise FlashError(

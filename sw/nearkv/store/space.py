@@ -106,6 +106,7 @@ class Space:
         self._files, self._page_bytes, self._weights, self._sync = files, page_bytes, weights, sync
         self._slots = [Slots() for _ in files]
         self._limbo: list[np.ndarray] = []
+        self._n_limbo = 0
 
     def occupy(self, pages: np.ndarray) -> bool:
         """Take the places of pages STORED_PAGE (n,), of a store that was opened, and no others.
@@ -120,6 +121,11 @@ class Space:
             self._slots[shard] = Slots(used.tolist())
         return True
 
+    @property
+    def limbo_bytes(self) -> int:
+        """Of pages that are to be free later."""
+        return self._n_limbo * self._page_bytes
+
     def free_later(self, freed: np.ndarray) -> None:
         """Pages STORED_PAGE (n,) that nobody has, but that the journal on the drive still names.
 
@@ -127,10 +133,11 @@ class Space:
         back, with somebody else's bytes.
         """
         self._limbo.append(freed)
+        self._n_limbo += len(freed)
 
     def settle_limbo(self) -> None:
         """The drive keeps the journal: what was to be free later is free."""
-        limbo, self._limbo = self._limbo, []
+        limbo, self._limbo, self._n_limbo = self._limbo, [], 0
         for freed in limbo:
             self.give(freed, punch=True)
 

@@ -37,6 +37,9 @@ log = logging.getLogger("nearkv")
 
 DELAYED_BYTES = 128 << 20  # of K and V that may wait to be written
 TIMEOUT_S = 60.0
+# What a store that is never flushed may come to: pages whose places are not free yet, its journal.
+LIMBO_BYTES = 256 << 20
+LONG_BYTES = 16 << 20
 _SLICE_S = 0.05  # after which a wait looks for signals
 
 
@@ -134,6 +137,7 @@ class KvStore:
         self._unsafe = False  # there is something that a loss of power would take
         self._closed = False
         self._broken = ""
+        self._long_bytes = LONG_BYTES
         self._owed: bytes | None = None  # a SAVE that takes back another, not recorded yet
         self._pid = os.getpid()
         self._change = threading.Condition(threading.RLock())
@@ -262,8 +266,7 @@ class KvStore:
         FlashError
             If the disk is full or fails.
         """
-        if sequence < 0:
-            raise ValueError(f"sequences are numbered from 0, not {sequence}")
+        _check_numbers([sequence], layer)
         with self._turn("to append pages"):
             self._behind.raise_failed(sequence)
             k, v = self._patterns(k, v, sequence, layer)
@@ -277,6 +280,7 @@ class KvStore:
                 return
             if self._delayed:  # others may have their turn meanwhile
                 self._behind.make_room(k.nbytes + v.nbytes, sequence)
+            self._tidy()
             table = self._tables.find(sequence, layer)
             position = len(table) if table else 0
             page = PageId(layer, sequence, 0, position)
@@ -301,8 +305,8 @@ class KvStore:
         sequence, layer, position, new = spill.sequence, spill.layer, spill.position, spill.pages
         try:
             self._writer.write([spill])
-        except BaseException:  # an interrupt among them
-            self._space.give(new.reshape(-1))
+        except BaseException:
+            self._space.give(new.reshape(-1), punch=True)
             raise
         with self._changing():
             ids = self._tables.append(sequence, layer, position, new)
@@ -310,7 +314,7 @@ class KvStore:
                 self._record(Kind.APPEND, encode_append(sequence, layer, position, ids, new))
             except FlashError:
                 self._tables.apply([Change(layer, sequence, position, ids[:0])])
-                self._space.give(new.reshape(-1))
+                self._space.give(new.reshape(-1), punch=True)
                 raise
 
     def truncate(self, sequence: int, layer: int, n_pages: int) -> None:
@@ -321,8 +325,7 @@ class KvStore:
         FlashError
             If there is no such sequence.
         """
-        if n_pages < 0:
-            raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
+        _check_numbers([sequence], layer, n_pages)
         with self._turn("to take pages back"):
             self._known(sequence)
             self._settle(sequence, layer)
@@ -358,10 +361,7 @@ class KvStore:
         FlashError
             If a source is unknown, or its pages could not be written.
         """
-        if min((*sources, *sources.values()), default=0) < 0:
-            raise ValueError(f"sequences are numbered from 0, not {dict(sources)}")
-        if n_pages is not None and n_pages < 0:
-            raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
+        _check_numbers([*sources, *sources.values()], layer, n_pages)
         with self._turn("to share pages"):
             while True:  # others have their turn while it waits
                 for source in sources.values():
@@ -375,6 +375,7 @@ class KvStore:
                     break
                 for one in involved:
                     self._settle(*one)
+            self._tidy()
             changes = []
             for target, source in sources.items():
                 for one in sorted({*self._layers(target, layer), *self._layers(source, layer)}):
@@ -426,6 +427,13 @@ class KvStore:
                     if erase:
                         self._sync()  # or a loss of power could bring it back, without its bytes
                         self._space.erase(freed)
+                except FlashError as error:
+                    raise FlashError(
+                        "the sequence is forgotten, but its pages could not be overwritten",
+                        errno=error.errno, filename=error.filename, offset=error.offset,
+                        remedy="to be sure that nothing is left of it, delete the store and discard "
+                        "the drive's free space (fstrim)",
+                    ) from error  # fmt: skip
                 finally:
                     self._release(freed)
             if erase:
@@ -795,7 +803,13 @@ class KvStore:
     def _record(self, kind: Kind, payload: bytes) -> None:
         if self._home.journal is not None:
             self._record_owed()
-            self._home.journal.append(kind, payload)
+            try:
+                self._home.journal.append(kind, payload)
+            except FlashError as error:
+                if error.errno != errno.ENOSPC or not self._space.limbo_bytes:
+                    raise
+                self._sync()  # what was freed since the last flush is to be had now
+                self._home.journal.append(kind, payload)
             self._unsafe = True
 
     def _record_owed(self) -> None:
@@ -865,7 +879,7 @@ class KvStore:
             if spill.position < len(spill.table):
                 change = Change(spill.layer, spill.sequence, spill.position, spill.ids[:0])
                 for freed in self._tables.apply([change]):
-                    self._space.give(freed)
+                    self._space.give(freed, punch=True)
         self.epoch += 1
 
     def _settle_all(self) -> None:
@@ -895,6 +909,21 @@ class KvStore:
         journal.sync()
         self._unsafe = False
         self._space.settle_limbo()
+
+    def _tidy(self) -> None:
+        """Sync now and then when nobody flushes, or space to be freed and the journal would only grow.
+
+        Before a change, so that an error leaves nothing half done.
+        """
+        journal = self._home.journal
+        if journal is None:
+            return
+        if self._space.limbo_bytes >= LIMBO_BYTES:
+            self._sync()
+        if journal.nbytes >= self._long_bytes and self._behind.idle:
+            self._sync()
+            self._compact()
+            self._long_bytes = max(LONG_BYTES, 2 * journal.nbytes)
 
     def _compact(self) -> None:
         """Write the journal anew if it has become far longer than what it describes.
@@ -987,6 +1016,16 @@ class _Everything:
 
     def __contains__(self, sequence) -> bool:
         return True
+
+
+def _check_numbers(sequences, layer: int | None, n_pages: int | None = None) -> None:
+    for sequence in sequences:
+        if not 0 <= sequence < 1 << 63:
+            raise ValueError(f"sequences are numbered from 0 to 2^63 - 1, not {sequence}")
+    if layer is not None and not 0 <= layer < 1 << 32:
+        raise ValueError(f"layers are numbered from 0 to 2^32 - 1, not {layer}")
+    if n_pages is not None and n_pages < 0:
+        raise ValueError(f"a number of pages is 0 or more, not {n_pages}")
 
 
 @contextlib.contextmanager
