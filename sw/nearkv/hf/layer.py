@@ -28,7 +28,7 @@ from ..attention import Figures, Partial
 from ..attention.tail import Tail
 from ..cards import CardError
 from ..io import FlashError, PageId
-from .attention import Handle, Length, causal_mask
+from .attention import Handle, Length, causal_mask, uncompiled
 from .backing import Backing
 from .state import State
 
@@ -199,7 +199,7 @@ class Batch:
         if checked is not None and checked[0] is mask and checked[1] == self._end:
             return checked[2]  # all layers of a model are given the same mask
         past, end = self.positions, self._end
-        whole = None if mask is None else mask.as_subclass(torch.Tensor).cpu()
+        whole = None if mask is None else mask.cpu()
         if whole is not None and whole.shape != (self.size, end):
             raise ValueError(
                 f"attention_mask is for {tuple(whole.shape)} rows and positions; the cache has "
@@ -486,6 +486,7 @@ class Layer(CacheLayerMixin):
             raise AttributeError("no K and V have come yet")
         return self._batch.size
 
+    @uncompiled
     def update(self, key_states, value_states, *args, **kwargs):
         batch = self._batch
         batch.check_open()
@@ -501,7 +502,7 @@ class Layer(CacheLayerMixin):
         batch.begin(self, key_states.shape[2])
         k, v = (x.detach().to("cpu", batch.dtype) for x in (key_states, value_states))
         self._pending = k, v
-        return Handle.of(k, self), Handle.of(v, self)
+        return Handle(k, self), Handle(v, self)
 
     def _other_size(self, given: int) -> str:
         times, rest = divmod(given, self.batch_size)

@@ -869,9 +869,13 @@ class KvStore:
     # --- inside: writing ------------------------------------------------------------------------------
 
     def _settle(self, sequence: int, layer: int) -> None:
+        """Wait until the table that is there then has no pages that wait to be written."""
         table = self._tables.find(sequence, layer)
-        if table is not None:
+        while table is not None:
             self._behind.settle(table, sequence, layer)
+            before, table = table, self._tables.find(sequence, layer)
+            if table is before:  # or somebody has dropped it meanwhile, and begun another
+                return
 
     def _forget(self, sequences) -> None:
         """Give up what sequences have that is not written. It was never recorded."""
@@ -997,8 +1001,8 @@ class KvStore:
         journal.cut()
         if journal.cut_bytes:
             self._notice(
-                f"{journal.path}: {journal.cut_bytes} bytes of a record that was not written to its end "
-                "were cut off: the last change before the process or the power ended is not there"
+                f"{journal.path}: {journal.cut_bytes} bytes that were not written to their end were cut "
+                "off: the last changes before the process or the power ended are not there"
             )
         number = tables.snapshot.about.get("number") if tables.snapshot else None
         self._home.remove_states(number)
