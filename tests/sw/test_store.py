@@ -593,6 +593,31 @@ def test_what_could_not_be_erased_is_said(tmp_path, monkeypatch):
         assert store.sequences() == []
 
 
+def test_a_snapshot_that_was_taken_back_after_its_record_is_read_so(tmp_path, monkeypatch):
+    """Reopening once refused this: the first snapshot's pages had no owner between the records."""
+    k, v = _kv(64)
+    real = os.fsync
+
+    def fail(fd):
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("pages-0.kv"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd)
+
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        store.append(0, 0, k, v)
+        store.save(b"first")
+        store.drop(0)
+        store.append(1, 0, v, k)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(FlashError, match="may not keep"):
+            store.save(b"second")
+        monkeypatch.setattr(os, "fsync", real)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        assert store.saved() == b"first"
+        store.restore()
+        np.testing.assert_array_equal(_read(store, 0, 0, 1)[0], k[1])
+
+
 # --- what a reopened store believes --------------------------------------------------------------
 
 

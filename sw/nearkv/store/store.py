@@ -964,11 +964,13 @@ class KvStore:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[
-            tuple[int, np.ndarray]
-        ] = []  # blocks that no table names before the next CHANGE
+        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names yet
+        before: Snapshot | None = None  # which the next record may bring back (`_take_back`)
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
+                if kind != Kind.SAVE:
+                    tables.disown(before)
+                    before = None
                 if kind == Kind.APPEND:
                     sequence, layer, position, ids, new = values
                     tables.append(sequence, layer, position, new, ids)
@@ -984,13 +986,15 @@ class KvStore:
                 elif kind == Kind.DROP:
                     tables.drop(*values)
                 elif kind == Kind.SAVE:
-                    tables.save(*values)
+                    older, before = before, tables.exchange_snapshot(*values)
+                    tables.disown(older)
                 elif kind == Kind.RESTORE:
                     if tables.snapshot is None:
                         raise ValueError("there is no snapshot to go back to")
                     tables.restore()
             except (ValueError, IndexError) as error:
                 raise journal.damaged(at, str(error)) from None
+        tables.disown(before)
         self._home.check_identity()
         nothing = np.zeros(0, STORED_PAGE)
         used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]
