@@ -16,6 +16,28 @@ def _run(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("twin --head-dim 48", "head_dim must be a multiple of 32"),
+        ("twin --group 99", "--group must be at most 14, not 99"),
+        ("flash --head-dim 48", "head_dim must be a multiple of 32"),
+        ("flash --context 100", "--context must be a multiple of a page's 128 tokens, not 100"),
+        ("decode --context 100", "--context must be a multiple of a page's 128 tokens, not 100"),
+        ("decode --page-tokens 100 --context 200", "page_tokens must be 32, 64, 96 or a multiple"),
+        ("decode --card nosuch", "no card 'nosuch'; there are 'model', 'twin', 'rtl'"),
+        ("stream --head-dim 48", "head_dim must be a multiple of 32"),
+        ("stream --group 0", "--group must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(capsys, arguments, message):
+    assert cli.main(["bench", *arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
 def test_bench_flash(capsys, tmp_path):
     figures = _run(
         capsys, "flash", "--directory", str(tmp_path), "--mib", "4", "--context", "1024",

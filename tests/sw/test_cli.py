@@ -147,6 +147,7 @@ def test_arguments_of_a_wrong_kind_are_one_line(capsys):
         ("generate", "--max-new-tokens", 0), ("generate", "--page-tokens", 1),
         ("plan", "--batch", 1), ("plan", "--output", 1), ("bench twin", "--rounds", 1),
         ("bench flash", "--depth", 1), ("bench decode", "--model-context", 0),
+        ("bench step", "--tokens", 1),
     ):  # fmt: skip
         for value in (least - 1, "x", "1.5", 10**15, ""):
             text = f"argument {option}: must be a whole number of at least {least}, not '{value}'"
@@ -161,7 +162,7 @@ def test_arguments_of_a_wrong_kind_are_one_line(capsys):
 
 @pytest.mark.parametrize(
     "command", ["generate --kv-dir", "plan --kv-dir", "bench flash --directory",
-                "bench decode --directory"],
+                "bench decode --directory", "bench step --directory"],
 )  # fmt: skip
 def test_a_directory_that_does_not_exist_is_refused_and_not_made(capsys, tmp_path, command):
     missing = tmp_path / "kv x"
@@ -332,6 +333,7 @@ def _without(modules, statements: str) -> subprocess.CompletedProcess:
         (["torch"], "bench twin", "hf"),
         (["torch"], "bench decode", "hf"),
         (["torch"], "bench decode --no-peers", "hf"),
+        (["transformers"], "bench step", "hf"),
         (["matplotlib"], "bench flash --plot /tmp/x.png", "plan"),
     ],
 )

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -82,16 +83,18 @@ def test_reads_arrive_whole_at_every_depth(big, opened, depth):
 
 def test_no_more_requests_than_the_depth_are_with_the_drive(big, opened, drive, monkeypatch):
     _, read = big
-    at_once, most, lock = [0], [0], threading.Lock()
+    at_once, most, lock, full = [0], [0], threading.Lock(), threading.Event()
 
     def count(change):
         with lock:
             at_once[0] += change
             most[0] = max(most[0], at_once[0])
+        if most[0] >= 3:
+            full.set()
 
     def fate(name, offset, nbytes):
         count(1)
-        return {"delay": 0.002}
+        return {"delay": 0.002, "until": full}
 
     done = Load._done
 
@@ -464,6 +467,29 @@ def test_memory_is_not_shared_with_a_forked_process():
 
 
 # --- windows -----------------------------------------------------------------------------------
+
+
+def test_a_load_that_begins_when_a_writer_is_done_ends_for_who_waits_already(big, opened):
+    """Nobody took what had arrived: the few reads were made in passing, by the writer."""
+    data, read = big
+    memory, window = KvMemory(MIB), Window()
+    reader, caught = opened(memory), []
+    with window.writing():
+        load = reader.start([read(0, 8192, window=window)])
+
+        def wait():
+            try:
+                load.wait(20)
+            except TimeoutError as error:
+                caught.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while waiting.is_alive() and not getattr(reader, "_waiters", True):
+            time.sleep(0.001)
+    waiting.join()
+    assert not caught
+    np.testing.assert_array_equal(memory.simulated()[:8192], data[:8192])
 
 
 def test_nobody_waits_for_the_drive_for_ever(big, opened, drive):

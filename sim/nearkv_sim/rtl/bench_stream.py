@@ -113,6 +113,10 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     config = preset(args.config)
+    for head_dim in args.head_dim or ():
+        abi.check_head_dim(head_dim)
+    if min(args.group or [1]) < 1:
+        raise ValueError(f"--group must be at least 1, not {min(args.group)}")
     rows = []
     head = ("queue", "memory", "d", "g", "beats", "cycles", "used", "of supply", "cyc/token",
             "starved", "stalled", "tail", "drain", "predicted", "sim c/s")  # fmt: skip

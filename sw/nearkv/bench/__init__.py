@@ -68,6 +68,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return module.run(parser.parse_args(arguments.arguments))
 
 
+def check_context(context: int, page_tokens: int) -> None:
+    """Raise ValueError unless a context fills its pages."""
+    if context % page_tokens:
+        raise ValueError(
+            f"--context must be a multiple of a page's {page_tokens} tokens, not {context}"
+        )
+
+
 def machine() -> dict[str, Any]:
     """What a figure was measured on: processor, cores, load."""
     name = platform.processor() or platform.machine()

@@ -54,7 +54,7 @@ from ..cards import KV_BYTES, open_cards
 from ..io import reader_kind
 from ..io.uring import refusal
 from ..store import DELAYED_BYTES, KvStore
-from . import check_plot, in_turns, plot_bars, quartiles_of_ratio, step, to_json
+from . import check_context, check_plot, in_turns, plot_bars, quartiles_of_ratio, step, to_json
 from .flash import arguments, fill, read_raw, where
 
 
@@ -176,6 +176,7 @@ def run(args) -> int:
         extras.require("nearkv bench decode without --no-peers", "torch")
     if args.model_context:
         extras.require("nearkv bench decode without --model-context 0", "torch", "transformers")
+    check_context(args.context, args.page_tokens)
     directory = Path(args.directory or tempfile.gettempdir())
     with contextlib.ExitStack() as opened:
         temporary = Path(
@@ -213,6 +214,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
             opened.enter_context(card)
         return made
 
+    main = cards(args.cards)
     store = opened.enter_context(
         KvStore(
             temporary,
@@ -225,7 +227,6 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     )
     fill(store, args.batch, args.layers, args.context)
     ring = {"segments": args.segments, "ring_bytes": ring_bytes}
-    main = cards(args.cards)
     ways = {
         "nearkv": PageAttention(main, store, **ring),
         "no ahead": PageAttention(main, store, ahead=False, **ring),

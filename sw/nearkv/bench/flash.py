@@ -31,7 +31,7 @@ from ..attention import RING_BYTES, SEGMENTS
 from ..io import READ_BYTES, KvMemory, PageId, Read, Reader, open_reader
 from ..io.uring import refusal
 from ..store import KvStore
-from . import check_plot, in_turns, machine, plot_bars, quartiles_of_ratio, to_json
+from . import check_context, check_plot, in_turns, machine, plot_bars, quartiles_of_ratio, to_json
 
 
 def where(directory: Path) -> dict:
@@ -162,6 +162,7 @@ def run(args) -> int:
     if args.plot:
         check_plot(args.plot)
     layout = PageLayout(args.head_dim)
+    check_context(args.context, layout.page_tokens)
     directory = Path(args.directory or tempfile.gettempdir())
     kinds = ["threads"] if refusal() else ["uring", "threads"]
     rows = []

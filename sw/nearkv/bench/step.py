@@ -24,6 +24,8 @@ import tempfile
 import time
 from typing import Any
 
+from .. import extras
+from ..arguments import existing_directory, whole
 from ..attention import Figures
 from . import in_turns, quartiles_of_ratio, to_json
 from .flash import arguments, where
@@ -34,18 +36,23 @@ RATIO_GOALS = {500: 0.85, 4000: 1.1}  # by context
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add("--directory", help="on the drive to use (default: temporary files')")
     add(
-        "--context", type=int, action="append",
+        "--directory",
+        type=existing_directory,
+        help="on the drive to use (default: temporary files')",
+    )
+    add(
+        "--context", type=whole(), action="append",
         help="tokens; may be given more than once (default: 500 and 4000)",
     )  # fmt: skip
-    add("--tokens", type=int, default=6, help="of a turn (default: %(default)s)")
-    add("--rounds", type=int, default=15, help="turns of each (default: %(default)s)")
+    add("--tokens", type=whole(), default=6, help="of a turn (default: %(default)s)")
+    add("--rounds", type=whole(), default=15, help="turns of each (default: %(default)s)")
     add("--card", default="twin", help="default: %(default)s")
     add("--json", action="store_true", help="figures as JSON")
 
 
 def run(args) -> int:
+    extras.require("nearkv bench step", "torch", "transformers")
     directory = Path(args.directory or tempfile.gettempdir())
     contexts = args.context or list(RATIO_GOALS)
     rows = [

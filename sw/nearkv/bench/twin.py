@@ -302,6 +302,10 @@ def run(args) -> int:
         bench.check_plot(args.plot)
     if not args.no_torch:
         extras.require("nearkv bench twin without --no-torch", "torch")
+    for head_dim in args.head_dim or ():
+        abi.check_head_dim(head_dim)
+    if max(args.group or [1]) > abi.MAX_ROWS:
+        raise ValueError(f"--group must be at most {abi.MAX_ROWS}, not {max(args.group)}")
     where = bench.machine()
     crc = crc_rates(args.rounds)
     types = [pages.parse_kv_type(name) for name in args.kv_dtype or ("fp16", "bf16")]
