@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from nearkv import CardError, NearStorageCache, cli
+from nearkv import CardError, NearStorageCache, generate
 from nearkv.cards import open_cards
 from nearkv.hf import models
 
@@ -39,8 +39,8 @@ def loaded():
     return model, tokenizer
 
 
-def _ids(tokenizer, text):
-    return cli._tokens(tokenizer, text, raw=False)["input_ids"]
+def _ids(model, tokenizer, text):
+    return generate._tokens(model, tokenizer, text, raw=False, opens_answer=True)
 
 
 def _prompts(tokenizer):
@@ -48,7 +48,7 @@ def _prompts(tokenizer):
     facts = "\n".join(f"{n} times {n + 3} is {n * (n + 3)}." for n in range(1, 13))
     licence = tokenizer(_LICENSE.read_text())["input_ids"][:1600]
     return {
-        "built in": cli.PROMPT,
+        "built in": generate.PROMPT,
         "facts": f"{facts}\n\nContinue this list with three more lines.",
         "long": tokenizer.decode(licence) + "\n\nWhat kind of document is this? Explain.",
     }
@@ -108,7 +108,7 @@ def test_greedy_decoding_equals_transformers_own_cache(
     loaded, card, tmp_path, which, record_property
 ):
     model, tokenizer = loaded
-    ids = _ids(tokenizer, _prompts(tokenizer)[which])
+    ids = _ids(model, tokenizer, _prompts(tokenizer)[which])
     assert ids.shape[1] >= (1500 if which == "long" else 128)
     expected, logits = _greedy(model, "sdpa", Fp16Cache(config=model.config), ids)
     with NearStorageCache(model.config, tmp_path, card) as cache:
@@ -159,9 +159,7 @@ def _continue(model, cache, past, ids, n):
 
 @torch.no_grad()
 def test_cards_splits_spills_and_threads_change_no_token(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "nearkv.store.store.EXTENT_BYTES", 64 << 10
-    )  # or one card would have it all
+    monkeypatch.setattr("nearkv.store.space.READ_BYTES", 64 << 10)  # or one card would have it all
     model, tokenizer = loaded
     ids = tokenizer(_LICENSE.read_text(), return_tensors="pt")["input_ids"][:, :701]
     model.set_attn_implementation("sdpa")
