@@ -184,7 +184,8 @@ def test_cards_splits_spills_and_threads_change_no_token(loaded, tmp_path, monke
         ) as cache:
             got = _continue(model, cache, past, ids[:, -1:], 6)
             shards = {*cache.store.stored(0, 0)["shard"].ravel().tolist()}
-            assert shards == set(range(n_cards))
+            if weights != "measure":  # or it depends on the machine who gets how much
+                assert shards == set(range(n_cards))
         for card in cards:
             card.close()
         expected = expected or got

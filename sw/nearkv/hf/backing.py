@@ -64,6 +64,11 @@ class Backing:
             self._next += count
         return [*range(first, first + count)]
 
+    def reserve(self, sequences: Sequence[int]) -> None:
+        """These have an owner from now on: `take` gives others."""
+        with self._lock:
+            self._next = max([self._next, *(sequence + 1 for sequence in sequences)])
+
     def collect(self) -> None:
         """Give back the pages of caches that are gone."""
         while self._retired:

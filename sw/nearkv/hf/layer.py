@@ -381,7 +381,7 @@ class Batch:
         """All there is to save beside the pages."""
         self.check_idle()
         size = self.size or 0
-        store, layers = self.store, self.layers
+        store, layers, sequences = self.store, self.layers, self.sequences[:size]
         longest = max((max(layer.tail_tokens, default=0) for layer in layers), default=0)
         shape = (len(layers), 2, size, self.n_kv_heads, longest, self.layout.head_dim)
         tails = np.zeros(shape, np.uint16)
@@ -391,11 +391,8 @@ class Batch:
                 tail[:, :, :, : have.shape[3]] = have
         return State(
             positions=[layer.positions for layer in layers],
-            sequences=[*self.sequences],
-            n_pages=[
-                [store.n_pages(sequence, layer.index) for sequence in self.sequences]
-                for layer in layers
-            ],
+            sequences=sequences,
+            n_pages=[[store.n_pages(one, layer.index) for one in sequences] for layer in layers],
             valid=self.mask.numpy(),
             tails=tails,
             tail_tokens=[layer.tail_tokens or [0] * size for layer in layers],
@@ -423,6 +420,7 @@ class Batch:
                         f"store has {have}"
                     )
         self.backing.drop([one for one in self.store.sequences() if one not in state.sequences])
+        self.backing.reserve(state.sequences)
         if not size:
             return
         self.size, self.sequences = size, [*state.sequences]
