@@ -133,15 +133,21 @@ class Campaign:
 
     def __init__(self, base: Path, jobs: int, disks: list[Path], limit_s: float = LIMIT_S):
         self._base, self._jobs, self._disks, self._limit_s = base, jobs, disks, limit_s
+        self.failures: list[str] = []
+        self.quiet = False
         self.counts: dict[str, Counter] = {}
         self.seconds: Counter = Counter()
 
-    def run(self, work: list[tuple[str, list[int]]]) -> None:
+    def run(self, work: list[tuple[str, list[int]]], *, until_failure: bool = False) -> None:
         """Carry out batches: (kind, seeds)."""
         waiting, running = deque(work), {}
         slots = list(range(self._jobs))
         with selectors.DefaultSelector() as selector:
             while waiting or running:
+                if until_failure and self.failed:
+                    for batch in running.values():
+                        batch.end()
+                    return
                 while waiting and slots:
                     name, seeds = waiting.popleft()
                     batch = self._start(name, seeds, slots.pop(0))
@@ -187,6 +193,8 @@ class Campaign:
         counts["trials"] += 1
         counts[outcome] += 1
         if outcome == "failure":
+            self.failures.append(text)
+        if outcome == "failure" and not self.quiet:
             print(f"FAILURE {kind.name} {seed}: {text[-3000:]}")
             print(f"    again: python tests/faults.py --only {kind.name} --seed {seed}", flush=True)
 
@@ -260,6 +268,37 @@ def _quietly(*command) -> None:
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=60)
 
 
+def check_sabotages(
+    names: list[str], trials: int, base: Path, jobs: int, disks: list[Path]
+) -> bool:
+    """Break the store in every way that is known, and see that the campaign notices."""
+    good = True
+    for name in names:
+        broken = sabotage.SABOTAGES[name]
+        read, write = os.pipe()
+        if not (pid := os.fork()):
+            broken.apply()
+            campaign = Campaign(base, jobs, disks, limit_s=40.0)
+            campaign.quiet = True
+            campaign.run(plan([broken.kind], trials, 0), until_failure=True)
+            n_trials = sum(counts["trials"] for counts in campaign.counts.values())
+            os.write(write, json.dumps([n_trials, campaign.failures[:1]]).encode())
+            os._exit(0)
+        os.close(write)
+        os.waitpid(pid, 0)
+        with os.fdopen(read) as file:
+            n_trials, failures = json.loads(file.read())
+        what = f"noticed after {n_trials} trials of {broken.kind}" if failures else (
+            f"not noticed in {n_trials} trials of {broken.kind}"
+            + (f": {broken.unnoticed}" if broken.unnoticed else ", AND IT SHOULD BE")
+        )  # fmt: skip
+        print(f"{name:36} {what}", flush=True)
+        for text in failures:
+            print(f"    {text.strip().splitlines()[-1][:110]}", flush=True)
+        good = good and bool(failures or broken.unnoticed)
+    return good
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -273,8 +312,9 @@ def main() -> int:
     )
     parser.add_argument("--times", action="store_true", help="show how long the kinds take")
     parser.add_argument(
-        "--sabotage", choices=sabotage.SABOTAGES, help="break the store first; it must be noticed"
-    )
+        "--sabotage", choices=[*sabotage.SABOTAGES, "all"], metavar="NAME",
+        help="break the store on purpose first, in one way or in all; it must be noticed",
+    )  # fmt: skip
     args = parser.parse_args()
     names = [args.only] if args.only else list(KINDS)
     again = args.only and args.seed is not None
@@ -285,7 +325,9 @@ def main() -> int:
     try:
         with small_disks(base, args.jobs) as (disks, what):
             if args.sabotage:
-                sabotage.SABOTAGES[args.sabotage]()
+                chosen = list(sabotage.SABOTAGES) if args.sabotage == "all" else [args.sabotage]
+                good = check_sabotages(chosen, args.trials or 400, base, args.jobs, disks)
+                return 0 if good else 1
             campaign = Campaign(base, args.jobs, disks)
             campaign.run(plan(names, trials, args.seed or 0))
     finally:

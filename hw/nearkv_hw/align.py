@@ -226,4 +226,5 @@ class Align(wiring.Component):
             address.is_v.eq(block.is_v),
         ]
         m.d.comb += self.weight_address.eq(delay(m, address, self.latency - 1, "address"))
+        self.probes = {"row": row, "gap": gap}
         return m

@@ -147,6 +147,7 @@ class MacArray(wiring.Component):
             out = Signal(signed(ACC_BITS), name=f"sum_{row}", reset_less=True)
             m.d.sync += out.eq(Array(p[row])[lane])
             m.d.comb += self.o_sum[row].eq(out)
+        self.probes = {"p": p, "lane": lane, "active": active}
         return m
 
     @staticmethod

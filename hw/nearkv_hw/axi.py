@@ -167,6 +167,10 @@ class Control(wiring.Component):
         # Last, so that a done in the cycle of a CTRL read is not lost.
         with m.If(self.done):
             m.d.sync += [busy.eq(0), ap_start.eq(0), ap_done.eq(1), ap_ready.eq(1)]
+        self.probes = {
+            "busy": busy, "words": words,
+            "ap_start": ap_start, "ap_done": ap_done, "ap_ready": ap_ready,
+        }  # fmt: skip
         return m
 
 
@@ -251,6 +255,7 @@ class ReadMaster(wiring.Component):
                         m.next = "Take Span"
                     with m.Else():
                         m.next = "Size Burst"
+        self.probes = {"address": address, "left": left, "beats": beats, "reserved": reserved}
         return m
 
 
@@ -344,4 +349,8 @@ class WriteMaster(wiring.Component):
                         m.next = "Take Span"
                     with m.Else():
                         m.next = "Size Burst"
+        self.probes = {
+            "address": address, "left": left, "beats": beats, "sent": sent,
+            "waiting": waiting, "asked": asked,
+        }  # fmt: skip
         return m

@@ -18,7 +18,7 @@ from amaranth.lib.wiring import In, Out
 
 from . import abi, shapes
 from .axi import Burst, ReadBeat, ReadMaster
-from .fifo import Queue, delay
+from .fifo import Queue, delay, stages
 from .jobs import Q_BANK, Q_BANKS, Faults, Params, Tile, small_product
 from .number import EXPONENT_BITS, EXPONENT_FLOOR, FIELD_BITS, KV_FORMATS, Q_EXPONENT_BITS
 from .shapes import BEAT_BITS, BEAT_LOG2, ELEMENT_BITS, LANES, LANES_LOG2
@@ -199,6 +199,7 @@ class KvFetch(wiring.Component):
         m.d.comb += self.burst.eq(master.issued)
         m.submodules.blocks = blocks = Queue(Block, 32)
         wiring.connect(m, blocks.o, wiring.flipped(self.o_block))
+        self.probes = {}
         self._order(m, master, passes, blocks)
         self._inspect(m, master, passes, blocks)
         return m
@@ -217,6 +218,9 @@ class KvFetch(wiring.Component):
             room.eq(reserved + passes.i.p.blocks <= blocks.depth),
             announce.eq(passes.i.valid & passes.i.ready),
         ]
+        self.probes |= {
+            "tile": tile, "is_v": is_v, "spans_left": spans_left, "reserved": reserved,
+        }  # fmt: skip
         k_blocks = Mux(
             tile.tokens == 0, 1, tile.tokens[LANES_LOG2:] + tile.tokens[:LANES_LOG2].any()
         )
@@ -361,7 +365,8 @@ class KvFetch(wiring.Component):
                 level_fields.append(kept)
             fields = level_fields
         q_exponent = delay(m, self.q_exponent, 4, "q_exponent")
-        later = delay(m, place, 4, "place")
+        places = stages(m, place, 4, "place")
+        later = places[-1]
         not_finite = delay(m, not_finite, 3, "not_finite")
         exponent = Signal(signed(EXPONENT_BITS))
         largest, running = Signal(signed(EXPONENT_BITS)), Signal(signed(EXPONENT_BITS))
@@ -388,6 +393,9 @@ class KvFetch(wiring.Component):
             block_out.pass_last.eq(later.pass_end),
         ]
         m.d.comb += [blocks.i.p.eq(block_out), blocks.i.valid.eq(block_valid)]
+        self.probes |= {
+            "row": row, "block": block, "places": [place, *places], "block_valid": block_valid,
+        }  # fmt: skip
 
         m.submodules.crc = crc = Crc()
         m.d.comb += [

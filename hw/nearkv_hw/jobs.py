@@ -406,4 +406,8 @@ class JobReader(wiring.Component):
                 m.d.comb += [self.o_job.p.eq(info), self.o_job.valid.eq(1)]
                 with m.If(self.o_job.ready):
                     m.next = "Ask Job"
+        self.probes = {
+            "tile": tile, "info": info, "head_dim": head_dim, "channel": channel,
+            "pages_left": pages_left, "second": second, "q_used": q_used,
+        }  # fmt: skip
         return m

@@ -205,6 +205,8 @@ class Kernel(wiring.Component):
             heads.i.valid.eq(begin_k & block.pass_first),
         ]
 
+        self.probes = {"raw_held": raw_held, "v_held": v_held, "p_ready": p_ready}
+
         # What the results of an ended block need to know; at most two blocks are on their way.
         leaving_layout = data.StructLayout(
             {

@@ -330,6 +330,10 @@ class Merge(wiring.Component):
             ]
             with m.If(go & tile_end):
                 m.d.sync += run_max.eq(largest)
+        self.probes = {
+            "places": later, "tops_write": tops_write, "held": held, "in_sums": in_sums,
+            "second": second, "channel": channel, "pair": pair,
+        }  # fmt: skip
         return m
 
 
@@ -518,4 +522,5 @@ class PartialWriter(wiring.Component):
                 with m.If(self.idle):
                     m.d.comb += self.done.eq(1)
                     m.next = "Idle"
+        self.probes = {"half": half, "beats_left": beats_left, "written": written}
         return m

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 import numpy as np
 
 from . import abi, number, shapes
-from .fifo import Queue, delay, is_last
+from .fifo import Queue, delay, is_last, stages
 from .jobs import Params, small_product
 from .number import (
     EXP2_FRAC_BITS,
@@ -322,6 +322,7 @@ class Softmax(wiring.Component):
         m.submodules.maxima = maxima = Queue(maxima_layout, MAXIMA_QUEUE_TILES)
         m.submodules.sums = sums = Queue(tile_sum_layout(rows), SUMS_QUEUE_TILES)
         wiring.connect(m, sums.o, wiring.flipped(self.o_sum))
+        self.probes = {}
         self._score(m, pairs, scores, maxima)
         self._weigh(m, pairs, scores, maxima, sums)
         return m
@@ -386,9 +387,15 @@ class Softmax(wiring.Component):
             place.empty.eq(empty),
             place.head.eq(head),
         ]
-        scored = delay(m, place, Score.latency, "scored")
+        scores_due = stages(m, place, Score.latency, "scored")
+        scored = scores_due[-1]
         later = delay(m, scored, 1, "ceiled")
         ended = delay(m, later, 1, "ended")
+        self.probes |= {
+            "score_go": go, "score_place": place, "scores_due": scores_due,
+            "maxima_due": [*scores_due, later, ended],
+            "scores_held": held, "tiles_held": held_tiles,
+        }  # fmt: skip
         saturated, any_saturated = Signal(), Signal()
         for i in range(2):
             m.submodules[f"score_{i}"] = score = Score()
@@ -470,8 +477,13 @@ class Softmax(wiring.Component):
             place.end.eq(go & tile_end),
             place.empty.eq(empty),
         ]
-        later = delay(m, place, Exp2.latency, "weighed")
+        weights_due = stages(m, place, Exp2.latency, "weighed")
+        later = weights_due[-1]
         ended = delay(m, later, 1, "summed")
+        self.probes |= {
+            "weigh_place": place, "weights_due": weights_due, "sums_due": [*weights_due, ended],
+            "sums_held": held, "banks_used": banks_used, "bank": bank, "begun": begun,
+        }  # fmt: skip
         units = []
         for i in range(2):
             m.submodules[f"exp2_{i}"] = exp2 = Exp2()

@@ -24,7 +24,7 @@ from nearkv.store import KvStore
 from .damage import Kind, verify
 from .system import Call, Disk, System
 from .world import (
-    HEADS,
+    TIMEOUT_S,
     TOKENS,
     Beside,
     Failure,
@@ -39,9 +39,9 @@ from .world import (
     draw,
     matches,
     observe,
+    perform,
     read_table,
     script,
-    tree,
     write_tree,
 )
 
@@ -211,18 +211,28 @@ class KillAtAnyTime(Kill):
 
     def accident(self, rng, root):
         progress = Progress()
+        temporary = rng.random() < 0.2
 
         def work():
-            runner = Runner(self.setting, root)
+            runner = Runner(self.setting, root, temporary=temporary)
             for i, op in enumerate(self.ops):
+                if temporary and op.name in ("save", "restore", "open") and i:
+                    continue  # what it holds then does not matter
                 progress.begin(i)
-                runner.do(op, self.truths[i])
+                if temporary and op.name == "read":
+                    continue
+                with contextlib.suppress(FlashError) if temporary else contextlib.nullcontext():
+                    runner.do(op, self.truths[i])
                 progress.end(i)
 
         child = Child(work)
         time.sleep(rng.uniform(0, self.seconds * 1.5))
         child.kill(rng.choice((signal.SIGKILL, signal.SIGTERM)))
         child.wait(killed=True)
+        if temporary:
+            if left := [path for path in root.rglob("*") if not path.is_dir()]:
+                raise Failure(f"a temporary store has left {left}")
+            return
         truths = [self.truths[i] for i in sorted({progress.done, progress.begun})]
         verify(self.setting, root, truths, rng=rng)
 
@@ -280,9 +290,8 @@ class Power(_Accident):
         refusals: list[str] = []
         try:
             found = verify(self.setting, root, self.truths[barrier : begun + 1], refusals=refusals)
-        except Refused:
-            # Only while it is made may it be unknown to the drive.
-            raise
+        except Refused as error:
+            raise Failure(f"cannot be opened any more: {error}") from error
         safe = self.truths[barrier].keys()
         lost = found.unread & safe
         if lost:
@@ -441,9 +450,46 @@ class FullDisk(Errors):
         os.posix_fallocate(fd, 0, max(1, free - rng.randrange(60_000, 900_000)))
         os.close(fd)
         try:
-            Child(lambda: self.run(rng, where, setting)).wait()
+            if rng.random() < 0.7:
+                Child(lambda: self.run(rng, where, setting)).wait()
+            else:
+                Child(lambda: self._fill(rng, where, setting)).wait()
         finally:
             shutil.rmtree(where)
+
+    def _fill(self, rng, root, setting) -> None:
+        """Fill the drive again and again: what is dropped leaves as much room as there was."""
+        refusals: list[str] = []
+        before = 0
+        with Runner(setting, root) as runner:
+            try:
+                runner.do(Op("open"), Truth())
+            except FlashError as error:
+                raise Refused(check_error(error, root)) from error
+            store = runner.store
+            assert store is not None
+            for turn in range(4):
+                truth, n_pages = Truth(), 0
+                while len(refusals) <= turn:
+                    op = Op(
+                        "append", rng.randrange(3), 0, (Page(truth.next_key),) * rng.choice((1, 4))
+                    )
+                    try:
+                        runner.do(op, truth)
+                        store.settle(op.sequence, 0)
+                        truth.apply(op)
+                        n_pages += len(op.pages)
+                    except FlashError as error:
+                        refusals.append(check_error(error, root))
+                matches(store, [truth], root) if not setting.delayed else None
+                if before >= 20 and n_pages < 0.7 * before:
+                    raise Failure(f"{before} pages fitted before all was dropped, then {n_pages}")
+                before = max(before, n_pages)
+                for sequence in store.sequences():
+                    store.drop(sequence)
+                if rng.random() < 0.5:
+                    store.flush()
+        raise Refused(refusals[0])
 
     retries = False
 
@@ -615,15 +661,14 @@ class Processes(_Accident):
                     break
                 continue
             with store:
+                if rng.random() < 0.04:  # longer than others wait
+                    time.sleep(0.7)
                 for _ in range(rng.choice((0, 1, 3))):
                     progress.begin(n)
                     store.append(0, 0, *contents([Page(1000 * number + n)]))
                     progress.end(n)
                     n += 1
         return refused
-
-
-TIMEOUT_S = 20.0
 
 
 # --- threads -------------------------------------------------------------------------------------------
@@ -642,7 +687,9 @@ class Threads(_Accident):
 
     def _run(self, rng, root):
         sys.setswitchinterval(rng.choice((1e-6, 1e-5, 1e-4)))
-        setting = Setting.draw(rng)
+        setting = Setting.draw(rng, delayed=rng.random() < 0.7)
+        if rng.random() < 0.6:
+            _slow_drive(random.Random(rng.random()))
         runner = Runner(setting, root)
         truth = Truth()
         runner.do(Op("open"), truth)
@@ -705,6 +752,17 @@ class Threads(_Accident):
             states = worker.history[first[worker.number] : last[worker.number] + 1]
             if not any(not state.differs(mine) for state in states):
                 raise Failure(f"the snapshot has thread {worker.number} as it never was")
+
+
+def _slow_drive(rng: random.Random) -> None:
+    """From here on writes of this process take their time, so that others have their turn meanwhile."""
+    pwrite = os.pwrite
+
+    def slow(*args):
+        time.sleep(rng.choice((0, 0, 0.001)))
+        return pwrite(*args)
+
+    os.pwrite = slow
 
 
 class _Worker:
@@ -795,8 +853,6 @@ class _Worker:
                 if got != table:
                     raise Failure(f"read {got}, not {table}")
                 return
-            from .world import perform
-
             after = truth.copy()
             after.apply(op)
             self.history.append(after)  # before, so that a snapshot by another may have it
@@ -954,4 +1010,3 @@ def _timer(rng):
 KINDS = (
     Kill, KillMaking, KillAtAnyTime, Power, Errors, FullDisk, Fork, Processes, Threads, Interrupts,
 )  # fmt: skip
-__all__ = ["KINDS", "HEADS", "tree"]

@@ -189,7 +189,7 @@ def test_what_an_earlier_run_has_left_is_not_taken_for_an_answer(board, stored):
         _same(_attend(attention, layer, q), whole[layer])
     first = board.runs
     for number in range(3):
-        board.before = lambda at, number=number: "skip" if at == first + number else None
+        board.before = lambda at, skipped=first + number: "skip" if at == skipped else None
         with pytest.raises(CardError, match="different versions of nearkv .abi_version is 0x0"):
             _attend(attention, 0, q)
         first = board.runs

@@ -355,7 +355,7 @@ def test_compiled_models_keep_the_cache_out_of_their_graphs(model, cache, tmp_pa
         got = _steps(compiled, "nearkv", ours, ids, None, cuts)
         assert ours.figures.card_tokens > 0
     assert (got - expected).abs().max() <= LOGIT_BOUND * expected.abs().max()
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # or what was found out above would do
     whole = torch.compile(model, backend="eager", fullgraph=True)
     cache.reset()
     with pytest.raises(Exception, match="a NearStorageCache cannot be part of a compiled graph"):

@@ -12,6 +12,7 @@ import pytest
 
 from nearkv.io import FlashError, PageId
 from nearkv.store import KvStore
+from nearkv.store.behind import WriteBehind
 from nearkv.store.journal import Journal
 from nearkv.store.writer import PageWriter
 from nearkv_hw import pages
@@ -255,6 +256,30 @@ def test_what_others_do_while_a_call_waits_is_not_overlooked(tmp_path, held):
         assert {s: store.n_pages(s, 0) for s in store.sequences()} == before
         np.testing.assert_array_equal(_keys(store, 0, 1, 1), got)
         store.restore()
+
+
+def test_a_table_that_others_replace_while_a_call_waits_is_waited_for_too(
+    tmp_path, held, monkeypatch
+):
+    held.set()
+    with _delayed(tmp_path) as store:
+        real, others = WriteBehind.settle, []
+
+        def settle(*args):
+            real(*args)
+            if not others:  # have their turn before the call goes on
+                others.append(True)
+                store.drop(0)
+                held.clear()
+                store.append(0, 0, *_kv(96, 5))
+                threading.Timer(0.2, held.set).start()
+
+        store.append(0, 0, *_kv(96))
+        monkeypatch.setattr(WriteBehind, "settle", settle)
+        store.truncate(0, 0, 2)
+        assert store.n_pages(0, 0) == 2
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        np.testing.assert_array_equal(_keys(store, 0, 0, 1), _kv(96, 5)[0][1][:64])
 
 
 def test_pages_that_are_given_up_are_not_in_a_snapshot(tmp_path, held):

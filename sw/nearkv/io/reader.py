@@ -386,7 +386,7 @@ class UringReader(Reader):
     # What has arrived is replaced when this thread gets Python's lock, some requests later. With 8 at
     # once the drive had too few by then: decode got 0.87 to 0.96 of it, with 32 0.90 to 1.07.
     DEPTH = 32
-    FEW = 8  # requests on their way that need no thread
+    FEW = 16  # requests on their way that need no thread
 
     _lost: ClassVar[list] = []  # readers that cannot learn what is still written to their memory
 
@@ -428,12 +428,14 @@ class UringReader(Reader):
                 return
             self._waiting.extend((*request, 0) for request in requests)
             few = len(self._waiting) + len(self._sent) <= self.FEW
-            if few and self._submitting.acquire(blocking=False):
+            mine = few and self._submitting.acquire(blocking=False)
+            if mine:
                 try:
                     self._in_passing(self._submit)
                 finally:
                     self._submitting.release()
-            else:
+            # Who waits already, because a writer was at work, has looked for what arrived before.
+            if (not mine or self._waiters) and self.failure is None:
                 self._call_thread()
 
     def _until(self, finished: Callable[[], bool], timeout_s: float) -> None:

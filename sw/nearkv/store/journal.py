@@ -14,11 +14,11 @@ A record is a header, a payload and a checksum:
     check    u32       CRC-32C of everything above
 
 The first record says which store this is. A store that is flushed also notes in `journal.end` how far
-the drive is known to keep the journal. So reopening can tell three things apart: a record behind that
-mark that was not written to its end when the process or the power ended (a torn tail: it is cut off,
-and that is said), a journal that ends before the mark, and a record that is there but wrong (damage:
-opening is refused, with the place). A journal that has grown far beyond what it describes is written
-anew beside the old one, which it then replaces.
+the drive is known to keep the journal. Up to that mark everything must be right, or opening is refused,
+with the place. Behind it is what was not flushed: a drive that loses power keeps any part of it, a
+process that is killed perhaps half a record. Reopening takes what is whole, cuts the rest off, and says
+so; then it flushes, so that this is decided once. A journal that has grown far beyond what it describes
+is written anew beside the old one, which it then replaces.
 """
 
 from collections.abc import Iterator, Sequence
@@ -147,7 +147,7 @@ class Journal:
         Since it was opened, what is written anew included.
     n_records : int
     cut_bytes : int
-        Length of the torn tail that was found on opening.
+        What was found on opening behind the last record that is whole.
     unflushed : bool
         Whether there were records on opening that the drive was not known to keep.
     """
@@ -211,14 +211,17 @@ class Journal:
         Raises
         ------
         FlashError
-            At the first record that is damaged.
+            At the first record that is damaged, of those that were flushed.
         """
         data = self._file.read(0, self._file.nbytes)
         end_generation, end_bytes, end_serial, end_check = self._read_end()
-        at = 0
+        at = n_whole = 0  # bytes that were read; records that a journal written anew began with
         while at < len(data):
-            kind, payload, size, check = self._record(data, at)
-            if not size:
+            try:
+                kind, payload, size, check = self._record(data, at)
+            except FlashError:
+                if at < end_bytes or self._at.serial < n_whole:
+                    raise
                 break
             try:
                 entry = decode(kind, payload, n_kv_heads)
@@ -229,11 +232,12 @@ class Journal:
                     raise self.damaged(at, "a second beginning")
                 (self._about,) = entry.values
                 self._generation = self._about.pop("generation", 0)
+                n_whole = self._about.pop("records", 0)
                 if self._generation < end_generation:
                     raise self.damaged(
                         at, "it is older than its mark journal.end; a copy was put back"
                     )
-                if self._generation > end_generation:  # written anew, whole, just before the mark
+                if self._generation > end_generation:  # the mark was to follow
                     end_bytes = end_check = 0
             elif not at:
                 raise self.damaged(at, "it does not begin with the store's description")
@@ -245,9 +249,9 @@ class Journal:
             yield entry, at
             at += size
             self._at = _Place(at, self._at.serial + 1, check)
-        if at < end_bytes or not at:
+        if at < end_bytes or self._at.serial < max(n_whole, 1):
             raise FlashError(
-                f"the journal ends {end_bytes - at} bytes before what was flushed",
+                f"the journal ends {max(end_bytes - at, 1)} bytes before what was flushed",
                 filename=self.path, offset=at,
                 remedy="put the file back from a copy, or delete the store and compute its sequences "
                 "again",
@@ -262,16 +266,19 @@ class Journal:
         self._directory.remove(NEW_NAME)
 
     def _record(self, data: bytes, at: int) -> tuple[int, bytes, int, int]:
-        """(kind, payload, bytes, checksum) of the record at `at`; no bytes where it is torn."""
-        torn = 0, b"", 0, 0
+        """(kind, payload, bytes, checksum) of the record at `at`.
+
+        Raises
+        ------
+        FlashError
+            If it is not whole.
+        """
         left = len(data) - at
         if left < _HEAD_BYTES:
-            return torn
+            raise self.damaged(at, "it ends in the middle of it")
         magic, kind, _, length, serial, before = _HEAD.unpack_from(data, at)
         (head_check,) = struct.unpack_from("<I", data, at + _HEAD.size)
         if head_check != google_crc32c.value(data[at : at + _HEAD.size]) or magic != _MAGIC:
-            if not any(data[at:]):  # made longer, not yet written: what a loss of power leaves
-                return torn
             raise self.damaged(at, "the header's checksum differs")
         if (serial, before) != (self._at.serial, self._at.check):
             raise self.damaged(
@@ -279,11 +286,9 @@ class Journal:
             )
         size = _HEAD_BYTES + length + 4
         if left < size:
-            return torn
+            raise self.damaged(at, "it ends in the middle of it")
         (check,) = struct.unpack_from("<I", data, at + size - 4)
         if check != google_crc32c.value(data[at : at + size - 4]):
-            if not any(data[at + size - 4 :]):
-                return torn
             raise self.damaged(at, "the checksum differs")
         return kind, data[at + _HEAD_BYTES : at + size - 4], size, check
 
@@ -380,7 +385,7 @@ class Journal:
         FlashError
             If the drive fails; the old journal goes on then.
         """
-        about = self._about | {"generation": self._generation + 1}
+        about = self._about | {"generation": self._generation + 1, "records": len(records) + 1}
         file = None
         try:
             self._directory.remove(NEW_NAME)

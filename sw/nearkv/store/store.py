@@ -869,9 +869,13 @@ class KvStore:
     # --- inside: writing ------------------------------------------------------------------------------
 
     def _settle(self, sequence: int, layer: int) -> None:
+        """Wait until the table that is there then has no pages that wait to be written."""
         table = self._tables.find(sequence, layer)
-        if table is not None:
+        while table is not None:
             self._behind.settle(table, sequence, layer)
+            before, table = table, self._tables.find(sequence, layer)
+            if table is before:  # or somebody has dropped it meanwhile, and begun another
+                return
 
     def _forget(self, sequences) -> None:
         """Give up what sequences have that is not written. It was never recorded."""
@@ -960,11 +964,13 @@ class KvStore:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[
-            tuple[int, np.ndarray]
-        ] = []  # blocks that no table names before the next CHANGE
+        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names yet
+        before: Snapshot | None = None  # which the next record may bring back (`_take_back`)
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
+                if kind != Kind.SAVE:
+                    tables.disown(before)
+                    before = None
                 if kind == Kind.APPEND:
                     sequence, layer, position, ids, new = values
                     tables.append(sequence, layer, position, new, ids)
@@ -980,13 +986,15 @@ class KvStore:
                 elif kind == Kind.DROP:
                     tables.drop(*values)
                 elif kind == Kind.SAVE:
-                    tables.save(*values)
+                    older, before = before, tables.exchange_snapshot(*values)
+                    tables.disown(older)
                 elif kind == Kind.RESTORE:
                     if tables.snapshot is None:
                         raise ValueError("there is no snapshot to go back to")
                     tables.restore()
             except (ValueError, IndexError) as error:
                 raise journal.damaged(at, str(error)) from None
+        tables.disown(before)
         self._home.check_identity()
         nothing = np.zeros(0, STORED_PAGE)
         used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]
@@ -997,8 +1005,8 @@ class KvStore:
         journal.cut()
         if journal.cut_bytes:
             self._notice(
-                f"{journal.path}: {journal.cut_bytes} bytes of a record that was not written to its end "
-                "were cut off: the last change before the process or the power ended is not there"
+                f"{journal.path}: {journal.cut_bytes} bytes that were not written to their end were cut "
+                "off: the last changes before the process or the power ended are not there"
             )
         number = tables.snapshot.about.get("number") if tables.snapshot else None
         self._home.remove_states(number)

@@ -285,12 +285,21 @@ class Tables:
         ValueError
             If a table names a free block.
         """
+        return self.disown(self.exchange_snapshot(about, tables))
+
+    def exchange_snapshot(
+        self, about: dict, tables: Mapping[tuple[int, int], np.ndarray]
+    ) -> Snapshot | None:
+        """The same, but the pages of the snapshot before it stay owned; `disown` that later."""
         for (_, layer), ids in tables.items():
             self.blocks(layer).own(ids)
         before, self.snapshot = self.snapshot, Snapshot(about, dict(tables)) if about else None
-        if before is None:
-            return []
-        return [self.blocks(layer).disown(ids) for (_, layer), ids in before.tables.items()]
+        return before
+
+    def disown(self, snapshot: Snapshot | None) -> list[np.ndarray]:
+        """Nobody can want a snapshot back any more; the pages that are free then."""
+        tables = {} if snapshot is None else snapshot.tables
+        return [self.blocks(layer).disown(ids) for (_, layer), ids in tables.items()]
 
     def restore(self) -> list[np.ndarray]:
         """Make all tables what the snapshot says; the pages that are free afterwards."""
