@@ -170,6 +170,13 @@ def test_cropping_all_or_more_leaves_nothing(model, cache):
         assert not any(cache.store.n_pages(row, layer) for row in range(2) for layer in range(2))
 
 
+def test_crop_takes_a_tensor_too(model, cache):
+    _forward(model, "nearkv", cache, _ids(1, 50))
+    cache.crop(torch.tensor(-7))
+    assert type(cache.get_seq_length()) is int
+    assert cache.get_seq_length() == 43
+
+
 def test_a_mask_that_changes_over_stored_positions_is_refused(model, cache):
     ids, mask = _ids(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[1, :7] = 0

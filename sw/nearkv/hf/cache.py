@@ -321,6 +321,7 @@ class NearStorageCache(Cache):
         FlashError
             If a page that is cut cannot be read back.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers may count in a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the negative number of tokens to remove, not {tokens_to_remove}"
