@@ -230,7 +230,8 @@ def test_cards_splits_and_spills_change_no_token(
         assert (a - b).abs().max() <= LOGIT_BOUND * b.abs().max()
         assert cache.store.bytes_written <= options.get("budget_bytes", 1 << 30)
         cache.store.flush()
-        assert len(np.unique(cache.store.stored(0, 1)["shard"])) == cards
+        if options.get("weights") != "measure":  # or it depends on the machine who gets how much
+            assert len(np.unique(cache.store.stored(0, 1)["shard"])) == cards
         cache.reset()
         assert cache.get_seq_length() == 0
 

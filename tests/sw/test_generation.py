@@ -159,8 +159,7 @@ def _continue(model, cache, past, ids, n):
 
 @torch.no_grad()
 def test_cards_splits_spills_and_threads_change_no_token(loaded, tmp_path, monkeypatch):
-    # Extents are small then, or one card would have it all.
-    monkeypatch.setattr("nearkv.store.space.READ_BYTES", 64 << 10)
+    monkeypatch.setattr("nearkv.store.space.READ_BYTES", 64 << 10)  # or one card would have it all
     model, tokenizer = loaded
     ids = tokenizer(_LICENSE.read_text(), return_tensors="pt")["input_ids"][:, :701]
     model.set_attn_implementation("sdpa")
@@ -185,7 +184,8 @@ def test_cards_splits_spills_and_threads_change_no_token(loaded, tmp_path, monke
         ) as cache:
             got = _continue(model, cache, past, ids[:, -1:], 6)
             shards = {*cache.store.stored(0, 0)["shard"].ravel().tolist()}
-            assert shards == set(range(n_cards))
+            if weights != "measure":  # or it depends on the machine who gets how much
+                assert shards == set(range(n_cards))
         for card in cards:
             card.close()
         expected = expected or got

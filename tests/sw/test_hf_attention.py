@@ -17,6 +17,7 @@ from transformers import (
     QuantizedCache,
     Qwen2Config,
     StaticCache,
+    cache_utils,
 )
 from transformers.masking_utils import create_causal_mask
 
@@ -41,8 +42,11 @@ CACHES = {
     "none": lambda config: None,
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=64),
-    "fp8": lambda config: QuantizedCache("fp8", config),  # of transformers 5.23
-}
+} | (
+    {"fp8": lambda config: QuantizedCache("fp8", config)}
+    if hasattr(cache_utils, "Fp8QuantizedLayer")  # not in older transformers
+    else {}
+)
 
 
 def _model(kind="full", **changes):
@@ -116,7 +120,8 @@ def test_any_other_cache_gets_what_sdpa_gets(models, layers, kind, padded):
 
 
 @pytest.mark.parametrize(
-    "kind", ["static", "dynamic", "offloaded_static", "offloaded", "quantized"]
+    "kind",
+    ["static", "dynamic", "offloaded_static", "offloaded"] + ["quantized"] * ("fp8" in CACHES),
 )
 def test_generate_with_another_cache_gives_the_tokens_of_sdpa(models, kind):
     model = models["sliding"] if kind == "dynamic" else models["full"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache that is saved, and goes on in another process as if nothing had happened."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -214,6 +215,28 @@ def test_saving_again_replaces_what_was_saved(model, tmp_path):
         assert cache.token_ids.shape == (1, 54)
         cache.save()
         assert cache.token_ids is None
+
+
+def test_copies_of_an_opened_cache_have_sequences_of_their_own(model, tmp_path):
+    ids = _ids(1, 70)
+    with _cache(tmp_path / "kv") as cache:
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        other = copy.deepcopy(cache)
+        other.save(ids)
+        other.reset()  # the sequence that was saved is not there any more
+        other.close()
+    with NearStorageCache.open(tmp_path / "kv", CONFIG, "model") as cache:
+        twin = copy.deepcopy(cache)
+        assert not {*twin._batch.sequences} & {*cache._batch.sequences}
+        more = torch.cat([ids, _ids(1, 40, seed=2)], dim=1)
+        a, b = (go_on(model, of, more) for of in (twin, cache))
+        assert torch.equal(a, b)
+        cache.reset()
+        cache.save()
+        twin.close()
+    with NearStorageCache.open(tmp_path / "kv", CONFIG, "model") as cache:
+        assert cache.get_seq_length() == 0
 
 
 def test_other_options_and_more_cards_change_no_token(model, tmp_path):

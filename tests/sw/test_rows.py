@@ -170,6 +170,13 @@ def test_cropping_all_or_more_leaves_nothing(model, cache):
         assert not any(cache.store.n_pages(row, layer) for row in range(2) for layer in range(2))
 
 
+def test_crop_takes_a_tensor_too(model, cache):
+    _forward(model, "nearkv", cache, _ids(1, 50))
+    cache.crop(torch.tensor(-7))
+    assert type(cache.get_seq_length()) is int
+    assert cache.get_seq_length() == 43
+
+
 def test_a_mask_that_changes_over_stored_positions_is_refused(model, cache):
     ids, mask = _ids(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[1, :7] = 0
@@ -187,6 +194,23 @@ def test_a_mask_that_changes_over_stored_positions_is_refused(model, cache):
     _forward(model, "nearkv", cache, _ids(2, 3), more)  # nothing was lost
     cache.crop(-3)
     assert torch.equal(cache.attention_mask, mask)
+
+
+def test_a_refused_call_leaves_no_trace_of_its_mask(model, cache):
+    _forward(model, "nearkv", cache, _ids(1, 5))
+    mask = torch.tensor([[1] * 5 + [0, 1, 1]])
+    handle = model.model.layers[0].self_attn.v_proj.register_forward_hook(
+        lambda module, args, out: out * torch.nan
+    )
+    try:
+        with pytest.raises(ValueError, match="Inf or NaN in V"):
+            _forward(model, "nearkv", cache, _ids(1, 3), mask)
+    finally:
+        handle.remove()
+    cache.crop(-1)
+    for positions in (7, 9):
+        _forward(model, "nearkv", cache, _ids(1, positions - cache.get_seq_length()))
+        assert torch.equal(cache.attention_mask, torch.ones(1, positions, dtype=torch.long))
 
 
 def test_masks_of_another_shape_are_refused(model, cache):

@@ -216,7 +216,7 @@ def _check_plain(module, query, mask, dropout: float, options: dict) -> None:
     if mask is not None and not isinstance(mask, Padding):
         raise NotImplementedError(
             "NearStorageCache knows causal attention with padding, no "
-            f"{mask.ndim}-dimensional masks; pass attention_mask of (batch, positions), or use "
+            f"{len(mask.shape)}-dimensional masks; pass attention_mask of (batch, positions), or use "
             "another cache"
         )
     causal = options.get("is_causal")

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a NearStorageCache and its copies share: cards, store, and the attention over its pages."""
+"""What a NearStorageCache and its copies share: cards and store."""
 
 from collections import deque
 from collections.abc import Sequence
 import os
 import threading
 
-from ..attention import PageAttention
 from ..cards import Card
 from ..store import KvStore
 
@@ -20,15 +19,14 @@ class Backing:
     owned : sequence of Card
         Those that are closed with it.
     store : KvStore
-    attention : PageAttention
 
     Attributes
     ----------
-    cards, store, attention
+    cards, store
     """
 
-    def __init__(self, cards: Sequence[Card], owned, store: KvStore, attention: PageAttention):
-        self.cards, self.store, self.attention = cards, store, attention
+    def __init__(self, cards: Sequence[Card], owned: Sequence[Card], store: KvStore):
+        self.cards, self.store = cards, store
         self._owned = owned
         self._pid = os.getpid()
         self._users = 0
@@ -37,6 +35,11 @@ class Backing:
         self._retired: deque[int] = deque()
         self._lock = threading.RLock()
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process opened it; what was forked from that one leaves it alone."""
+        return os.getpid() == self._pid
+
     def join(self) -> None:
         """One more cache."""
         with self._lock:
@@ -44,15 +47,12 @@ class Backing:
 
     def leave(self, sequences: Sequence[int]) -> None:
         """A cache is gone, with its sequences of the store; with the last cache, everything."""
-        if os.getpid() != self._pid:  # a fork ends; all of this belongs to its parent
-            return
         with self._lock:
             self._users -= 1
             last = not self._users
         if not last:
             self._retired.extend(sequences)
             return
-        self.attention.close()
         self.store.close()
         for card in self._owned:
             card.close()
@@ -64,6 +64,11 @@ class Backing:
             self._next += count
         return [*range(first, first + count)]
 
+    def reserve(self, sequences: Sequence[int]) -> None:
+        """These have an owner from now on: `take` gives others."""
+        with self._lock:
+            self._next = max([self._next, *(sequence + 1 for sequence in sequences)])
+
     def collect(self) -> None:
         """Give back the pages of caches that are gone."""
         while self._retired:
@@ -71,8 +76,5 @@ class Backing:
 
     def drop(self, sequences: Sequence[int]) -> None:
         """Forget those of the sequences that have pages."""
-        known = {*self.store.sequences()} & {*sequences}
-        if known:
-            self.attention.discard()  # reads of their pages may be on their way
-        for sequence in known:
+        for sequence in {*self.store.sequences()} & {*sequences}:
             self.store.drop(sequence)

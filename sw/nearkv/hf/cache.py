@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from nearkv_hw import pages
 
-from ..attention import Figures, PageAttention, check_card, measure_cards
+from ..attention import Figures, check_card, measure_cards
 from ..cards import Card, open_cards
 from ..io import FlashError
 from ..store import DELAYED_BYTES, KvStore
@@ -285,7 +285,7 @@ class NearStorageCache(Cache):
 
     @property
     def figures(self) -> Figures:
-        """What cards and host have done so far, for this cache and its copies together."""
+        """What cards and host have done so far for this cache. Copies begin at 0."""
         return self._batch.attention.figures
 
     @property
@@ -321,6 +321,7 @@ class NearStorageCache(Cache):
         FlashError
             If a page that is cut cannot be read back.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers may count in a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the negative number of tokens to remove, not {tokens_to_remove}"
@@ -462,7 +463,7 @@ def _check_options(spill_pages, weights, beyond_budget, on_fault) -> None:
 
 
 def _open(directory, card, layout, n_kv_heads, n_shards, *, temporary, weights, budget_bytes):
-    """Cards, store, and the attention over its pages."""
+    """Open cards and store."""
     cards, owned = open_cards(card)
     store = None
     try:
@@ -475,7 +476,7 @@ def _open(directory, card, layout, n_kv_heads, n_shards, *, temporary, weights, 
             n_shards=len(cards) if n_shards is None else n_shards, weights=weights,
             delayed_bytes=DELAYED_BYTES, budget_bytes=budget_bytes,
         )  # fmt: skip
-        return Backing(cards, owned, store, PageAttention(cards, store))
+        return Backing(cards, owned, store)
     except BaseException:
         if store is not None:
             store.close()

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from nearkv_hw import pages
 from nearkv_hw.abi import KvType
 
-from ..attention import Figures, Partial
+from ..attention import Figures, PageAttention, Partial
 from ..attention.tail import Tail, stored_form
 from ..cards import CardError
 from ..io import FlashError, PageId
@@ -69,7 +69,7 @@ class Batch:
 
     def __init__(self, backing: Backing, n_layers: int, head_dim: int, *, spill_pages: int,
                  keep: bool, drop: bool):  # fmt: skip
-        self.backing, self.store, self.attention = backing, backing.store, backing.attention
+        self.backing, self.store = backing, backing.store
         self.layout, self.n_kv_heads = self.store.layout, self.store.n_kv_heads
         self.dtype = TORCH_TYPES[self.layout.kv_type]
         self.head_dim, self.missing_channels = head_dim, self.layout.head_dim - head_dim
@@ -83,12 +83,25 @@ class Batch:
         self.layers = [Layer(self, index) for index in range(n_layers)]
         self._clear()
         backing.join()
+        try:
+            self.attention = PageAttention(backing.cards, self.store)
+        except BaseException:
+            backing.leave([])
+            raise
 
     def close(self) -> None:
-        """Give up the rows. May be called twice."""
-        if not self.closed:
-            self.closed = True
+        """Give up the rows. May be called twice; in a process that was forked it does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.backing.is_mine:
+            self.attention.close()
             self.backing.leave(self.sequences)
+
+    def _drop(self, sequences: Sequence[int]) -> None:
+        """Forget the pages of sequences."""
+        self.attention.discard()  # reads of their pages may be on their way
+        self.backing.drop(sequences)
 
     def _clear(self) -> None:
         self.positions = self._end = 0
@@ -108,7 +121,7 @@ class Batch:
     def reset(self) -> None:
         """Forget every token and fault."""
         self.check_open()
-        self.backing.drop(self.sequences)
+        self._drop(self.sequences)
         self.faults.clear()
         self.size = None
         for layer in self.layers:
@@ -156,6 +169,8 @@ class Batch:
     def abandon(self) -> None:
         """A layer has given up its new positions; if it was the first, nothing has happened."""
         if all(layer.positions == self.positions for layer in self.layers if layer.is_initialized):
+            if self._valid is not None:
+                self._valid[:, self.positions :] = True
             self._end, self._checked = self.positions, None
 
     def fail(self, error: BaseException) -> None:
@@ -168,7 +183,7 @@ class Batch:
             raise error
         log.warning("row %d of the batch is dropped: %s", row, error)
         self.faults[row] = error
-        self.backing.drop([self.sequences[row]])
+        self._drop([self.sequences[row]])
 
     def take_out_of(self, error: FlashError | CardError) -> None:
         """Go on without the row that an error is about; raise it if there is none."""
@@ -309,10 +324,11 @@ class Batch:
         after = kept + self.backing.take(len(sources) - len(kept))
         try:
             self._share({mine: before[row] for mine, row in zip(after, sources, strict=True)})
-            self.backing.drop(before[len(sources) :])
+            self._drop(before[len(sources) :])
             for layer in self.layers:
                 layer.arrange(sources)
         except BaseException as error:
+            self.sequences = [*before, *after[len(kept) :]]  # for `reset` to forget
             self.fail(error)
             raise
         self.size, self.sequences, self._checked = len(sources), after, None
@@ -334,7 +350,7 @@ class Batch:
                 break
             except FlashError as error:  # pages of a source were not written
                 self.take_out_of(error)
-        self.backing.drop([a for a, b in sources.items() if b not in known])
+        self._drop([a for a, b in sources.items() if b not in known])
 
     def fork(self) -> "Batch":
         """A copy that shares every page, and goes its own way from here."""
@@ -365,7 +381,7 @@ class Batch:
         """All there is to save beside the pages."""
         self.check_idle()
         size = self.size or 0
-        store, layers = self.store, self.layers
+        store, layers, sequences = self.store, self.layers, self.sequences[:size]
         longest = max((max(layer.tail_tokens, default=0) for layer in layers), default=0)
         shape = (len(layers), 2, size, self.n_kv_heads, longest, self.layout.head_dim)
         tails = np.zeros(shape, np.uint16)
@@ -375,11 +391,8 @@ class Batch:
                 tail[:, :, :, : have.shape[3]] = have
         return State(
             positions=[layer.positions for layer in layers],
-            sequences=[*self.sequences],
-            n_pages=[
-                [store.n_pages(sequence, layer.index) for sequence in self.sequences]
-                for layer in layers
-            ],
+            sequences=sequences,
+            n_pages=[[store.n_pages(one, layer.index) for one in sequences] for layer in layers],
             valid=self.mask.numpy(),
             tails=tails,
             tail_tokens=[layer.tail_tokens or [0] * size for layer in layers],
@@ -407,6 +420,7 @@ class Batch:
                         f"store has {have}"
                     )
         self.backing.drop([one for one in self.store.sequences() if one not in state.sequences])
+        self.backing.reserve(state.sequences)
         if not size:
             return
         self.size, self.sequences = size, [*state.sequences]
