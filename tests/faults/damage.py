@@ -69,6 +69,7 @@ def verify(
     refusals: list[str] | None = None,
     rng: random.Random | None = None,
     cut: bool = False,
+    clean: bool = False,
     look: Callable[[KvStore, Truth], None] | None = None,
 ) -> Truth:
     """Open a store and compare it, its snapshot and what becomes of it with what it may be.
@@ -79,6 +80,7 @@ def verify(
     refusals : what was refused goes here. None: nothing may be
     rng : carry on with it, close it and open it again
     cut : whether it has to say so when it does not hold the last of the truths
+    clean : whether it was closed as it should be, and has nothing to say
     look : looks at the open store as well
 
     Raises
@@ -103,6 +105,8 @@ def verify(
         if cut and not store.notices and truths[-1].differs(found.tables):
             raise Failure("something is missing, and nothing was said")
         for text in store.notices:
+            if clean:
+                raise Failure(f"a notice without a reason: {text}")
             if str(root) not in text:
                 raise Failure(f"a notice without a name: {text}")
         if look is not None:
@@ -128,6 +132,8 @@ def carry_on(setting: Setting, root: Path, truth: Truth, rng: random.Random) -> 
             truth.apply(op)
     with setting.open(root) as store:
         matches(store, [truth], root)
+        if store.notices:
+            raise Failure(f"a notice without a reason: {store.notices[0]}")
 
 
 def _restored(truth: Truth) -> Truth:
