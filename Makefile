@@ -11,6 +11,7 @@ CONFIG ?= smartssd
 # More arguments: make run RUN_ARGS='--prompt "..."', make test PYTEST_ARGS=-x
 RUN_ARGS ?=
 PYTEST_ARGS ?=
+FAULT_ARGS ?=
 
 BIN := .venv/bin
 # Written last, so that an interrupted set-up is taken up again by the next command.
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requi
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run quick test test-model sim bench mutants lint types verilog check-verilog record-verilog \
+.PHONY: help setup run quick test test-model sim bench faults mutants lint types verilog check-verilog record-verilog \
 	formal footprint abi-page clean
 .DELETE_ON_ERROR:
 
@@ -83,8 +84,11 @@ bench: setup ## measure: stream of the simulated kernel, twin, flash, decode, st
 	$(BIN)/nearkv bench decode
 	$(BIN)/nearkv bench step
 
-mutants: setup ## break the gateware in 42 ways; the tests must notice each (minutes)
+mutants: setup ## break the gateware on purpose; the tests must notice each defect (minutes)
 	$(BIN)/python tests/mutants.py
+
+faults: setup ## break stores in 10,000 seeded ways; none may give a wrong answer (minutes)
+	$(BIN)/python tests/faults.py $(FAULT_ARGS)
 
 lint: setup ## check format and style
 	$(BIN)/ruff format --check .

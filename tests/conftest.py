@@ -4,11 +4,18 @@
 from pathlib import Path
 import pickle
 
+from hypothesis import HealthCheck, settings
 import pytest
 
 from nearkv_sim.coverage import Coverage
 
 _ALLOWED_SKIPS = Path(__file__).parent / "data" / "allowed_skips.txt"
+
+# The same examples in every run, however long they take: no test depends on luck or on the load.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

@@ -14,6 +14,7 @@ physical address and a record cannot point into the wrong bank.
 import builtins
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+import functools
 import struct
 
 ABI_VERSION = 1
@@ -29,6 +30,7 @@ MAX_TILES = 2048  # in one job: the headroom of a limb, see `number`. More token
 ROW_STEP = 2  # the softmax and merge datapaths handle query heads in pairs
 MAX_ROWS = 14  # a query-block record has room for 15 weights; pairs make it 14
 SCALE_BITS = 24  # of a job's score_mantissa
+CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4
 
 
 class KvType(IntEnum):
@@ -113,11 +115,27 @@ class Record:
                 return field
         raise KeyError(f"{self.name} has no field {name!r}")
 
+    @functools.cached_property
+    def _whole(self) -> struct.Struct:
+        """All fields at once, and what lies between them."""
+        code, end = "<", 0
+        for field in self.fields:
+            code += f"{field.offset - end}x{field.count}{field.code}"
+            end = field.offset + field.count * field.bits // 8
+        return struct.Struct(f"{code}{self.bytes - end}x")
+
     def pack(self, **values) -> builtins.bytes:
         """The record as bytes. Every field must be given; a value that does not fit raises."""
-        missing = {field.name for field in self.fields} ^ set(values)
-        if missing:
+        if values.keys() != self._names:
+            missing = self._names ^ values.keys()
             raise TypeError(f"{self.name}: fields missing or unknown: {sorted(missing)}")
+        items = []
+        for field in self.fields:
+            items += values[field.name] if field.count > 1 else (values[field.name],)
+        try:
+            return self._whole.pack(*items)
+        except struct.error:
+            pass  # of which field
         out = bytearray(self.bytes)
         for field in self.fields:
             value = values[field.name]
@@ -133,11 +151,15 @@ class Record:
 
     def unpack(self, data) -> dict:
         """Field values of a record that starts at the first byte of `data`."""
-        values = {}
+        items, values, at = self._whole.unpack_from(data), {}, 0
         for field in self.fields:
-            got = struct.unpack_from(f"<{field.count}{field.code}", data, field.offset)
-            values[field.name] = got if field.count > 1 else got[0]
+            values[field.name] = items[at : at + field.count] if field.count > 1 else items[at]
+            at += field.count
         return values
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {field.name for field in self.fields}
 
 
 JOB = Record(
@@ -307,7 +329,7 @@ SUMMARY = Record(
 
 @dataclass(frozen=True)
 class Register:
-    """One argument or constant in the AXI4-Lite block. `bits` 64 spans two words, low word first."""
+    """One argument or constant in the AXI4-Lite block. `bits` 64 takes two words, low word first."""
 
     name: str
     offset: int
@@ -378,7 +400,10 @@ class PageLayout:
         return [(at, min(step, page_len - at)) for at in range(0, max(page_len, 1), step)]
 
     def k_spans(self, page_len: int) -> list[tuple[int, int]]:
-        """(byte offset, bytes) of the K bytes that the card reads, in the order it reads them."""
+        """The spans of K that the card reads, in the order it reads them.
+
+        A span is a run of consecutive bytes: (offset in the page, bytes).
+        """
         row = self.head_dim * BEAT_BYTES
         return [
             (first // BLOCK_TOKENS * row, max(1, -(-tokens // BLOCK_TOKENS)) * row)
@@ -386,7 +411,7 @@ class PageLayout:
         ]
 
     def v_spans(self, page_len: int) -> list[tuple[int, int]]:
-        """The same for V: only rows of valid tokens are read (one row of an empty page)."""
+        """The spans of V: only rows of valid tokens are read (one row of an empty page)."""
         return [
             (self.part_bytes + (c * self.page_tokens + first) * BEAT_BYTES,
              max(1, tokens) * BEAT_BYTES)

@@ -6,10 +6,22 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 import numpy as np
 
-from .abi import KvType
-from .fetch import EXPONENT_BITS, LANES, Block
+from . import shapes
+from .abi import MAX_HEAD_DIM, KvType
+from .fetch import Block
 from .fifo import delay
-from .number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS, Q_EXPONENT_BITS
+from .jobs import Q_BANKS
+from .number import (
+    ALIGNED_BITS,
+    EXPONENT_BITS,
+    EXPONENT_FLOOR,
+    FIELD_BITS,
+    KV_BITS,
+    KV_FORMATS,
+    Q_EXPONENT_BITS,
+)
+from .shapes import BEAT_BITS, ELEMENT_BITS, LANES
+from .softmax import P_BANKS
 
 
 def unpack(elements, kv_type: KvType):
@@ -23,7 +35,7 @@ def unpack(elements, kv_type: KvType):
     return elements >> 15 & 1, significand << form.align_bits, np.maximum(field, 1)
 
 
-def model(elements, kv_type: KvType, channel_exponent, keep):
+def model(elements, kv_type: KvType, channel_exponent, valid):
     """Align whole blocks, bit for bit as the gateware does.
 
     Parameters
@@ -33,7 +45,7 @@ def model(elements, kv_type: KvType, channel_exponent, keep):
     kv_type : KvType
     channel_exponent : int (..., rows), or 0
         For K the exponent of the query weights of each channel; for V zero.
-    keep : bool, broadcastable to elements
+    valid : bool, broadcastable to elements
         False where an element lies beyond the valid tokens: it counts as zero, whatever its bits.
 
     Returns
@@ -42,19 +54,19 @@ def model(elements, kv_type: KvType, channel_exponent, keep):
         |x| <= 2^22, rounded half away from zero. Beyond `align_bits` binades below the block's
         largest exponent bits are lost, at most half a unit each.
     exponent : int32 (...)
-        Largest exponent of the block, EXPONENT_FLOOR if nothing is kept.
+        Largest exponent of the block, EXPONENT_FLOOR if nothing is valid.
     non_finite : bool (...)
-        An Inf or NaN among the kept elements.
+        An Inf or NaN among the valid elements.
     """
     elements = np.asarray(elements)
     sign, magnitude, field = unpack(elements, kv_type)
     total = field + np.asarray(channel_exponent, np.int32)[..., None]
-    keep = np.broadcast_to(keep, elements.shape)
-    exponent = np.where(keep, total, EXPONENT_FLOOR).max(axis=(-2, -1), initial=EXPONENT_FLOOR)
+    valid = np.broadcast_to(valid, elements.shape)
+    exponent = np.where(valid, total, EXPONENT_FLOOR).max(axis=(-2, -1), initial=EXPONENT_FLOOR)
     shift = np.clip(exponent[..., None, None] - total, 0, KV_BITS)
     rounded = (((magnitude << 1) >> shift) + 1) >> 1
-    x = np.where(keep, np.where(sign, -rounded, rounded), 0)
-    non_finite = (keep & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
+    x = np.where(valid, np.where(sign, -rounded, rounded), 0)
+    non_finite = (valid & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
     return x, exponent, non_finite
 
 
@@ -69,12 +81,9 @@ class Step(data.Struct):
 class WeightAddress(data.Struct):
     """Row of the q store (K) or of the p store (V)."""
 
-    row: 8
-    bank: 2
+    row: shapes.ROW
+    bank: range(max(Q_BANKS, P_BANKS))
     is_v: 1
-
-
-X_BITS = KV_BITS + 1
 
 
 class Align(wiring.Component):
@@ -103,14 +112,14 @@ class Align(wiring.Component):
         super().__init__(
             {
                 "i_block": In(stream.Signature(Block)),
-                "i_beat": In(stream.Signature(16 * LANES)),
+                "i_beat": In(stream.Signature(BEAT_BITS)),
                 "may_start": In(1),
                 "begin": Out(1),
                 "end": Out(1),
-                "q_address": Out(9),
+                "q_address": Out(range(Q_BANKS * MAX_HEAD_DIM)),
                 "q_exponent": In(signed(Q_EXPONENT_BITS)),
                 "weight_address": Out(WeightAddress),
-                "o_x": Out(data.ArrayLayout(signed(X_BITS), LANES)),
+                "o_x": Out(data.ArrayLayout(signed(ALIGNED_BITS), LANES)),
                 "o_step": Out(Step),
                 "issued": Out(1),
                 "starved": Out(1),
@@ -121,8 +130,8 @@ class Align(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         block = self.i_block.p
-        row, gap = Signal(9), Signal(range(LANES + 1))
-        p_bank = Signal(2)
+        row, gap = Signal(shapes.ROWS), Signal(range(LANES + 1))
+        p_bank = Signal(range(P_BANKS))
         starting = Signal()
         m.d.comb += [
             starting.eq(row == 0),
@@ -135,7 +144,7 @@ class Align(wiring.Component):
             self.end.eq(self.issued & (row == block.rows - 1)),
             self.i_beat.ready.eq(self.issued),
             self.i_block.ready.eq(self.end),
-            self.q_address.eq(Cat(row[:8], block.q_bank)),
+            self.q_address.eq(Cat(row[: shapes.CHANNEL_LOG2], block.q_bank)),
         ]
         with m.If(gap != 0):
             m.d.sync += gap.eq(gap - 1)
@@ -147,10 +156,10 @@ class Align(wiring.Component):
                 m.d.sync += p_bank.eq(p_bank + 1)
 
         # t1: beat and block registered; the exponent of q's channel arrives.
-        beat = Signal(16 * LANES, reset_less=True)
+        beat = Signal(BEAT_BITS, reset_less=True)
         is_bf16, is_v = Signal(reset_less=True), Signal(reset_less=True)
         exponent = Signal(signed(EXPONENT_BITS), reset_less=True)
-        lanes = Signal(6, reset_less=True)
+        lanes = Signal(shapes.VALID_LANES, reset_less=True)
         m.d.sync += [
             beat.eq(self.i_beat.payload),
             is_bf16.eq(block.params.kv_type == KvType.BF16),
@@ -163,19 +172,19 @@ class Align(wiring.Component):
         m.d.sync += base.eq(exponent - Mux(is_v, 0, self.q_exponent))
         fp16, bf16 = KV_FORMATS[KvType.FP16], KV_FORMATS[KvType.BF16]
         for lane in range(LANES):
-            element = beat[16 * lane : 16 * lane + 16]
-            e = Signal(8, name=f"field_{lane}")
+            element = beat[ELEMENT_BITS * lane : ELEMENT_BITS * (lane + 1)]
+            e = Signal(FIELD_BITS, name=f"field_{lane}")
             magnitude = Signal(KV_BITS - 1, name=f"magnitude_{lane}")
             m.d.comb += [
-                e.eq(Mux(is_bf16, element[bf16.mantissa_bits : 15],
-                         element[fp16.mantissa_bits : 15])),
+                e.eq(Mux(is_bf16, element[bf16.mantissa_bits : -1],
+                         element[fp16.mantissa_bits : -1])),
                 magnitude.eq(
                     Mux(is_bf16,
                         Cat(Const(0, bf16.align_bits), element[: bf16.mantissa_bits], e != 0),
                         Cat(Const(0, fp16.align_bits), element[: fp16.mantissa_bits], e != 0))
                 ),
             ]  # fmt: skip
-            field = Signal(8, name=f"field_{lane}_2", reset_less=True)
+            field = Signal(FIELD_BITS, name=f"field_{lane}_2", reset_less=True)
             # One bit more below: the half that decides the rounding.
             wide = Signal(KV_BITS, name=f"wide_{lane}_2", reset_less=True)
             m.d.sync += [
@@ -184,10 +193,10 @@ class Align(wiring.Component):
             ]
             # t3: distance to the largest exponent; beyond KV_BITS nothing is left.
             distance = Signal(signed(EXPONENT_BITS + 2), name=f"distance_{lane}")
-            shift = Signal(5, name=f"shift_{lane}_3", reset_less=True)
+            shift = Signal(range(KV_BITS + 1), name=f"shift_{lane}_3", reset_less=True)
             m.d.comb += distance.eq(base - field)
             m.d.sync += shift.eq(
-                Mux(distance < 0, 0, Mux(distance > KV_BITS, KV_BITS, distance[:5]))
+                Mux(distance < 0, 0, Mux(distance > KV_BITS, KV_BITS, distance[: len(shift)]))
             )
             wide = delay(m, wide, 1, f"wide_{lane}_3")
             # t4, t5: shift by fours, then by ones.
@@ -197,7 +206,7 @@ class Align(wiring.Component):
             m.d.sync += fine.eq(coarse >> delay(m, shift[:2], 1, f"shift_{lane}_4"))
             # t6: round half away from zero and negate with one adder:
             # -(a + half) = ~a + 1 - half, so the carry is sign XOR half.
-            sign = delay(m, element[15], 4, f"sign_{lane}")
+            sign = delay(m, element[-1], 4, f"sign_{lane}")
             m.d.sync += self.o_x[lane].eq(
                 Cat(fine[1:] ^ sign.replicate(KV_BITS - 1), sign, sign).as_signed()
                 + (sign ^ fine[0])
@@ -217,4 +226,5 @@ class Align(wiring.Component):
             address.is_v.eq(block.is_v),
         ]
         m.d.comb += self.weight_address.eq(delay(m, address, self.latency - 1, "address"))
+        self.probes = {"row": row, "gap": gap}
         return m

@@ -17,11 +17,11 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 import numpy as np
 
-from .align import X_BITS, Step
-from .fetch import LANES
+from .align import Step
 from .fifo import delay
-from .number import ACC_BITS, WEIGHT_BITS
+from .number import ACC_BITS, ALIGNED_BITS, WEIGHT_BITS
 from .primitives import ADD_NONE, ADD_P, Dsp48e2, UltraScalePlus
+from .shapes import LANES
 
 
 class Mac(wiring.Component):
@@ -49,7 +49,7 @@ class Mac(wiring.Component):
         self._cascaded = cascaded
         super().__init__(
             {
-                "x": In(signed(X_BITS)),
+                "x": In(signed(ALIGNED_BITS)),
                 "w": In(signed(WEIGHT_BITS)),
                 "w_next": Out(signed(WEIGHT_BITS)),
                 "first": In(1),
@@ -67,9 +67,9 @@ class Mac(wiring.Component):
             )  # fmt: skip
             m.d.comb += [self.w_next.eq(dsp.bcout), self.p.eq(dsp.p)]
             return m
-        x = Signal(signed(X_BITS), reset_less=True)
+        x = Signal(signed(ALIGNED_BITS), reset_less=True)
         w = Signal(signed(WEIGHT_BITS), reset_less=True)
-        product = Signal(signed(X_BITS + WEIGHT_BITS), reset_less=True)
+        product = Signal(signed(ALIGNED_BITS + WEIGHT_BITS), reset_less=True)
         first = Signal(reset_less=True)
         p = Signal(signed(ACC_BITS), reset_less=True)
         m.d.sync += [x.eq(self.x), w.eq(self.w), product.eq(x * w), first.eq(self.first)]
@@ -105,7 +105,7 @@ class MacArray(wiring.Component):
         self._rows = rows
         super().__init__(
             {
-                "x": In(data.ArrayLayout(signed(X_BITS), LANES)),
+                "x": In(data.ArrayLayout(signed(ALIGNED_BITS), LANES)),
                 "w": In(data.ArrayLayout(signed(WEIGHT_BITS), rows)),
                 "step": In(Step),
                 "o_valid": Out(1),
@@ -147,6 +147,7 @@ class MacArray(wiring.Component):
             out = Signal(signed(ACC_BITS), name=f"sum_{row}", reset_less=True)
             m.d.sync += out.eq(Array(p[row])[lane])
             m.d.comb += self.o_sum[row].eq(out)
+        self.probes = {"p": p, "lane": lane, "active": active}
         return m
 
     @staticmethod

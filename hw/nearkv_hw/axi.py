@@ -11,18 +11,21 @@ that never change: full-width INCR bursts, one ID.
 from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 
 from . import abi
 from .fifo import Queue
+from .shapes import ADDRESS, BEAT_BITS, BEAT_LOG2, BURST_BEATS, BURST_LOG2
 
-BEAT_BITS = 8 * abi.BEAT_BYTES
-BURST_BEATS = abi.BURST_BYTES // abi.BEAT_BYTES
+_CONTROL_ADDRESS = exact_log2(abi.CONTROL_BYTES)
+BEATS = 16  # of a span
+RESP = 2
 
 
 class Burst(data.Struct):
     """Payload of AR and AW."""
 
-    address: 64
+    address: ADDRESS
     beats_less_1: 8
 
 
@@ -30,7 +33,7 @@ class ReadBeat(data.Struct):
     """Payload of R."""
 
     data: BEAT_BITS
-    resp: 2
+    resp: RESP
     last: 1
 
 
@@ -42,20 +45,16 @@ class WriteBeat(data.Struct):
 
 
 class Span(data.Struct):
-    """Contiguous whole beats in memory: what a stage asks for, however many bursts it takes."""
+    """Consecutive beats of memory: what a stage asks for, however many bursts it takes."""
 
-    address: 64
-    beats: 16
+    address: ADDRESS
+    beats: BEATS
 
 
-class ControlArgs(data.Struct):
-    """Arguments as they stood when the run began."""
-
-    kv: 64
-    job: 64
-    queue: 32
-    n_jobs: 32
-    summary: 32
+# Arguments as they stood when the run began.
+ControlArgs = data.StructLayout(
+    {register.name: register.bits for register in abi.REGISTERS if register.writable}
+)
 
 
 class AxiLite(wiring.Signature):
@@ -64,11 +63,11 @@ class AxiLite(wiring.Signature):
     def __init__(self):
         super().__init__(
             {
-                "aw": Out(stream.Signature(12)),
+                "aw": Out(stream.Signature(_CONTROL_ADDRESS)),
                 "w": Out(stream.Signature(data.StructLayout({"data": 32, "strb": 4}))),
-                "b": In(stream.Signature(2)),
-                "ar": Out(stream.Signature(12)),
-                "r": In(stream.Signature(data.StructLayout({"data": 32, "resp": 2}))),
+                "b": In(stream.Signature(RESP)),
+                "ar": Out(stream.Signature(_CONTROL_ADDRESS)),
+                "r": In(stream.Signature(data.StructLayout({"data": 32, "resp": RESP}))),
             }
         )
 
@@ -168,6 +167,10 @@ class Control(wiring.Component):
         # Last, so that a done in the cycle of a CTRL read is not lost.
         with m.If(self.done):
             m.d.sync += [busy.eq(0), ap_start.eq(0), ap_done.eq(1), ap_ready.eq(1)]
+        self.probes = {
+            "busy": busy, "words": words,
+            "ap_start": ap_start, "ap_done": ap_done, "ap_ready": ap_ready,
+        }  # fmt: skip
         return m
 
 
@@ -212,7 +215,7 @@ class ReadMaster(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        address, left, beats = Signal(64), Signal(16), Signal(range(BURST_BEATS + 1))
+        address, left, beats = Signal(ADDRESS), Signal(BEATS), Signal(range(BURST_BEATS + 1))
         reserved = Signal(range(self._depth + 1))
         reserve = Signal()
         m.d.comb += [
@@ -233,7 +236,7 @@ class ReadMaster(wiring.Component):
                 with m.If(self.spans.valid):
                     m.next = "Size Burst"
             with m.State("Size Burst"):
-                to_boundary = BURST_BEATS - address[6:12]
+                to_boundary = BURST_BEATS - address[BEAT_LOG2:BURST_LOG2]
                 limit = Signal(range(BURST_BEATS + 1))
                 m.d.comb += limit.eq(Mux(to_boundary < self._max_burst, to_boundary,
                                          self._max_burst))  # fmt: skip
@@ -247,11 +250,12 @@ class ReadMaster(wiring.Component):
                 m.d.comb += self.ar.valid.eq(1)
                 with m.If(self.ar.ready):
                     m.d.comb += self.issued.eq(1)
-                    m.d.sync += [address.eq(address + (beats << 6)), left.eq(left - beats)]
+                    m.d.sync += [address.eq(address + (beats << BEAT_LOG2)), left.eq(left - beats)]
                     with m.If(left == beats):
                         m.next = "Take Span"
                     with m.Else():
                         m.next = "Size Burst"
+        self.probes = {"address": address, "left": left, "beats": beats, "reserved": reserved}
         return m
 
 
@@ -279,7 +283,7 @@ class WriteMaster(wiring.Component):
                 "i": In(stream.Signature(BEAT_BITS)),
                 "aw": Out(stream.Signature(Burst)),
                 "w": Out(stream.Signature(WriteBeat)),
-                "b": In(stream.Signature(2)),
+                "b": In(stream.Signature(RESP)),
                 "idle": Out(1),
                 "error": Out(1),
                 "clear": In(1),
@@ -289,7 +293,7 @@ class WriteMaster(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.queue = queue = Queue(BEAT_BITS, 2 * self.MAX_BURST)
-        address, left = Signal(64), Signal(16)
+        address, left = Signal(ADDRESS), Signal(BEATS)
         beats, sent = Signal(range(self.MAX_BURST + 1)), Signal(range(self.MAX_BURST + 1))
         waiting = Signal(8)  # bursts without a response
         issue, asked = Signal(), Signal()
@@ -316,7 +320,7 @@ class WriteMaster(wiring.Component):
                 with m.If(self.spans.valid):
                     m.next = "Size Burst"
             with m.State("Size Burst"):
-                to_boundary = BURST_BEATS - address[6:12]
+                to_boundary = BURST_BEATS - address[BEAT_LOG2:BURST_LOG2]
                 limit = Signal(range(BURST_BEATS + 1))
                 m.d.comb += limit.eq(Mux(to_boundary < self.MAX_BURST, to_boundary,
                                          self.MAX_BURST))  # fmt: skip
@@ -340,9 +344,13 @@ class WriteMaster(wiring.Component):
                 with m.If(self.w.valid & self.w.ready):
                     m.d.sync += sent.eq(sent + 1)
                 with m.If((asked | issue) & (all_sent | (self.w.ready & self.w.p.last))):
-                    m.d.sync += [address.eq(address + (beats << 6)), left.eq(left - beats)]
+                    m.d.sync += [address.eq(address + (beats << BEAT_LOG2)), left.eq(left - beats)]
                     with m.If(left == beats):
                         m.next = "Take Span"
                     with m.Else():
                         m.next = "Size Burst"
+        self.probes = {
+            "address": address, "left": left, "beats": beats, "sent": sent,
+            "waiting": waiting, "asked": asked,
+        }  # fmt: skip
         return m

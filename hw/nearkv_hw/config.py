@@ -40,10 +40,10 @@ class Config:
             raise ValueError(f"rows must be even and 2 .. {abi.MAX_ROWS}, not {self.rows}")
         abi.check_head_dim(self.max_head_dim)
         beats = self.beat_fifo_beats
-        if beats & (beats - 1) or beats < max(256, 2 * self.max_head_dim):
+        if beats & (beats - 1) or beats < 2 * max(abi.TILE_TOKENS, self.max_head_dim):
             raise ValueError(
-                "beat_fifo_beats must be a power of two of at least 256 and twice max_head_dim "
-                f"({2 * self.max_head_dim}), not {beats}"
+                f"beat_fifo_beats must be a power of two of at least {2 * abi.TILE_TOKENS} and twice "
+                f"max_head_dim ({2 * self.max_head_dim}), not {beats}"
             )
         if self.lookahead_tiles not in (1, 2, 3):
             raise ValueError(f"lookahead_tiles must be 1 to 3, not {self.lookahead_tiles}")

@@ -16,15 +16,12 @@ from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from . import abi
-from .axi import BEAT_BITS, Burst, ReadBeat, ReadMaster
-from .fifo import Queue, delay
-from .jobs import Q_BANKS, Faults, Params, Tile, small_product
-from .number import EXPONENT_FLOOR, KV_FORMATS, Q_EXPONENT_BITS
-
-LANES = abi.BLOCK_TOKENS
-EXPONENT_BITS = 12
-CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4
+from . import abi, shapes
+from .axi import Burst, ReadBeat, ReadMaster
+from .fifo import Queue, delay, stages
+from .jobs import Q_BANK, Q_BANKS, Faults, Params, Tile, small_product
+from .number import EXPONENT_BITS, EXPONENT_FLOOR, FIELD_BITS, KV_FORMATS, Q_EXPONENT_BITS
+from .shapes import BEAT_BITS, BEAT_LOG2, ELEMENT_BITS, LANES, LANES_LOG2
 
 
 class Pass(data.Struct):
@@ -32,17 +29,17 @@ class Pass(data.Struct):
 
     params: Params
     is_v: 1
-    rows: 9
-    blocks: 4
-    tokens: 8
-    page: 12
+    rows: shapes.ROWS
+    blocks: shapes.BLOCKS
+    tokens: shapes.TOKENS
+    page: shapes.PAGE
     page_first: 1
     page_last: 1
     check: 1
-    crc: 32
+    crc: shapes.CRC
     job_first: 1
     job_last: 1
-    q_bank: 1
+    q_bank: Q_BANK
 
 
 class Block(data.Struct):
@@ -50,15 +47,15 @@ class Block(data.Struct):
 
     params: Params
     is_v: 1
-    rows: 9
-    lanes: 6  # valid lanes; the others count as zero
-    tokens: 8  # of the tile
+    rows: shapes.ROWS
+    lanes: shapes.VALID_LANES  # the others count as zero
+    tokens: shapes.TOKENS  # of the tile
     exponent: signed(EXPONENT_BITS)
     pass_first: 1  # first block of its pass
     pass_last: 1
     job_first: 1  # belongs to the first tile of its job
     job_last: 1
-    q_bank: 1
+    q_bank: Q_BANK
 
 
 @cache
@@ -75,7 +72,7 @@ def crc_matrix() -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     def shift(state: int, bits: int) -> int:
         for _ in range(bits):
-            state = state >> 1 ^ (CRC_POLYNOMIAL if state & 1 else 0)
+            state = state >> 1 ^ (abi.CRC_POLYNOMIAL if state & 1 else 0)
         return state
 
     # A bit that enters at position n of the beat is shifted over the remaining 512 - n positions.
@@ -183,7 +180,7 @@ class KvFetch(wiring.Component):
                 "flush": In(1),
                 "ar": Out(stream.Signature(Burst)),
                 "r": In(stream.Signature(ReadBeat)),
-                "q_address": Out(range(Q_BANKS << 8)),
+                "q_address": Out(range(Q_BANKS * abi.MAX_HEAD_DIM)),
                 "q_exponent": In(signed(Q_EXPONENT_BITS)),
                 "o_beat": Out(stream.Signature(BEAT_BITS)),
                 "o_block": Out(stream.Signature(Block)),
@@ -202,6 +199,7 @@ class KvFetch(wiring.Component):
         m.d.comb += self.burst.eq(master.issued)
         m.submodules.blocks = blocks = Queue(Block, 32)
         wiring.connect(m, blocks.o, wiring.flipped(self.o_block))
+        self.probes = {}
         self._order(m, master, passes, blocks)
         self._inspect(m, master, passes, blocks)
         return m
@@ -211,7 +209,7 @@ class KvFetch(wiring.Component):
         m.submodules.waiting = waiting = Queue(Tile, 4)  # tiles whose V pass is still to come
         tile = Signal(Tile)
         is_v = Signal()
-        spans_left, address = Signal(4), Signal(64)
+        spans_left, address = Signal(shapes.BLOCKS), Signal(shapes.ADDRESS)
         # Short blocks could overrun the queue of blocks, which cannot push back: reserve room.
         reserved, room, announce = Signal(range(blocks.depth + 1)), Signal(), Signal()
         taken = Mux(announce, passes.i.p.blocks, 0)
@@ -220,9 +218,14 @@ class KvFetch(wiring.Component):
             room.eq(reserved + passes.i.p.blocks <= blocks.depth),
             announce.eq(passes.i.valid & passes.i.ready),
         ]
-        k_blocks = Mux(tile.tokens == 0, 1, tile.tokens[5:] + tile.tokens[:5].any())
+        self.probes |= {
+            "tile": tile, "is_v": is_v, "spans_left": spans_left, "reserved": reserved,
+        }  # fmt: skip
+        k_blocks = Mux(
+            tile.tokens == 0, 1, tile.tokens[LANES_LOG2:] + tile.tokens[:LANES_LOG2].any()
+        )
         # Rows of a block: channels of K, tokens of V.
-        rows = Mux(is_v, Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << 5)
+        rows = Mux(is_v, Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2)
         with m.FSM(name="order"):
             with m.State("Choose"):
                 take_k = self.i_tile.valid & (waiting.level <= self._lookahead)
@@ -267,7 +270,7 @@ class KvFetch(wiring.Component):
                 ]
                 with m.If(master.spans.ready):
                     m.d.sync += [
-                        address.eq(address + (tile.v_stride << 6)),
+                        address.eq(address + (tile.v_stride << BEAT_LOG2)),
                         spans_left.eq(spans_left - 1),
                     ]
                     with m.If(spans_left == 1):
@@ -280,14 +283,14 @@ class KvFetch(wiring.Component):
 
         # Stage 0: place of the beat in its pass.
         now = passes.o.p
-        row, block = Signal(9), Signal(4)
+        row, block = Signal(shapes.ROWS), Signal(shapes.BLOCKS)
         arrives = master.o.valid
         # Adding to the registers, not to what comes out of the queue: that is late in the cycle.
-        block_end = (row + 1)[:9] == now.rows
-        pass_end = block_end & ((block + 1)[:4] == now.blocks)
+        block_end = (row + 1)[: len(row)] == now.rows
+        pass_end = block_end & ((block + 1)[: len(block)] == now.blocks)
         m.d.comb += [
             master.freed.eq(self.o_beat.valid & self.o_beat.ready),
-            self.q_address.eq(Cat(row[:8], now.q_bank)),
+            self.q_address.eq(Cat(row[: shapes.CHANNEL_LOG2], now.q_bank)),
             passes.o.ready.eq(arrives & pass_end),
         ]
         with m.If(arrives):
@@ -308,12 +311,12 @@ class KvFetch(wiring.Component):
                     "pass_first": 1,
                     "pass_end": 1,
                     "first_block": 1,
-                    "lanes": 6,
+                    "lanes": shapes.VALID_LANES,
                     "error": 1,
                 }
             )
         )
-        tokens_here = now.tokens - (block << 5)
+        tokens_here = now.tokens - (block << LANES_LOG2)
         lanes = Mux(now.is_v, Mux(now.tokens != 0, LANES, 0),
                     Mux(tokens_here > LANES, LANES, tokens_here))  # fmt: skip
         beat = Signal(BEAT_BITS, reset_less=True)
@@ -336,16 +339,17 @@ class KvFetch(wiring.Component):
         is_bf16 = place.pass_.params.kv_type == abi.KvType.BF16
         fields, bad = [], []
         for lane in range(LANES):
-            element = beat[16 * lane : 16 * lane + 15]
-            keep = lane < place.lanes
-            e = Signal(8, name=f"field_{lane}")
+            at = ELEMENT_BITS * lane
+            element = beat[at : at + ELEMENT_BITS - 1]  # without its sign
+            valid = lane < place.lanes
+            e = Signal(FIELD_BITS, name=f"field_{lane}")
             m.d.comb += e.eq(
                 Mux(is_bf16, element[bf16.mantissa_bits :], element[fp16.mantissa_bits :])
             )
-            kept = Signal(8, name=f"kept_{lane}", reset_less=True)
-            m.d.sync += kept.eq(Mux(keep, Mux(e == 0, 1, e), 0))
+            kept = Signal(FIELD_BITS, name=f"kept_{lane}", reset_less=True)
+            m.d.sync += kept.eq(Mux(valid, Mux(e == 0, 1, e), 0))
             fields.append(kept)
-            bad.append(keep & (e == Mux(is_bf16, bf16.exponent_max, fp16.exponent_max)))
+            bad.append(valid & (e == Mux(is_bf16, bf16.exponent_max, fp16.exponent_max)))
         not_finite = Signal(reset_less=True)
         m.d.sync += not_finite.eq(Cat(bad).any())
         for level in (8, 2, 1):
@@ -353,15 +357,16 @@ class KvFetch(wiring.Component):
             for i in range(level):
                 largest = fields[step * i]
                 for other in fields[step * i + 1 : step * (i + 1)]:
-                    pick = Signal(8, name=f"pick_{level}_{i}_{len(level_fields)}")
+                    pick = Signal(FIELD_BITS, name=f"pick_{level}_{i}_{len(level_fields)}")
                     m.d.comb += pick.eq(Mux(largest > other, largest, other))
                     largest = pick
-                kept = Signal(8, name=f"max_{level}_{i}", reset_less=True)
+                kept = Signal(FIELD_BITS, name=f"max_{level}_{i}", reset_less=True)
                 m.d.sync += kept.eq(largest)
                 level_fields.append(kept)
             fields = level_fields
         q_exponent = delay(m, self.q_exponent, 4, "q_exponent")
-        later = delay(m, place, 4, "place")
+        places = stages(m, place, 4, "place")
+        later = places[-1]
         not_finite = delay(m, not_finite, 3, "not_finite")
         exponent = Signal(signed(EXPONENT_BITS))
         largest, running = Signal(signed(EXPONENT_BITS)), Signal(signed(EXPONENT_BITS))
@@ -388,6 +393,9 @@ class KvFetch(wiring.Component):
             block_out.pass_last.eq(later.pass_end),
         ]
         m.d.comb += [blocks.i.p.eq(block_out), blocks.i.valid.eq(block_valid)]
+        self.probes |= {
+            "row": row, "block": block, "places": [place, *places], "block_valid": block_valid,
+        }  # fmt: skip
 
         m.submodules.crc = crc = Crc()
         m.d.comb += [

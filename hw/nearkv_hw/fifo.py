@@ -68,10 +68,17 @@ def is_last(index, count):
     return Cat((index == n) & (count == n + 1) for n in range(1 << len(index))).any()
 
 
-def delay(m, signal, cycles: int, name: str):
-    """`signal` as it was some cycles ago; without reset, so that it becomes shift-register LUTs."""
+def stages(m, signal, cycles: int, name: str) -> list:
+    """`signal` as it was 1 .. `cycles` cycles ago; without reset: it becomes shift-register LUTs."""
+    line = []
     for i in range(cycles):
         later = Signal.like(signal, name=f"{name}_{i + 1}", reset_less=True)
         m.d.sync += later.eq(signal)
+        line.append(later)
         signal = later
-    return signal
+    return line
+
+
+def delay(m, signal, cycles: int, name: str):
+    """`signal` as it was some cycles ago, see `stages`."""
+    return stages(m, signal, cycles, name)[-1] if cycles else signal

@@ -15,41 +15,43 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from . import abi
+from . import abi, shapes
 from .axi import Burst, ControlArgs, ReadBeat, ReadMaster
 from .fifo import Queue
-from .number import Q_EXPONENT_BITS, WEIGHT_BITS
+from .number import Q_EXPONENT_BITS, SCALE_BITS, WEIGHT_BITS
+from .shapes import BEAT_LOG2, LANES_LOG2, TILE_LOG2
 
 Q_BANKS = 2
+Q_BANK = range(Q_BANKS)
 
 
 class Params(data.Struct):
     """What a job asks for, carried along with each of its tiles."""
 
-    kv_type: 1
-    parts: 4  # head_dim / 32
-    pairs: 3  # of query heads
-    mantissa: 24
-    shift: signed(16)
+    kv_type: shapes.KV_TYPE
+    parts: shapes.PARTS
+    pairs: shapes.PAIRS
+    mantissa: SCALE_BITS
+    shift: shapes.SHIFT
 
 
 class Tile(data.Struct):
     """Up to 128 tokens of one page: one K pass and one V pass of the array."""
 
     params: Params
-    k_address: 64
-    v_address: 64
-    v_stride: 16  # page_tokens
-    tokens: 8
-    page: 12  # index in the page table
+    k_address: shapes.ADDRESS
+    v_address: shapes.ADDRESS
+    v_stride: shapes.PAGE_TOKENS
+    tokens: shapes.TOKENS
+    page: shapes.PAGE
     page_first: 1  # first tile of its page
     page_last: 1
     check: 1  # the page holds tokens, so its CRCs mean something
-    crc_k: 32
-    crc_v: 32
+    crc_k: shapes.CRC
+    crc_v: shapes.CRC
     job_first: 1
     job_last: 1
-    q_bank: 1
+    q_bank: Q_BANK
 
 
 class Faults(data.Struct):
@@ -59,18 +61,18 @@ class Faults(data.Struct):
     illegal: 1
     bus_error: 1
     non_finite: 1
-    page: 12  # first page to blame
+    page: shapes.PAGE  # first page to blame
     page_known: 1
 
 
 class JobInfo(data.Struct):
     """What the writer must know of a job; sent once all its tiles are on their way."""
 
-    address: 64
-    tag: 32
-    pairs: 3
-    parts: 4
-    tokens: 32
+    address: shapes.ADDRESS
+    tag: shapes.TAG
+    pairs: shapes.PAIRS
+    parts: shapes.PARTS
+    tokens: shapes.N_TOKENS
     legal: 1
     faults: Faults
 
@@ -79,8 +81,8 @@ def q_layout(rows: int) -> data.StructLayout:
     """One write into the q store."""
     return data.StructLayout(
         {
-            "bank": 1,
-            "channel": 8,
+            "bank": Q_BANK,
+            "channel": shapes.CHANNEL,
             "weights": data.ArrayLayout(signed(WEIGHT_BITS), rows),
             "exponent": signed(Q_EXPONENT_BITS),
         }
@@ -162,7 +164,7 @@ class JobReader(wiring.Component):
                 "o_tile": Out(stream.Signature(Tile)),
                 "o_job": Out(stream.Signature(JobInfo)),
                 "finished": Out(1),
-                "n_jobs": Out(32),
+                "n_jobs": Out(ControlArgs["n_jobs"].shape),
                 "error": Out(1),
             }
         )
@@ -186,18 +188,23 @@ class JobReader(wiring.Component):
             value = beat[at : at + f.bits]
             return value.as_signed() if f.code.islower() else value
 
-        job_address, jobs_left = Signal(64), Signal(32)
+        bits = {field.name: field.bits for field in (*abi.JOB.fields, *abi.PAGE_ENTRY.fields)}
+        job_address, jobs_left = Signal(shapes.ADDRESS), Signal(len(self.args.n_jobs))
         tile, info = Signal(Tile), Signal(JobInfo)
         params = tile.params
-        page_tokens, group_size = Signal(16), Signal(8)
-        head_dim, kv_type = Signal(16), Signal(8)
-        q_offset, table_offset, partial_offset = Signal(32), Signal(32), Signal(32)
-        pages, pages_left = Signal(32), Signal(12)
-        channel = Signal(9)
+        page_tokens, group_size = Signal(shapes.PAGE_TOKENS), Signal(bits["group_size"])
+        head_dim, kv_type = Signal(bits["head_dim"]), Signal(bits["kv_type"])
+        q_offset, table_offset, partial_offset = (
+            Signal(shapes.OFFSET),
+            Signal(shapes.OFFSET),
+            Signal(shapes.OFFSET),
+        )
+        pages, pages_left = Signal(bits["n_pages"]), Signal(shapes.PAGE)
+        channel = Signal(shapes.ROWS)
         second = Signal()  # the entry in the upper half of the beat is next
-        entry_address, page_len = Signal(64), Signal(32)
+        entry_address, page_len = Signal(shapes.ADDRESS), Signal(bits["page_len"])
         entry_lost = Signal()
-        tokens_left = Signal(16)
+        tokens_left = Signal(shapes.PAGE_TOKENS)
         q_used = Signal(range(Q_BANKS + 1))
         q_take = Signal()
         m.d.sync += q_used.eq(q_used + q_take - self.q_free)
@@ -216,13 +223,16 @@ class JobReader(wiring.Component):
             ]
             return master.spans.ready
 
-        tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[7:])
-        mantissa = Signal(32)
+        tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[TILE_LOG2:])
+        most_per_page = abi.n_tiles(1, abi.MAX_PAGE_TOKENS)
+        mantissa = Signal(bits["score_mantissa"])
         legal = Signal()
         values = {
             "group_size": group_size, "kv_type": kv_type, "head_dim": head_dim,
             "page_tokens": page_tokens, "score_mantissa": mantissa, "n_pages": pages,
-            "n_tiles": small_product(pages[:12], tiles_per_page[:9]),
+            "n_tiles": small_product(
+                pages[: len(pages_left)], tiles_per_page[: most_per_page.bit_length()]
+            ),
             "q": q_offset, "page_table": table_offset, "partial": partial_offset,
         }  # fmt: skip
         m.d.comb += legal.eq(
@@ -241,7 +251,7 @@ class JobReader(wiring.Component):
                         tile.q_bank.eq(0),
                     ]
                     m.next = "Ask Job"
-                    with m.If(self.args.queue[:6] != 0):
+                    with m.If(self.args.queue[:BEAT_LOG2] != 0):
                         m.d.sync += [self.error.eq(1), self.finished.eq(1)]
                         m.next = "Idle"
             with m.State("Ask Job"):
@@ -286,13 +296,13 @@ class JobReader(wiring.Component):
                 m.d.sync += [
                     params.kv_type.eq(kv_type),
                     params.mantissa.eq(mantissa),
-                    params.parts.eq(head_dim[5:]),
+                    params.parts.eq(head_dim[LANES_LOG2:]),
                     params.pairs.eq((group_size + 1)[1:]),
                     tile.v_stride.eq(page_tokens),
                     pages_left.eq(pages),
                     info.address.eq(self.args.job + partial_offset),
                     info.pairs.eq((group_size + 1)[1:]),
-                    info.parts.eq(head_dim[5:]),
+                    info.parts.eq(head_dim[LANES_LOG2:]),
                     info.legal.eq(legal),
                     info.faults.illegal.eq(~legal),
                 ]
@@ -349,14 +359,18 @@ class JobReader(wiring.Component):
             with m.State("Check Page"):
                 # A page that cannot be read counts as one without tokens; the bus still sees a
                 # short read, of the first bytes of kv memory.
-                illegal = (entry_address[:12] != 0) | (page_len > page_tokens)
+                # abi.PAGE_ENTRY_LIMITS, the other way round
+                misplaced = entry_address[: exact_log2(abi.PAGE_ALIGN_BYTES)] != 0
+                illegal = misplaced | (page_len > page_tokens)
                 bad = illegal | entry_lost
-                address = Signal(64)
+                address = Signal(shapes.ADDRESS)
                 tokens = Mux(bad, 0, page_len)
                 m.d.comb += address.eq(self.args.kv + Mux(bad, 0, entry_address))
                 m.d.sync += [
                     tile.k_address.eq(address),
-                    tile.v_address.eq(address + (small_product(page_tokens, params.parts) << 6)),
+                    tile.v_address.eq(
+                        address + (small_product(page_tokens, params.parts) << BEAT_LOG2)
+                    ),
                     tile.page_first.eq(1),
                     tile.check.eq(tokens != 0),
                     tokens_left.eq(tokens),
@@ -376,7 +390,7 @@ class JobReader(wiring.Component):
                 ]
                 with m.If(self.o_tile.ready):
                     m.d.sync += [
-                        tile.k_address.eq(tile.k_address + (params.parts << 13)),
+                        tile.k_address.eq(tile.k_address + (params.parts << TILE_LOG2 + BEAT_LOG2)),
                         tile.v_address.eq(tile.v_address + abi.TILE_TOKENS * abi.BEAT_BYTES),
                         tile.page_first.eq(0),
                         tile.job_first.eq(0),
@@ -392,4 +406,8 @@ class JobReader(wiring.Component):
                 m.d.comb += [self.o_job.p.eq(info), self.o_job.valid.eq(1)]
                 with m.If(self.o_job.ready):
                     m.next = "Ask Job"
+        self.probes = {
+            "tile": tile, "info": info, "head_dim": head_dim, "channel": channel,
+            "pages_left": pages_left, "second": second, "q_used": q_used,
+        }  # fmt: skip
         return m

@@ -18,16 +18,17 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from . import abi
+from . import abi, shapes
 from .align import Align
 from .array import MacArray
-from .axi import AxiLite, Burst, Control, ReadBeat, WriteBeat, WriteMaster
+from .axi import RESP, AxiLite, Burst, Control, ReadBeat, WriteBeat, WriteMaster
 from .config import Config
-from .fetch import LANES, KvFetch
+from .fetch import KvFetch
 from .fifo import Queue
 from .jobs import Q_BANKS, JobInfo, JobReader, Tile
 from .merge import V_QUEUE_CHANNELS, Merge, PartialWriter, v_layout
-from .number import Q_EXPONENT_BITS, RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
+from .number import EXPONENT_BITS, Q_EXPONENT_BITS, RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
+from .shapes import BEAT_LOG2, LANES, TILE_LOG2
 from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
 
 RESET_CYCLES = 32  # longer than any delay line
@@ -62,7 +63,7 @@ class Kernel(wiring.Component):
                 "job_r": In(stream.Signature(ReadBeat)),
                 "job_aw": Out(stream.Signature(Burst)),
                 "job_w": Out(stream.Signature(WriteBeat)),
-                "job_b": In(stream.Signature(2)),
+                "job_b": In(stream.Signature(RESP)),
             }
         )
 
@@ -130,11 +131,10 @@ class Kernel(wiring.Component):
     def _weights(self, m, jobs, fetch, align, array, softmax):
         """The q store, and the choice between q and p as weights."""
         rows = self._config.rows
+        depth = Q_BANKS * abi.MAX_HEAD_DIM
         weights_shape = data.ArrayLayout(WEIGHT_BITS, rows)
-        m.submodules.q_weights = weights = Memory(shape=weights_shape, depth=Q_BANKS << 8, init=[])
-        m.submodules.q_exponents = exponents = Memory(
-            shape=Q_EXPONENT_BITS, depth=Q_BANKS << 8, init=[]
-        )
+        m.submodules.q_weights = weights = Memory(shape=weights_shape, depth=depth, init=[])
+        m.submodules.q_exponents = exponents = Memory(shape=Q_EXPONENT_BITS, depth=depth, init=[])
         address = Cat(jobs.o_q.p.channel, jobs.o_q.p.bank)
         for memory, value in ((weights, jobs.o_q.p.weights), (exponents, jobs.o_q.p.exponent)):
             write = memory.write_port()
@@ -156,7 +156,7 @@ class Kernel(wiring.Component):
         m.d.sync += is_v.eq(at.is_v)
         m.d.comb += [
             read.addr.eq(Cat(at.row, at.bank[0])),
-            softmax.p_address.eq(Cat(at.row[:7], at.bank)),
+            softmax.p_address.eq(Cat(at.row[:TILE_LOG2], at.bank)),
             array.x.eq(align.o_x),
             array.step.eq(align.o_step),
         ]
@@ -205,18 +205,26 @@ class Kernel(wiring.Component):
             heads.i.valid.eq(begin_k & block.pass_first),
         ]
 
+        self.probes = {"raw_held": raw_held, "v_held": v_held, "p_ready": p_ready}
+
         # What the results of an ended block need to know; at most two blocks are on their way.
         leaving_layout = data.StructLayout(
-            {"is_v": 1, "lanes": 6, "shift": range(SCORE_SHIFT_MAX + 1), "exponent": 12}
+            {
+                "is_v": 1,
+                "lanes": shapes.VALID_LANES,
+                "shift": range(SCORE_SHIFT_MAX + 1),
+                "exponent": EXPONENT_BITS,
+            }
         )
         m.submodules.leaving = leaving = Queue(leaving_layout, 4)
         shift = block.params.shift - block.exponent
+        shift_bits = len(leaving.i.p.shift)
         m.d.comb += [
             leaving.i.p.is_v.eq(block.is_v),
             leaving.i.p.lanes.eq(block.lanes),
             leaving.i.p.exponent.eq(block.exponent),
             leaving.i.p.shift.eq(
-                Mux(shift < 0, 0, Mux(shift > SCORE_SHIFT_MAX, SCORE_SHIFT_MAX, shift[:6]))
+                Mux(shift < 0, 0, Mux(shift > SCORE_SHIFT_MAX, SCORE_SHIFT_MAX, shift[:shift_bits]))
             ),
             leaving.i.valid.eq(align.end),
             leaving.o.ready.eq(array.o_valid & (array.o_lane == LANES - 1)),
@@ -234,7 +242,7 @@ class Kernel(wiring.Component):
     def _count(self, m, control, fetch, align, writer):
         """Performance counters. Those of the stream stand still between its beats, and catch up
         with the next one: what lies before the first and after the last beat does not count."""
-        counters = Signal(data.StructLayout(dict.fromkeys(PartialWriter.COUNTERS, 64)))
+        counters = Signal(data.StructLayout(dict.fromkeys(PartialWriter.COUNTERS, shapes.COUNTER)))
         m.d.comb += writer.counters.eq(counters)
         m.d.sync += [
             counters.cycles.eq(counters.cycles + 1),
@@ -246,7 +254,7 @@ class Kernel(wiring.Component):
             ("stream_cycles", 1), ("starved_cycles", align.starved),
             ("stalled_cycles", align.stalled),
         ):  # fmt: skip
-            running = Signal(64, name=f"{name}_running")
+            running = Signal(shapes.COUNTER, name=f"{name}_running")
             with m.If(streaming | align.issued):
                 m.d.sync += running.eq(running + event)
             with m.If(align.issued):
@@ -299,12 +307,12 @@ class Top(Elaboratable):
 
     @staticmethod
     def _burst(payload):
-        """AXI fields of a burst: full-width beats (size 6 = 64 bytes), INCR."""
+        """AXI fields of a burst: full-width beats (2^size bytes), INCR."""
         return {
             "id": Signal(1),
             "addr": payload.address,
             "len": payload.beats_less_1,
-            "size": Signal(3, init=6),
+            "size": Signal(3, init=BEAT_LOG2),
             "burst": Signal(2, init=1),
         }
 

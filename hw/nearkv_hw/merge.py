@@ -10,28 +10,31 @@ from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 
-from . import abi
-from .axi import BEAT_BITS, ControlArgs, Span
-from .fetch import EXPONENT_BITS, LANES
+from . import abi, shapes
+from .axi import BEATS, ControlArgs, Span
 from .fifo import Queue, delay, is_last
 from .jobs import Faults, JobInfo, small_product
 from .number import (
+    ACC_BITS,
+    EXPONENT_BITS,
     LIMB_BITS,
     LIMB_STEP,
     N_LIMBS,
+    PLACE_BITS,
     RUN_MAX_EMPTY,
     SUM_SHIFT,
     SUM_WIDE_SHIFT,
     TILE_MAX_BITS,
+    TOP_BITS,
     WINDOW_TOP,
 )
+from .shapes import BEAT_BITS, BEAT_LOG2, LANES, LANES_LOG2
 from .softmax import tile_sum_layout
 
-O_BITS = 48
-X_BITS = 18  # of tile_max + E
-TOP_BITS = 14
 V_QUEUE_CHANNELS = 512
+_LIMB_LOG2 = exact_log2(LIMB_STEP)
 
 Limbs = data.ArrayLayout(signed(LIMB_BITS), N_LIMBS)
 
@@ -40,13 +43,13 @@ class WideNumber(data.Struct):
     """A `number.Wide` as it is written to memory."""
 
     limbs: Limbs
-    top: signed(16)
+    top: signed(8 * abi.WIDE_BYTES - N_LIMBS * LIMB_BITS)
 
 
 def v_layout(rows: int) -> data.StructLayout:
     """The array's sums for one channel of a V block, and the block's exponent."""
     return data.StructLayout(
-        {"sums": data.ArrayLayout(signed(O_BITS), rows), "exponent": signed(EXPONENT_BITS)}
+        {"sums": data.ArrayLayout(signed(ACC_BITS), rows), "exponent": signed(EXPONENT_BITS)}
     )
 
 
@@ -76,8 +79,8 @@ class Accumulate(wiring.Component):
     def __init__(self):
         super().__init__(
             {
-                "o": In(signed(O_BITS)),
-                "exponent": In(signed(X_BITS)),
+                "o": In(signed(ACC_BITS)),
+                "exponent": In(signed(PLACE_BITS)),
                 "fresh": In(1),
                 "old_top": In(signed(TOP_BITS)),
                 "old": In(Limbs),
@@ -100,9 +103,9 @@ class Accumulate(wiring.Component):
         place = register(self.exponent + WINDOW_TOP, "place")
         fresh = register(self.fresh, "fresh_1")
         # 2: onto the limb grid.
-        z = Signal(signed(64), reset_less=True)
-        m.d.sync += z.eq((o << place[:4]) << 1)
-        own_top = register((place >> 4)[:TOP_BITS].as_signed(), "own_top")
+        z = Signal(signed(N_LIMBS * LIMB_STEP), reset_less=True)
+        m.d.sync += z.eq((o << place[:_LIMB_LOG2]) << 1)
+        own_top = register((place >> _LIMB_LOG2)[:TOP_BITS].as_signed(), "own_top")
         old_top = register(self.old_top, "old_top_2")
         fresh = register(fresh, "fresh_2")
         # 3: limbs that each operand moves down, at most all four.
@@ -122,7 +125,8 @@ class Accumulate(wiring.Component):
         z = register(z, "z_3")
         top = register(top, "top_3")
         # 4: add.
-        own_limbs = [z[16 * j : 16 * j + 16] for j in range(N_LIMBS - 1)] + [z[48:].as_signed()]
+        own_limbs = [z[LIMB_STEP * j :][:LIMB_STEP] for j in range(N_LIMBS - 1)]
+        own_limbs.append(z[LIMB_STEP * (N_LIMBS - 1) :].as_signed())
         old_limbs = [old[j] for j in range(N_LIMBS)]
         for j in range(N_LIMBS):
             terms = []
@@ -140,9 +144,6 @@ class Accumulate(wiring.Component):
             m.d.comb += self.limbs[j].eq(total)
         m.d.comb += [self.early_top.eq(top), self.top.eq(register(top, "top_4"))]
         return m
-
-
-assert LIMB_STEP == 16
 
 
 class Merge(wiring.Component):
@@ -176,7 +177,7 @@ class Merge(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        pairs = self._rows // 2
+        pairs = self._rows // abi.ROW_STEP
         pair_bits = (pairs - 1).bit_length()
         tile, head, v = self.i_tile.p, self.i_tile.p.head, self.i_v.p
         m.submodules.out = out = Queue(data.ArrayLayout(WideNumber, 2), 32)
@@ -187,14 +188,15 @@ class Merge(wiring.Component):
         # One step: a pair of rows of one element. Elements: 2 denominators, then the channels.
         go = Signal()
         in_sums, second = Signal(init=1), Signal()
-        channel, pair = Signal(8), Signal(range(max(pairs, 2)))
+        channel, pair = Signal(shapes.CHANNEL), Signal(range(max(pairs, 2)))
         held = Signal(range(out.depth + 1))
         pair_end = is_last(pair, head.params.pairs)
-        block_end = Mux(in_sums, second, channel[:5] == LANES - 1)
+        block_end = Mux(in_sums, second, channel[:LANES_LOG2] == LANES - 1)
         tile_end = Signal()
         m.d.comb += [
             tile_end.eq(
-                ~in_sums & pair_end & channel[:5].all() & is_last(channel[5:], head.params.parts)
+                ~in_sums & pair_end & channel[:LANES_LOG2].all()
+                & is_last(channel[LANES_LOG2:], head.params.parts)
             ),
             go.eq(
                 self.i_tile.valid & (in_sums | self.i_v.valid)
@@ -216,19 +218,20 @@ class Merge(wiring.Component):
                 with m.If(tile_end):
                     m.d.sync += [in_sums.eq(1), second.eq(0)]
 
+        # Tops of the parts, then of the denominators.
+        part = Mux(in_sums, shapes.MAX_PARTS, channel[LANES_LOG2:])
         place = Signal(
             data.StructLayout(
                 {
                     "valid": 1,
                     "in_sums": 1,
-                    "address": 8 + pair_bits,
-                    "top_address": 4 + pair_bits,
+                    "address": len(channel) + pair_bits,
+                    "top_address": len(part) + pair_bits,
                     "block_end": 1,
                     "out": 1,
                 }
             )
         )
-        part = Mux(in_sums, 8, channel[5:])
         m.d.comb += [
             place.valid.eq(go),
             place.in_sums.eq(in_sums),
@@ -248,12 +251,12 @@ class Merge(wiring.Component):
         )
         m.submodules.denominators = denominators = Memory(shape=row, depth=2 << pair_bits, init=[])
         tops_row = data.ArrayLayout(signed(TOP_BITS), 2)
-        m.submodules.tops = tops = Memory(shape=tops_row, depth=16 << pair_bits, init=[])
+        m.submodules.tops = tops = Memory(shape=tops_row, depth=1 << len(part) + pair_bits, init=[])
         reads = []
         units = []
         for i in range(2):
             m.submodules[f"accumulate_{i}"] = unit = Accumulate()
-            o, exponent = Signal(signed(O_BITS), name=f"o_{i}"), Signal(signed(X_BITS))
+            o, exponent = Signal(signed(ACC_BITS), name=f"o_{i}"), Signal(signed(PLACE_BITS))
 
             def pick(values, i=i):
                 return Array(values[2 * j + i] for j in range(pairs))[pair]
@@ -327,6 +330,10 @@ class Merge(wiring.Component):
             ]
             with m.If(go & tile_end):
                 m.d.sync += run_max.eq(largest)
+        self.probes = {
+            "places": later, "tops_write": tops_write, "held": held, "in_sums": in_sums,
+            "second": second, "channel": channel, "pair": pair,
+        }  # fmt: skip
         return m
 
 
@@ -355,7 +362,7 @@ class PartialWriter(wiring.Component):
                 "done": Out(1),
                 "args": In(ControlArgs),
                 "finished": In(1),
-                "n_jobs": In(32),
+                "n_jobs": In(ControlArgs["n_jobs"].shape),
                 "queue_error": In(1),
                 "i_job": In(stream.Signature(JobInfo)),
                 "i_faults_k": In(stream.Signature(Faults)),
@@ -366,15 +373,15 @@ class PartialWriter(wiring.Component):
                 "o": Out(stream.Signature(BEAT_BITS)),
                 "idle": In(1),
                 "error": In(1),
-                "counters": In(data.StructLayout(dict.fromkeys(self.COUNTERS, 64))),
+                "counters": In(data.StructLayout(dict.fromkeys(self.COUNTERS, shapes.COUNTER))),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
         job, end = self.i_job.p, self.i_end.p
-        written, failed = Signal(32), Signal(32)
-        beats_left, beats_out = Signal(16), Signal(64)
+        written, failed = Signal(len(self.n_jobs)), Signal(len(self.n_jobs))
+        beats_left, beats_out = Signal(BEATS), Signal(shapes.COUNTER)
         half, low = Signal(), Signal(BEAT_BITS // 2, reset_less=True)
 
         def record(layout, **values):
@@ -390,9 +397,10 @@ class PartialWriter(wiring.Component):
 
         # Faults of all stages; the first page blamed is the smallest of theirs.
         faults = [job.faults, self.i_faults_k.p, self.i_faults_v.p]
-        bad_page = Const(abi.NO_PAGE, 32)
+        page_bits = abi.PARTIAL_HEADER["bad_page"].bits
+        bad_page = Const(abi.NO_PAGE, page_bits)
         for n, fault in enumerate(faults):
-            page = Signal(32, name=f"page_{n}")
+            page = Signal(page_bits, name=f"page_{n}")
             use = fault.page_known & (job.legal if n else 1)
             m.d.comb += page.eq(Mux(use & (fault.page < bad_page), fault.page, bad_page))
             bad_page = page
@@ -400,7 +408,7 @@ class PartialWriter(wiring.Component):
         def either(name):
             return Cat(getattr(fault, name) for fault in faults).any()
 
-        status = Signal(32)
+        status = Signal(abi.PARTIAL_HEADER["status"].bits)
         m.d.comb += status.eq(abi.Status.DONE | Mux(job.faults.illegal, abi.Status.ILLEGAL_JOB, 0))
         with m.If(job.legal):
             m.d.comb += status.eq(
@@ -440,10 +448,10 @@ class PartialWriter(wiring.Component):
                 with m.Elif(self.finished & (written == self.n_jobs)):
                     m.next = "Drain"
             with m.State("Ask Elements"):
-                # (32 parts + 2) elements of 16 bytes, in pairs of rows.
-                beats = Signal(16)
+                # (32 parts + 2) elements of 16 bytes, in pairs of rows: two to a beat.
+                beats = Signal(BEATS)
                 m.d.comb += [
-                    beats.eq(small_product((job.parts << 4) + 1, job.pairs)),
+                    beats.eq(small_product((job.parts << LANES_LOG2 - 1) + 1, job.pairs)),
                     self.spans.p.address.eq(job.address + abi.PARTIAL_HEADER.bytes),
                     self.spans.p.beats.eq(beats),
                     self.spans.valid.eq(1),
@@ -493,7 +501,9 @@ class PartialWriter(wiring.Component):
             with m.State("Ask Summary"):
                 m.d.comb += [
                     # Whole beats only; the low bits of a misaligned offset do not count.
-                    self.spans.p.address.eq(self.args.job + (self.args.summary[6:] << 6)),
+                    self.spans.p.address.eq(
+                        self.args.job + (self.args.summary[BEAT_LOG2:] << BEAT_LOG2)
+                    ),
                     self.spans.p.beats.eq(abi.SUMMARY.bytes // abi.BEAT_BYTES),
                     self.spans.valid.eq(1),
                 ]
@@ -512,4 +522,5 @@ class PartialWriter(wiring.Component):
                 with m.If(self.idle):
                     m.d.comb += self.done.eq(1)
                     m.next = "Idle"
+        self.probes = {"half": half, "beats_left": beats_left, "written": written}
         return m

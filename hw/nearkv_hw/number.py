@@ -28,6 +28,7 @@ from .abi import MAX_TILES, SCALE_BITS, TILE_TOKENS, WIDE_BYTES, KvType
 
 # --- K and V ------------------------------------------------------------------------------------
 KV_BITS = 23  # an aligned element: sign and magnitude up to 2^22
+ALIGNED_BITS = KV_BITS + 1  # the same as a signed number
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class KvFormat:
 
 
 KV_FORMATS = {KvType.FP16: KvFormat(5, 10), KvType.BF16: KvFormat(8, 7)}
+FIELD_BITS = max(form.exponent_bits for form in KV_FORMATS.values())
 
 # --- q ------------------------------------------------------------------------------------------
 WEIGHT_BITS = 18
 WEIGHT_MAX = (1 << (WEIGHT_BITS - 1)) - 1
 Q_EXPONENT_MIN, Q_EXPONENT_MAX = -512, 511  # a channel in which every head is zero has the least
 Q_EXPONENT_BITS = 11  # as the card takes it from a query record
+EXPONENT_BITS = Q_EXPONENT_BITS + 1  # the same plus an element's exponent field
 ACC_BITS = 48
 
 # --- scores -------------------------------------------------------------------------------------
@@ -79,7 +82,8 @@ SCORE_INT_MAX = 32767
 SCORE_BITS = 36
 SCORE_LIMIT = SCORE_INT_MAX << SCORE_FRAC_BITS
 SCORE_SHIFT_MAX = 63
-EXPONENT_FLOOR = -1024  # the exponent of a K block before its first valid element
+# The exponent of a block before its first valid element, below all that an element can have.
+EXPONENT_FLOOR = -(1 << (Q_EXPONENT_BITS - 1))
 TILE_MAX_BITS = 16
 RUN_MAX_EMPTY = -32768  # maximum of no token at all
 
@@ -87,8 +91,9 @@ RUN_MAX_EMPTY = -32768  # maximum of no token at all
 P_BITS = 17
 P_MAX = (1 << P_BITS) - 1
 P_WIDE_FRAC_BITS = 22
-TILE_SUM_BITS = P_BITS + 7
-TILE_WIDE_BITS = P_WIDE_FRAC_BITS + 8
+P_DROP_BITS = P_WIDE_FRAC_BITS - P_BITS
+TILE_SUM_BITS = P_BITS + (TILE_TOKENS - 1).bit_length()
+TILE_WIDE_BITS = P_WIDE_FRAC_BITS + 1 + (TILE_TOKENS - 1).bit_length()
 # The two denominators enter the accumulator as one more element each, placed as high as o may be.
 SUM_SHIFT, SUM_WIDE_SHIFT = 22, 17
 SUM_UNIT = 39  # both count 2^(tile_max - 39) there
@@ -96,10 +101,13 @@ OUT_UNIT = P_BITS  # o counts 2^(tile_max + E - KvFormat.unit - 17)
 
 # --- exp2 ---------------------------------------------------------------------------------------
 EXP2_SEGMENTS = 16
+EXP2_U_BITS = SCORE_FRAC_BITS - (EXP2_SEGMENTS - 1).bit_length()  # of the place in a segment
 EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to P_WIDE_FRAC_BITS
 
 # --- wide accumulator ---------------------------------------------------------------------------
 LIMB_STEP = 16  # one limb counts 2^16 of the limb below
+PLACE_BITS = TILE_MAX_BITS + 2  # tile_max + E: what o counts
+TOP_BITS = PLACE_BITS - (LIMB_STEP - 1).bit_length()  # the same in limbs
 LIMB_BITS = 28  # stored: 2^11 tiles of 16-bit parts, signed
 N_LIMBS = 4
 WINDOW_TOP = 47  # |o| < 2^47, so o * 2^X stays below 2^(X + 47)
@@ -193,9 +201,9 @@ def exp2(fraction: np.ndarray) -> np.ndarray:
     Relative error below 2^-20.5, checked over all 2^20 inputs in tests/hw/test_number.py.
     """
     a0, a1, a2 = exp2_table().T
-    segment, u = fraction >> 16, fraction & 0xFFFF
-    slope = a1[segment] + ((a2[segment] * u) >> 16)
-    value = a0[segment] + ((slope * u) >> 16)
+    segment, u = fraction >> EXP2_U_BITS, fraction & ((1 << EXP2_U_BITS) - 1)
+    slope = a1[segment] + ((a2[segment] * u) >> EXP2_U_BITS)
+    value = a0[segment] + ((slope * u) >> EXP2_U_BITS)
     drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
     return (value + (1 << (drop - 1))) >> drop
 

@@ -7,12 +7,14 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 import numpy as np
 
-from . import abi, number
-from .fifo import Queue, delay, is_last
+from . import abi, number, shapes
+from .fifo import Queue, delay, is_last, stages
 from .jobs import Params, small_product
 from .number import (
     EXP2_FRAC_BITS,
+    EXP2_U_BITS,
     P_BITS,
+    P_DROP_BITS,
     P_MAX,
     P_WIDE_FRAC_BITS,
     RAW_BITS,
@@ -29,6 +31,8 @@ from .number import (
 )
 from .primitives import ADD_C, ADD_NONE, ADD_PCIN_17, Dsp48e2, UltraScalePlus
 
+_HALF = 1 << (P_DROP_BITS - 1)
+
 
 def score_model(raw, mantissa, shift):
     """Scores of array sums: int64 with 20 fraction bits, and whether one left the range.
@@ -44,39 +48,40 @@ def score_model(raw, mantissa, shift):
     return np.clip(score, -SCORE_LIMIT, SCORE_LIMIT), np.abs(score) > SCORE_LIMIT
 
 
-def model(score, keep):
+def model(score, valid):
     """Weights, maximum and sums of tiles, bit for bit as the gateware does.
 
     Parameters
     ----------
     score : int64 (..., tokens)
         Scores in log2 units with 20 fraction bits.
-    keep : bool, broadcastable to score
+    valid : bool, broadcastable to score
         False where there is no token.
 
     Returns
     -------
     p : int64 (..., tokens)
-        2^(score - tile_max), 17 bits; 0 where not kept.
+        2^(score - tile_max), 17 bits; 0 where there is no token.
     tile_max : int64 (...)
-        Smallest integer not below any kept score; RUN_MAX_EMPTY if none is kept.
+        Smallest integer not below any valid score; RUN_MAX_EMPTY if none is valid.
     tile_sum, tile_wide : int64 (...)
         Sum of p; sum of 2^(score - tile_max) with 22 fraction bits, not rounded to 17 bits first.
     """
     unit = 1 << SCORE_FRAC_BITS
-    keep = np.broadcast_to(keep, score.shape)
+    valid = np.broadcast_to(valid, score.shape)
     ceiling = -(-score >> SCORE_FRAC_BITS)
-    tile_max = np.where(keep, ceiling, RUN_MAX_EMPTY).max(axis=-1)
-    below = np.where(keep, score - tile_max[..., None] * unit, 0)
+    tile_max = np.where(valid, ceiling, RUN_MAX_EMPTY).max(axis=-1)
+    below = np.where(valid, score - tile_max[..., None] * unit, 0)
     power = number.exp2(below & (unit - 1))
     wide = power >> np.minimum(-(below >> SCORE_FRAC_BITS), P_WIDE_FRAC_BITS + 1)
-    wide = np.where(keep, wide, 0)
-    p = np.minimum((wide + 16) >> 5, P_MAX)
+    wide = np.where(valid, wide, 0)
+    p = np.minimum((wide + _HALF) >> P_DROP_BITS, P_MAX)
     return p, tile_max, p.sum(axis=-1), wide.sum(axis=-1)
 
 
 RAW_QUEUE_TOKENS = 512
 SCORE_QUEUE_PAIRS = 1024
+MAXIMA_QUEUE_TILES = SUMS_QUEUE_TILES = 4
 P_BANKS = 4
 
 
@@ -84,7 +89,7 @@ class TileHead(data.Struct):
     """What the softmax and the merge must know of a tile."""
 
     params: Params
-    tokens: 8
+    tokens: shapes.TOKENS
     job_first: 1
     job_last: 1
 
@@ -159,7 +164,7 @@ class Score(wiring.Component):
         product = Cat(low_bits, high_bits)[: RAW_BITS + SCALE_BITS].as_signed()
         shift = delay(m, self.shift, 4, "shift")
         # 5..7: shift by 16s, 4s and 1s, one bit less than asked: that bit rounds.
-        less = Signal(6)
+        less = Signal(range(SCORE_SHIFT_MAX + 1))
         m.d.comb += less.eq(Mux(shift == 0, 0, shift - 1))
         value = product
         for stage, at in enumerate((4, 2, 0)):
@@ -225,7 +230,7 @@ class Exp2(wiring.Component):
         n = Signal(range(most + 1), reset_less=True)
         m.d.sync += n.eq(Mux(halvings > most, most, halvings))
         # 2: which segment, and where in it: (a2 u + a1) u + a0.
-        segment, u = fraction[16:], fraction[:16]
+        segment, u = fraction[EXP2_U_BITS:], fraction[:EXP2_U_BITS]
         drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
         table = number.exp2_table() + [1 << (drop - 1), 0, 0]  # a0 rounds, too
 
@@ -238,25 +243,27 @@ class Exp2(wiring.Component):
         a0, a1, a2 = (register(coefficient(i), f"a{i}") for i in range(3))
         u = register(u, "u")
         # 3..7: Horner. The first product is small: without DSP, by halves.
-        low = register(small_product(a2, u[:8]), "curve_low")
-        high = register(small_product(a2, u[8:]), "curve_high")
-        curve = low + (high << 8)
-        slope = (delay(m, a1, 1, "a1") + (curve >> 16))[: len(a1)]  # the table has room for it
+        half = EXP2_U_BITS // 2
+        low = register(small_product(a2, u[:half]), "curve_low")
+        high = register(small_product(a2, u[half:]), "curve_high")
+        curve = low + (high << half)
+        # The table has room for it.
+        slope = (delay(m, a1, 1, "a1") + (curve >> EXP2_U_BITS))[: len(a1)]
         slope = register(slope, "slope")
         power = Signal(P_WIDE_FRAC_BITS + 1)
         if isinstance(platform, UltraScalePlus):
             line = Dsp48e2(
                 m, "line", a=slope, b=delay(m, u, 2, "u"),
-                add=ADD_C, c=Cat(C(0, 16), delay(m, a0, 3, "a0")),
+                add=ADD_C, c=Cat(C(0, EXP2_U_BITS), delay(m, a0, 3, "a0")),
             )  # fmt: skip
-            m.d.comb += power.eq(line.p[16 + drop :])
+            m.d.comb += power.eq(line.p[EXP2_U_BITS + drop :])
         else:
             line = register(register(slope, "slope_5") * delay(m, u, 3, "u"), "line")
-            total = delay(m, a0, 4, "a0") + (line >> 16)
+            total = delay(m, a0, 4, "a0") + (line >> EXP2_U_BITS)
             m.d.comb += power.eq(register(total >> drop, "power"))
         # 8: halve; 9: round to 17 bits.
         wide = register(power >> delay(m, n, 5, "n"), "wide")
-        rounded = (wide + 16) >> 5
+        rounded = (wide + _HALF) >> P_DROP_BITS
         p = Signal(P_BITS, reset_less=True)
         m.d.sync += p.eq(Mux(rounded > P_MAX, P_MAX, rounded))
         m.d.comb += [self.p.eq(p), self.wide.eq(delay(m, wide, 1, "wide"))]
@@ -312,9 +319,10 @@ class Softmax(wiring.Component):
                 "saturated": 1,
             }
         )
-        m.submodules.maxima = maxima = Queue(maxima_layout, 4)
-        m.submodules.sums = sums = Queue(tile_sum_layout(rows), 4)
+        m.submodules.maxima = maxima = Queue(maxima_layout, MAXIMA_QUEUE_TILES)
+        m.submodules.sums = sums = Queue(tile_sum_layout(rows), SUMS_QUEUE_TILES)
         wiring.connect(m, sums.o, wiring.flipped(self.o_sum))
+        self.probes = {}
         self._score(m, pairs, scores, maxima)
         self._weigh(m, pairs, scores, maxima, sums)
         return m
@@ -326,7 +334,7 @@ class Softmax(wiring.Component):
         Returns (pair, first token, last pair of the token, last step of the tile).
         """
         token = Signal(range(abi.TILE_TOKENS), name=f"{name}_token")
-        pair = Signal(range(abi.MAX_ROWS // 2), name=f"{name}_pair")
+        pair = Signal(range(shapes.MAX_PAIRS), name=f"{name}_pair")
         pair_end, tile_end = Signal(name=f"{name}_pair_end"), Signal(name=f"{name}_tile_end")
         m.d.comb += [
             pair_end.eq(is_last(pair, head.params.pairs)),
@@ -361,7 +369,14 @@ class Softmax(wiring.Component):
         ]
         place = Signal(
             data.StructLayout(
-                {"valid": 1, "first": 1, "pair": 3, "end": 1, "empty": 1, "head": TileHead}
+                {
+                    "valid": 1,
+                    "first": 1,
+                    "pair": shapes.PAIRS,
+                    "end": 1,
+                    "empty": 1,
+                    "head": TileHead,
+                }
             )
         )
         m.d.comb += [
@@ -372,9 +387,15 @@ class Softmax(wiring.Component):
             place.empty.eq(empty),
             place.head.eq(head),
         ]
-        scored = delay(m, place, Score.latency, "scored")
+        scores_due = stages(m, place, Score.latency, "scored")
+        scored = scores_due[-1]
         later = delay(m, scored, 1, "ceiled")
         ended = delay(m, later, 1, "ended")
+        self.probes |= {
+            "score_go": go, "score_place": place, "scores_due": scores_due,
+            "maxima_due": [*scores_due, later, ended],
+            "scores_held": held, "tiles_held": held_tiles,
+        }  # fmt: skip
         saturated, any_saturated = Signal(), Signal()
         for i in range(2):
             m.submodules[f"score_{i}"] = score = Score()
@@ -438,7 +459,14 @@ class Softmax(wiring.Component):
                 m.d.sync += bank.eq(bank + 1)
         place = Signal(
             data.StructLayout(
-                {"valid": 1, "first": 1, "pair": 3, "address": 9, "end": 1, "empty": 1}
+                {
+                    "valid": 1,
+                    "first": 1,
+                    "pair": shapes.PAIRS,
+                    "address": range(P_BANKS * abi.TILE_TOKENS),
+                    "end": 1,
+                    "empty": 1,
+                }
             )
         )
         m.d.comb += [
@@ -449,8 +477,13 @@ class Softmax(wiring.Component):
             place.end.eq(go & tile_end),
             place.empty.eq(empty),
         ]
-        later = delay(m, place, Exp2.latency, "weighed")
+        weights_due = stages(m, place, Exp2.latency, "weighed")
+        later = weights_due[-1]
         ended = delay(m, later, 1, "summed")
+        self.probes |= {
+            "weigh_place": place, "weights_due": weights_due, "sums_due": [*weights_due, ended],
+            "sums_held": held, "banks_used": banks_used, "bank": bank, "begun": begun,
+        }  # fmt: skip
         units = []
         for i in range(2):
             m.submodules[f"exp2_{i}"] = exp2 = Exp2()

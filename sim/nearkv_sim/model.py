@@ -217,20 +217,20 @@ class _Job:
             v_all = v_words.reshape(parts, layout.page_tokens, abi.BLOCK_TOKENS)
             v[i] = v_all[:, first : first + tile_tokens]
         tokens = np.array([count for _, _, count in tiles])
-        keep = np.arange(tile_tokens) < tokens[:, None]  # (tiles, tile_tokens)
+        valid = np.arange(tile_tokens) < tokens[:, None]  # (tiles, tile_tokens)
 
-        keep_k = keep.reshape(len(tiles), blocks, 1, abi.BLOCK_TOKENS)
-        x, exponent, bad_k = align.model(k, self.kv_type, self.exponent, keep_k)
+        valid_k = valid.reshape(len(tiles), blocks, 1, abi.BLOCK_TOKENS)
+        x, exponent, bad_k = align.model(k, self.kv_type, self.exponent, valid_k)
         raw = (self.weight @ x.astype(np.float64)).astype(np.int64)  # (tiles, blocks, rows, 32)
         score, beyond = softmax.score_model(
             raw, self.record["score_mantissa"],
             (self.record["score_shift"] - exponent)[:, :, None, None],
         )  # fmt: skip
-        saturated = (beyond & keep_k).any()
+        saturated = (beyond & valid_k).any()
         score = score.swapaxes(1, 2).reshape(len(tiles), self.rows, tile_tokens)
-        p, tile_max, tile_sum, tile_wide = softmax.model(score, keep[:, None])
+        p, tile_max, tile_sum, tile_wide = softmax.model(score, valid[:, None])
 
-        x, exponent, bad_v = align.model(v, self.kv_type, 0, keep[:, None, :, None])
+        x, exponent, bad_v = align.model(v, self.kv_type, 0, valid[:, None, :, None])
         o = (p[:, None].astype(np.float64) @ x.astype(np.float64)).astype(np.int64)
         # o: (tiles, parts, rows, 32) -> (tiles, head_dim, rows)
         place = tile_max[:, None, :] + exponent[:, :, None]  # (tiles, parts, rows)

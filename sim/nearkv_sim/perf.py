@@ -20,10 +20,16 @@ from nearkv_hw.array import MacArray
 from nearkv_hw.axi import WriteMaster
 from nearkv_hw.config import Config
 from nearkv_hw.merge import V_QUEUE_CHANNELS
-from nearkv_hw.softmax import P_BANKS, RAW_QUEUE_TOKENS, SCORE_QUEUE_PAIRS, Exp2, Score
-
-LANES = abi.BLOCK_TOKENS
-BURST_BEATS = abi.BURST_BYTES // abi.BEAT_BYTES
+from nearkv_hw.shapes import BURST_BEATS, LANES
+from nearkv_hw.softmax import (
+    MAXIMA_QUEUE_TILES,
+    P_BANKS,
+    RAW_QUEUE_TOKENS,
+    SCORE_QUEUE_PAIRS,
+    SUMS_QUEUE_TILES,
+    Exp2,
+    Score,
+)
 
 # From the last beat of a block at the bus to its announcement: registers, five stages of exponents,
 # and the way through the queue of blocks.
@@ -36,7 +42,6 @@ _LEAVE = Align.latency + MacArray.latency + 2
 # From a tile's last score to its maxima, from its last weight to its V pass.
 _MAXIMA = Score.latency + 3
 _P_READY = Exp2.latency + 2
-_MAXIMA_QUEUE = _SUMS_QUEUE = 4  # tiles
 
 
 @dataclass(frozen=True)
@@ -249,16 +254,16 @@ class _Run:
             for i in range(max(0, -at), len(steps)):
                 if at + i < len(self.weigh.times):
                     steps[i] = max(steps[i], self.weigh.times[at + i] + 1)
-            if n == 0 and tiles >= _MAXIMA_QUEUE:
-                steps[0] = max(steps[0], self.weigh_ends[tiles - _MAXIMA_QUEUE] + 1)
+            if n == 0 and tiles >= MAXIMA_QUEUE_TILES:
+                steps[0] = max(steps[0], self.weigh_ends[tiles - MAXIMA_QUEUE_TILES] + 1)
             self.raw_freed.times.extend(self.score.run(steps)[pairs - 1 :: pairs])
         # Weights: when the maxima are known, a bank of the p store is free, and so is a place for
         # the sums.
         start = self.score.times[-1] + _MAXIMA
         if tiles >= P_BANKS:
             start = max(start, self.v_ends[tiles - P_BANKS] + 1)
-        if tiles >= _SUMS_QUEUE:
-            start = max(start, self.merge_ends[tiles - _SUMS_QUEUE] + 1)
+        if tiles >= SUMS_QUEUE_TILES:
+            start = max(start, self.merge_ends[tiles - SUMS_QUEUE_TILES] + 1)
         done = self.weigh.run(np.full(tokens * pairs, start))[-1]
         self.weigh_ends.append(done)
         return _Tile(head_dim // LANES, pairs, tokens, done + _P_READY)

@@ -44,6 +44,14 @@ def amount(text: str) -> float:
     return value
 
 
+def own_directory(text: str) -> Path:
+    """The kind of a directory that is made where it is missing, for `type=`; its parent has to exist."""
+    path = Path(text)
+    if os.path.lexists(path) or not path.absolute().parent.is_dir():
+        return existing_directory(text)
+    return path
+
+
 def existing_directory(text: str) -> Path:
     """The kind of a directory that pages go to, for `type=`.
 

@@ -3,13 +3,16 @@
 
 from collections.abc import Iterator
 import contextlib
+import inspect
+import shlex
 import sys
 import threading
 import time
 from typing import Any
+import uuid
 
 from . import extras
-from .arguments import existing_directory, whole
+from .arguments import existing_directory, own_directory, whole
 
 PROMPT = """\
 The lighthouse at Cape Arrow was built in 1871 by Maria Lindqvist, an engineer from Gothenburg. \
@@ -30,29 +33,31 @@ changed.
 
 What is the second tower made of, and how tall is it?"""
 # Of a model's own generation settings, those that greedy decoding of one sequence keeps.
-_KEPT = (
+_OWN = (
     "bos_token_id", "eos_token_id", "pad_token_id", "repetition_penalty", "no_repeat_ngram_size",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
 )  # fmt: skip
 _LONGEST_MESSAGE = 500
+# Tokens of a kept text that decide how the next ones are written: spaces, and what is not ASCII.
+_CONTEXT = 16
 
 
 def add_arguments(parser) -> None:
     """Add the options of `nearkv generate` to an argparse parser."""
     add = parser.add_argument
     add("--model", help="directory, .gguf file or name of a model (default: SmolLM2-135M-Instruct)")
-    add("--prompt", default=PROMPT, help="text, or - for standard input (default: built in)")
+    add("--prompt", help="text, or - for standard input (default: built in)")
     add("--raw", action="store_true", help="continue the prompt itself, without a chat template")
-    add("--max-new-tokens", type=whole(), default=64, metavar="N", help="default: %(default)s")
+    add(
+        "--max-new-tokens", type=whole(0), default=64, metavar="N",
+        help="default: %(default)s; 0 only reads the prompt, for --keep",
+    )  # fmt: skip
     add("--card", help="model, twin or rtl; several with commas (default: twin)")
     add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
     add(
-        "--kv-dir",
-        type=existing_directory,
-        action="append",
-        metavar="DIR",
+        "--kv-dir", type=existing_directory, action="append", metavar="DIR",
         help="where page files go; may be repeated, once for each card (default: for temporary files)",
-    )
+    )  # fmt: skip
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
     add("--page-tokens", type=whole(), metavar="N", help="default: 128, or as planned")
     add(
@@ -61,6 +66,15 @@ def add_arguments(parser) -> None:
         help="plan what goes to flash and how, for a machine: a name of `nearkv plan --list`, or a file "
         "that `nearkv plan --measure FILE` wrote",
     )
+    add(
+        "--keep", type=own_directory, action="append", metavar="DIR",
+        help="keep the text and its KV cache in a directory of its own; may be repeated as --kv-dir",
+    )  # fmt: skip
+    add(
+        "--resume", type=existing_directory, action="append", metavar="DIR",
+        help="go on behind what was kept there with the same model, with --prompt as the next turn. What "
+        "is kept stays as it is, unless --keep names the same directory",
+    )  # fmt: skip
 
 
 def run(options) -> int:
@@ -73,44 +87,98 @@ def run(options) -> int:
     """
     # What is quick to check comes first: nobody should wait for a card or a model to learn of a slip.
     extras.require("nearkv generate", "torch", "transformers", "safetensors")
-    prompt = _prompt(options.prompt)
-    names = options.card.split(",") if options.card else [None]
-    directories = options.kv_dir or [None]
-    if len(directories) not in (1, len(names)):
-        raise ValueError(
-            f"--kv-dir is given {len(directories)} times, and there are {len(names)} in --card; "
-            "give it once, or once for each card"
-        )
+    cards = options.card.split(",") if options.card else [None]
+    where = _directories(options, len(cards))
+    prompt = None if options.prompt is None else _prompt(options.prompt)
     machine = _machine(options.machine)
     from .hf import models
 
     found = models.find(options.model, say=_say)
     with contextlib.ExitStack() as closing:
-        cards = _open_cards(names, options.card_config, closing)
-        from .hf.cache import NearStorageCache
-
+        cards = _open_cards(cards, options.card_config, closing)
         model, tokenizer = models.load(found, say=_say)
-        with _answerable(model, "be prompted"):
-            inputs = _tokens(tokenizer, prompt, options.raw)
-        n_prompt = inputs["input_ids"].shape[1]
-        if not n_prompt:
+        who = {"model": models.fingerprint(model), "tokenizer": tokenizer}
+        if options.resume:
+            cache, kept = _resume(model, cards, where, who)
+            closing.enter_context(cache)
+            ids = _go_on(model, tokenizer, cache, kept, prompt, options.raw)
+        else:
+            # A text without an answer waits for more: the turn of the answer is not opened.
+            text = PROMPT if prompt is None else prompt
+            ids = _tokens(model, tokenizer, text, options.raw, bool(options.max_new_tokens))
+        n_tokens = ids.shape[1]
+        if not n_tokens:
             raise ValueError("the tokenizer makes no tokens of this prompt")
-        _check_positions(model, n_prompt + options.max_new_tokens)
-        given = {"page_tokens": options.page_tokens, "kv_dtype": options.kv_dtype}
-        arguments = {name: value for name, value in given.items() if value is not None}
-        if machine is not None:
-            arguments = _plan(model, machine, n_prompt, options) | arguments
-        if len(cards) > 1:
-            arguments["weights"] = "measure"
-        where = directories[0] if len(directories) == 1 else directories
-        with _answerable(model, "have its cache on flash"):
-            cache = NearStorageCache(model.config, where, cards, **arguments)
-        with cache:
-            start = time.perf_counter()
-            times = _generate(model, tokenizer, cache, inputs, options.max_new_tokens)
-            for line in _report(cache, n_prompt, start, times):
-                _say(line)
+        _check_positions(model, n_tokens + options.max_new_tokens)
+        if not options.resume:
+            cache = closing.enter_context(
+                _new_cache(model, cards, where, n_tokens, machine, options)
+            )
+        n_kept = cache.get_seq_length()
+        start = time.perf_counter()
+        if options.max_new_tokens:
+            ids, times = _generate(model, tokenizer, cache, ids, options.max_new_tokens, prompt)
+        else:
+            times = [_read(model, cache, ids)]
+        for line in _report(cache, n_tokens, n_kept, start, times, bool(options.max_new_tokens)):
+            _say(line)
+        if options.keep:
+            cache.save(ids, **who)
+            _say(f"kept {ids.shape[1]} tokens; go on with: nearkv generate "
+                 f"{f'--model {shlex.quote(options.model)} ' if options.model else ''}"
+                 f"{' '.join(f'--resume {shlex.quote(str(one))}' for one in options.keep)}")  # fmt: skip
     return 0
+
+
+def _directories(options, n_cards: int) -> list | None:
+    """Where pages go: one directory, or one for each card; None: where temporary files do.
+
+    Raises
+    ------
+    ValueError
+        If the options do not belong together.
+    """
+    if options.resume and options.keep and options.resume != options.keep:
+        raise ValueError(
+            "--keep with --resume saves the longer text in the same directory; to have both, copy the "
+            f"directory first, and resume the copy: cp -r {shlex.quote(str(options.resume[0]))} COPY"
+        )
+    fixed = ("kv_dir", "kv_dtype", "page_tokens", "machine") if options.resume else ()
+    for name in fixed or (("kv_dir",) if options.keep else ()):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not go with --{'resume' if fixed else 'keep'}, whose "
+                "directory holds the pages" + (" and says how they are made" if fixed else "")
+            )
+    if not options.max_new_tokens and not options.keep:
+        raise ValueError("--max-new-tokens 0 only reads the prompt; it goes with --keep")
+    if options.keep and not options.resume:
+        _check_not_kept(options.keep)
+    name = "resume" if options.resume else "keep" if options.keep else "kv_dir"
+    given = getattr(options, name)
+    if given and not options.resume and len(given) not in (1, n_cards):
+        raise ValueError(
+            f"--{name.replace('_', '-')} is given {len(given)} times, and there are {n_cards} in "
+            "--card; give it once, or once for each card"
+        )
+    return given
+
+
+def _check_not_kept(where: list) -> None:
+    """Raise ValueError if something is kept in these directories."""
+    from .io import FlashError
+    from .store import KvStore
+
+    try:
+        layout, n_kv_heads, n_shards = KvStore.describe(where)
+    except FlashError:
+        return  # none, or a damaged one, of which the cache will say what is wrong
+    with KvStore(where, layout, n_kv_heads, n_shards=n_shards) as store:
+        if store.saved() is not None:
+            raise ValueError(
+                f"something is kept in {where[0]}: go on with it by --resume, and --keep the longer "
+                "text there too if you like; or choose another directory"
+            )
 
 
 def _say(line: str) -> None:
@@ -170,16 +238,97 @@ def _open_cards(names: list, config: str | None, closing: contextlib.ExitStack) 
     return cards
 
 
-def _tokens(tokenizer, prompt: str, raw: bool) -> dict[str, Any]:
-    """input_ids and attention_mask of the prompt, in the model's chat template if it has one."""
-    if raw or not tokenizer.chat_template:
-        found = tokenizer(prompt, return_tensors="pt")
-    else:
+def _new_cache(model, cards: list, where, n_prompt: int, machine, options):
+    """An empty cache as the options, and the plan for the machine, want it."""
+    from .hf.cache import NearStorageCache
+
+    given = {"page_tokens": options.page_tokens, "kv_dtype": options.kv_dtype}
+    arguments: dict[str, Any] = {name: x for name, x in given.items() if x is not None}
+    if machine is not None:
+        arguments = _plan(model, machine, n_prompt, options) | arguments
+    if options.keep:
+        arguments["persistent"] = True
+    if len(cards) > 1:
+        arguments["weights"] = "measure"
+    with _answerable(model, "have its cache on flash"):
+        return NearStorageCache(model.config, _one(where), cards, **arguments)
+
+
+def _resume(model, cards: list, where, who: dict):
+    """The cache that was kept in a directory, and its tokens (1, n)."""
+    from .hf.cache import NearStorageCache
+
+    weights = "measure" if len(cards) > 1 else None
+    with _answerable(model, "have its cache on flash"):
+        cache = NearStorageCache.open(_one(where), model.config, cards, weights=weights, **who)
+    kept = cache.token_ids
+    if kept is None or len(kept) != 1:
+        cache.close()
+        raise ValueError(f"{where[0]}: what is saved there was not kept by nearkv generate")
+    return cache, kept
+
+
+def _one(where: list | None):
+    return where[0] if where and len(where) == 1 else where
+
+
+def _tokens(model, tokenizer, prompt: str, raw: bool, opens_answer: bool):
+    """Tokens (1, n) of a prompt, in the model's chat template if it has one."""
+    with _answerable(model, "be prompted"):
+        if raw or not tokenizer.chat_template:
+            return tokenizer(prompt, return_tensors="pt")["input_ids"]
         messages = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    return {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=opens_answer, return_tensors="pt", return_dict=True
+        )["input_ids"]
+
+
+def _go_on(model, tokenizer, cache, kept, prompt: str | None, raw: bool):
+    """Tokens (1, n) of the kept text and the next turn; without a prompt, of the kept text.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to go on with.
+    """
+    import torch
+
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    # The last token of an answer was said, and not yet seen.
+    answered = kept.shape[1] > cache.get_seq_length()
+    ended = answered and kept[0, -1].item() in ends
+    if prompt is None:
+        if ended or not answered:
+            what = "has come to its end" if ended else "is a prompt alone"
+            raise ValueError(f"the kept text {what}; add to it with --prompt")
+        return kept
+    if ended:  # what follows says itself how a turn ends
+        kept = kept[:, :-1]
+    with _answerable(model, "be prompted"):
+        if not raw and tokenizer.chat_template:
+            prompt = _turn(tokenizer, prompt, answered)
+        turn = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if not turn.shape[1]:
+        raise ValueError("the tokenizer makes no tokens of this prompt")
+    return torch.cat([kept, turn.to(kept.dtype)], dim=1)
+
+
+def _turn(tokenizer, prompt: str, behind_answer: bool) -> str:
+    """A turn in the model's chat template, without what begins a conversation.
+
+    behind_answer : whether an answer is still to be closed.
+    """
+    answer = uuid.uuid4().hex
+    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    turn = {"role": "user", "content": prompt}
+    text = tokenizer.apply_chat_template(before, tokenize=False)
+    longer = tokenizer.apply_chat_template(
+        [*before, turn], tokenize=False, add_generation_prompt=True
+    )
+    if longer.count(answer) != 1 or not longer.startswith(text):
+        raise ValueError("its chat template has no further turns; --raw does without it")
+    return longer.partition(answer)[2] if behind_answer else longer.removeprefix(text)
 
 
 def _check_positions(model, n_tokens: int) -> None:
@@ -270,14 +419,30 @@ def _plan(model, machine, n_prompt: int, options) -> dict:
     return chosen.cache_arguments()
 
 
-def _generate(model, tokenizer, cache, inputs: dict, max_new_tokens: int) -> list[float]:
-    """Print what the model says; when each token came."""
+def _read(model, cache, ids) -> float:
+    """Let the model read tokens that the cache does not hold yet; when that was done."""
+    import torch
+
+    new = ids[:, cache.get_seq_length() :]
+    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    with _answerable(model, "be run with nearkv"), _progress(model), torch.no_grad():
+        model(input_ids=new, attention_mask=torch.ones_like(ids), **options)
+    return time.perf_counter()
+
+
+def _generate(model, tokenizer, cache, ids, max_new_tokens: int, prompt: str | None):
+    """Print what the model says; tokens (1, n) in all, and when each new one came.
+
+    prompt : None if the answer goes on in the middle.
+    """
+    import torch
     from transformers import GenerationConfig, TextStreamer
 
-    own = model.generation_config
-    kept = {name: getattr(own, name, None) for name in _KEPT}
+    own = {name: getattr(model.generation_config, name, None) for name in _OWN}
     model.generation_config = GenerationConfig(
-        **{name: value for name, value in kept.items() if value is not None},
+        **{name: value for name, value in own.items() if value is not None},
         do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
     )  # fmt: skip
     if model.generation_config.pad_token_id is None:  # asked for, but there is nothing to pad
@@ -291,14 +456,20 @@ def _generate(model, tokenizer, cache, inputs: dict, max_new_tokens: int) -> lis
                 super().put(value)
                 if not is_prompt:
                     times.append(time.perf_counter())
+                elif prompt is None:
+                    self.token_cache = value[0, -_CONTEXT:].tolist()
+                    self.print_len = len(tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
             def on_finalized_text(self, text, stream_end=False):
                 prefilled()
                 super().on_finalized_text(text, stream_end)
 
         streamer = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        model.generate(**inputs, past_key_values=cache, streamer=streamer, tokenizer=tokenizer)
-    return times
+        ids = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+            streamer=streamer, tokenizer=tokenizer,
+        )  # fmt: skip
+    return ids, times
 
 
 @contextlib.contextmanager
@@ -325,7 +496,9 @@ def _progress(model):
         done()
 
 
-def _report(cache, n_prompt: int, start: float, times: list[float]) -> Iterator[str]:
+def _report(
+    cache, n_tokens: int, n_kept: int, start: float, times: list[float], answered: bool
+) -> Iterator[str]:
     """The closing lines of figures."""
     figures, store = cache.figures, cache.store
     decode_s = times[-1] - times[0]
@@ -333,10 +506,13 @@ def _report(cache, n_prompt: int, start: float, times: list[float]) -> Iterator[
     attended = figures.card_tokens + figures.host_tokens
     cycles = f" in {figures.cycles:,} cycles" if figures.cycles else ""
     share = f"{100 * figures.card_tokens / attended:.0f}%" if attended else "-"
-    yield ""
+    behind = f" behind {n_kept}" if n_kept else ""
+    new = f"{len(times)} new tokens, {rate}" if answered else "no answer"
+    if answered:
+        yield ""
     yield (
-        f"prompt {n_prompt} tokens in {times[0] - start:.2f} s; "
-        f"{len(times)} new tokens, {rate}; card {', '.join(card.name for card in cache.cards)}"
+        f"prompt {n_tokens - n_kept} tokens{behind} in {times[0] - start:.2f} s; {new}; "
+        f"card {', '.join(card.name for card in cache.cards)}"
     )
     yield (
         f"KV written {store.bytes_written / 2**20:.1f} MiB, read {figures.kv_bytes / 2**20:.1f} MiB "

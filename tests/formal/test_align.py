@@ -6,8 +6,8 @@ import pytest
 
 from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align
-from nearkv_hw.fetch import LANES
 from nearkv_hw.number import KV_BITS, KV_FORMATS
+from nearkv_hw.shapes import LANES
 
 
 def decode(element, form):
@@ -30,7 +30,7 @@ def test_aligned_element_is_the_nearest_integer(bench, lane):
     dut = b.add(Align())
     block, later = dut.i_block.p, Align.latency
     element = b.ago(dut.i_beat.payload[16 * lane : 16 * lane + 16], later)
-    kept = b.ago(lane < block.lanes, later)
+    valid = b.ago(lane < block.lanes, later)
     exponent = b.ago(block.exponent, later)
     is_bf16 = b.ago(block.params.kv_type == KvType.BF16, later)
     q_exponent = Mux(b.ago(block.is_v, later), 0, b.ago(dut.q_exponent, later - 1))
@@ -49,10 +49,10 @@ def test_aligned_element_is_the_nearest_integer(bench, lane):
     half = Const(1) << shift  # half a unit, in which the magnitude counts twice
     doubled = (size << shift) << 1
     settled = b.ago(Const(1), later)
-    b.claim((magnitude << 1) + half >= doubled, when=settled & kept)
-    b.claim((magnitude << 1) < doubled + half, when=settled & kept)
-    b.claim((x == 0) | ((x < 0) == element[15]), when=settled & kept)
-    b.claim(x == 0, when=settled & ~kept)
+    b.claim((magnitude << 1) + half >= doubled, when=settled & valid)
+    b.claim((magnitude << 1) < doubled + half, when=settled & valid)
+    b.claim((x == 0) | ((x < 0) == element[15]), when=settled & valid)
+    b.claim(x == 0, when=settled & ~valid)
     b.claim(size <= 1 << KV_BITS - 1)
     b.cover(settled & (size == 3) & (shift == 20) & (x < 0))
     b.bound(later + 3, reach=later + 3)

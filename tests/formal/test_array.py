@@ -15,7 +15,7 @@ def test_every_block_leaves_once_with_its_own_sums_by_induction(bench, monkeypat
     With 4 lanes and 3-bit factors; neither number has a part in the argument.
     """
     monkeypatch.setattr(array, "LANES", LANES)
-    monkeypatch.setattr(array, "X_BITS", BITS)
+    monkeypatch.setattr(array, "ALIGNED_BITS", BITS)
     monkeypatch.setattr(array, "WEIGHT_BITS", BITS)
     monkeypatch.setattr(array, "ACC_BITS", 2 * BITS + 2)
     b, m = bench, bench.m

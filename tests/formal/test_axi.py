@@ -5,7 +5,8 @@ from amaranth import Cat, Mux
 import pytest
 
 from nearkv_hw import abi, axi
-from nearkv_hw.axi import BURST_BEATS, Control, ReadMaster, WriteMaster
+from nearkv_hw.axi import Control, ReadMaster, WriteMaster
+from nearkv_hw.shapes import BURST_BEATS
 
 CONFIG_HASH = 0x12345678
 

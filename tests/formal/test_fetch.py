@@ -70,15 +70,15 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
         announced += Mux(there, pass_.blocks, 0)
 
     # Beats: asked for, registered, queued.
-    place, reserved = dut.inside("place"), dut.inside("master.reserved")
+    places, reserved = dut.inside("places"), dut.inside("master.reserved")
     issuing = Mux(dut.state("master.Issue Burst"), dut.inside("master.beats"), 0)
-    b.claim(reserved == on_the_way + place.valid + beats.level + issuing)
+    b.claim(reserved == on_the_way + places[0].valid + beats.level + issuing)
     b.claim(reserved <= depth)
     b.claim_queue(dut, "beats")
 
     # Blocks: announced, on the way through the pipeline, queued.
     coming = dut.inside("block_valid")
-    for stage in (place, *dut.delayed("place", 4, place.shape())):
+    for stage in places:
         coming += stage.valid & stage.block_end
     b.claim(dut.inside("reserved") == announced - dut.inside("block") + coming + blocks.level)
     b.claim(dut.inside("reserved") <= blocks.depth)
@@ -104,7 +104,7 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
         b.claim((pass_.rows != 0) & (pass_.rows <= 256) & (pass_.blocks != 0) & (pass_.blocks <= 8),
                 when=there)  # fmt: skip
         beats = b.ghost(12, "pass_beats")
-        with m.If(announce & (dut.inside("passes.fifo.produce") == place)):
+        with m.If(announce & (dut.named("passes.fifo.produce") == place)):
             m.d.sync += beats.eq(announced)
         b.claim(beats == small_product(pass_.rows, pass_.blocks), when=there)
         due += Mux(there, beats, 0)

@@ -43,7 +43,7 @@ def test_queue_keeps_order_and_never_overflows_by_induction(bench, depth):
     level, oldest, size = b.claim_queue(dut)
     at_output = 0
     if depth > 32:
-        at_output = dut.inside("inner").r_rdy
+        at_output = dut.inside("fifo").r_rdy
         first = following & at_output & (ahead == 0)
         b.claim(dut.o.payload == followed, when=first)
         following = following & ~first

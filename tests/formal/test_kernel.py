@@ -9,9 +9,9 @@ from amaranth.lib import stream
 from nearkv_hw.align import Align
 from nearkv_hw.array import MacArray
 from nearkv_hw.config import preset
-from nearkv_hw.fetch import LANES
 from nearkv_hw.kernel import Kernel
 from nearkv_hw.merge import v_layout
+from nearkv_hw.shapes import LANES
 from nearkv_hw.softmax import P_BANKS, TileHead, raw_layout
 
 
@@ -38,6 +38,7 @@ class Results(Elaboratable):
         kernel = Kernel(self.config)
         kernel._MustUse__used = True  # only this part of it
         kernel._results(m, self.align, self.array, self.softmax, self.merge)
+        self.probes = kernel.probes
         return m
 
 

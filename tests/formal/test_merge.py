@@ -30,9 +30,9 @@ def test_merge_reads_only_sums_that_were_written_by_induction(bench, rows, parts
     takes = tile.valid & tile.ready
     b.assume(heads_of_jobs(b, head, takes, rows // 2, parts), when=tile.valid)
 
-    later = dut.inside("later")
+    places = dut.inside("places")
     fresh = b.before(head.job_first)
-    reads, *under_way = later[1:]
+    reads, *under_way = places[1:]
     for step in under_way:
         same = (step.address == reads.address) & (step.in_sums == reads.in_sums)
         b.claim(~same, when=reads.valid & ~fresh & step.valid)
@@ -50,7 +50,7 @@ def test_merge_reads_only_sums_that_were_written_by_induction(bench, rows, parts
     out, ends = dut.inside("out"), dut.inside("ends")
     b.claim(out.i.ready, when=out.i.valid)
     b.claim(ends.i.ready, when=ends.i.valid)
-    on_the_way = sum((step.valid & step.out for step in later[1:]), start=0)
+    on_the_way = sum((step.valid & step.out for step in places[1:]), start=0)
     b.claim(dut.inside("held") == on_the_way + out.level)
     b.claim(dut.inside("held") <= out.depth)
 

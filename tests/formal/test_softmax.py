@@ -3,7 +3,7 @@
 
 from nearkv_hw import abi
 from nearkv_hw.align import Align
-from nearkv_hw.softmax import P_BANKS, SCORE_QUEUE_PAIRS, Exp2, Score, Softmax
+from nearkv_hw.softmax import P_BANKS, SCORE_QUEUE_PAIRS, Exp2, Softmax
 
 
 def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
@@ -25,27 +25,24 @@ def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
         b.claim(queue.i.ready, when=queue.i.valid)
         b.claim_queue(dut, name)
     b.cover(sums.o.valid)
-    b.cover(dut.inside("_weigh:place").valid)
+    b.cover(dut.inside("weigh_place").valid)
 
     # First pass.
-    go, place = dut.inside("_score:go"), dut.inside("_score:place")
-    stages = [s for name, n in (("scored", Score.latency), ("ceiled", 1), ("ended", 1))
-              for s in dut.delayed(name, n, place.shape())]  # fmt: skip
-    steps = sum((s.valid for s in stages[: Score.latency]), start=0)
-    b.claim(dut.inside("_score:held") == steps + scores.level)
-    b.claim(dut.inside("_score:held") <= SCORE_QUEUE_PAIRS)
-    tiles = sum((s.end for s in stages), start=0)
-    b.claim(dut.inside("held_tiles") == tiles + maxima.level)
-    b.claim(dut.inside("held_tiles") <= maxima.depth)
+    go, place = dut.inside("score_go"), dut.inside("score_place")
+    steps = sum((s.valid for s in dut.inside("scores_due")), start=0)
+    b.claim(dut.inside("scores_held") == steps + scores.level)
+    b.claim(dut.inside("scores_held") <= SCORE_QUEUE_PAIRS)
+    tiles = sum((s.end for s in dut.inside("maxima_due")), start=0)
+    b.claim(dut.inside("tiles_held") == tiles + maxima.level)
+    b.claim(dut.inside("tiles_held") <= maxima.depth)
     b.claim(dut.i_head.ready == (go & place.end))
 
     # Second pass.
-    place, written = dut.inside("_weigh:place"), dut.inside("_weigh:later")
-    stages = [s for name, n in (("weighed", Exp2.latency), ("summed", 1))
-              for s in dut.delayed(name, n, place.shape())]  # fmt: skip
-    sums_due = sum((s.end for s in stages), start=0)
-    b.claim(dut.inside("_weigh:held") == sums_due + sums.level)
-    b.claim(dut.inside("_weigh:held") <= sums.depth)
+    stages = dut.inside("weights_due")
+    written = stages[-1]
+    sums_due = sum((s.end for s in dut.inside("sums_due")), start=0)
+    b.claim(dut.inside("sums_held") == sums_due + sums.level)
+    b.claim(dut.inside("sums_held") <= sums.depth)
 
     # Banks, in turn: `free` is the oldest that is not free yet.
     free, begun = b.ghost(2, "free"), dut.inside("begun")
@@ -58,7 +55,7 @@ def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
     for _ in range(Align.latency):
         frees.append(tuple(b.before(value, "freed") for value in frees[-1]))
     ends = 0  # of tiles, issued with or after a stage: so many banks it is behind
-    for n, stage in enumerate(stages[: Exp2.latency]):
+    for n, stage in enumerate(stages):
         into = stage.address[7:9]
         ends = ends + stage.end
         b.claim(into == (bank - ends)[:2], when=stage.valid)

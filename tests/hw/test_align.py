@@ -9,8 +9,9 @@ import pytest
 from nearkv_hw import align
 from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align, Step, WeightAddress
-from nearkv_hw.fetch import LANES, Block
+from nearkv_hw.fetch import Block
 from nearkv_hw.number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
+from nearkv_hw.shapes import LANES
 
 # --- patterns -------------------------------------------------------------------------------------
 
@@ -73,25 +74,25 @@ def value_of(pattern, kv_type) -> Fraction:
     return (-1) ** (pattern >> 15) * mantissa * scale
 
 
-def by_definition(elements, kv_type, channel_exponent, keep):
+def by_definition(elements, kv_type, channel_exponent, valid):
     """(x, exponent, non_finite) of one block, element by element."""
     form = KV_FORMATS[kv_type]
     rows, lanes = elements.shape
-    kept = [(r, n) for r in range(rows) for n in range(lanes) if keep[r, n]]
+    places = [(r, n) for r in range(rows) for n in range(lanes) if valid[r, n]]
 
     def field(r, n):
         return int(elements[r, n]) >> form.mantissa_bits & form.exponent_max
 
     exponent = max(
-        (max(field(r, n), 1) + int(channel_exponent[r]) for r, n in kept), default=EXPONENT_FLOOR
+        (max(field(r, n), 1) + int(channel_exponent[r]) for r, n in places), default=EXPONENT_FLOOR
     )
     x = np.zeros(elements.shape, np.int64)
-    for r, n in kept:
+    for r, n in places:
         exact = value_of(int(elements[r, n]), kv_type) * Fraction(2) ** int(channel_exponent[r])
         units = exact / Fraction(2) ** (exponent - form.unit)
         size = int(abs(units) + Fraction(1, 2))  # half away from zero
         x[r, n] = size if units >= 0 else -size
-    return x, exponent, any(field(r, n) == form.exponent_max for r, n in kept)
+    return x, exponent, any(field(r, n) == form.exponent_max for r, n in places)
 
 
 @pytest.mark.parametrize("kv_type", KvType)
@@ -101,10 +102,10 @@ def test_model_equals_the_definition(rng, pattern, kv_type, lanes):
     elements = pattern(rng, kv_type, (24, LANES)).astype(np.uint16)
     channel_exponent = rng.integers(-6, 6, 24)
     channel_exponent[3], channel_exponent[7] = -512, 40
-    keep = np.broadcast_to(np.arange(LANES) < lanes, elements.shape)
+    valid = np.broadcast_to(np.arange(LANES) < lanes, elements.shape)
     for channels in (channel_exponent, np.zeros(24, int)):
-        x, exponent, non_finite = align.model(elements, kv_type, channels, keep)
-        want_x, want_exponent, want_non_finite = by_definition(elements, kv_type, channels, keep)
+        x, exponent, non_finite = align.model(elements, kv_type, channels, valid)
+        want_x, want_exponent, want_non_finite = by_definition(elements, kv_type, channels, valid)
         np.testing.assert_array_equal(x, want_x)
         assert exponent == want_exponent
         assert non_finite == want_non_finite
@@ -142,8 +143,8 @@ def random_block(rng, kv_type, pattern, is_v, rows, lanes, q_bank, pass_last, q_
     """(Block fields, beats, x) of one block."""
     elements = pattern(rng, kv_type, (rows, LANES)).astype(np.uint16)
     channels = 0 if is_v else q_exponents[q_bank, :rows]
-    keep = np.arange(LANES) < lanes
-    x, exponent, _ = align.model(elements, kv_type, channels, keep)
+    valid = np.arange(LANES) < lanes
+    x, exponent, _ = align.model(elements, kv_type, channels, valid)
     block = {
         "params": {"kv_type": int(kv_type)}, "is_v": int(is_v), "rows": rows, "lanes": lanes,
         "exponent": int(exponent), "pass_last": int(pass_last), "q_bank": q_bank,

@@ -6,8 +6,8 @@ import pytest
 
 from nearkv_hw.align import Step
 from nearkv_hw.array import Mac, MacArray
-from nearkv_hw.fetch import LANES
 from nearkv_hw.number import KV_BITS, WEIGHT_MAX
+from nearkv_hw.shapes import LANES
 
 X_MAX = 1 << (KV_BITS - 1)
 

@@ -9,9 +9,10 @@ import pytest
 
 from nearkv_hw import align
 from nearkv_hw.abi import KvType, PageLayout
-from nearkv_hw.fetch import LANES, Block, Crc, KvFetch
+from nearkv_hw.fetch import Block, Crc, KvFetch
 from nearkv_hw.jobs import Faults, Tile
 from nearkv_hw.number import EXPONENT_FLOOR, KV_FORMATS
+from nearkv_hw.shapes import LANES
 
 # --- CRC ------------------------------------------------------------------------------------------
 

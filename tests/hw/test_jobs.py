@@ -112,8 +112,8 @@ class Queue:
                     address, page_len = 0, 0
                 layout = abi.PageLayout(job.head_dim, job.page_tokens)
                 info["tokens"] += page_len
-                spans = layout.tiles(page_len)
-                for n, (first, tokens) in enumerate(spans):
+                pieces = layout.tiles(page_len)
+                for n, (first, tokens) in enumerate(pieces):
                     k_offset = first // 32 * job.head_dim * 64
                     tiles_of_job.append(
                         {
@@ -125,7 +125,7 @@ class Queue:
                             "k_address": KV_BASE + address + k_offset,
                             "v_address": KV_BASE + address + layout.part_bytes + first * 64,
                             "v_stride": job.page_tokens, "tokens": tokens, "page": page,
-                            "page_first": int(n == 0), "page_last": int(n == len(spans) - 1),
+                            "page_first": int(n == 0), "page_last": int(n == len(pieces) - 1),
                             "check": int(page_len > 0), "crc_k": job.crcs[page][0],
                             "crc_v": job.crcs[page][1], "job_first": 0, "job_last": 0,
                             "q_bank": bank,

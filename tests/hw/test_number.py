@@ -62,7 +62,7 @@ def test_q_weights_are_rounded_to_half_a_unit_and_stay_in_range(rng):
     assert error.max() <= 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(min_value=-(2.0**511), max_value=2.0**511, exclude_min=True, exclude_max=True))
 def test_one_q_comes_back_within_2_to_the_minus_17_of_itself(value):
     weight, exponent = number.quantize_q([[value]])
@@ -96,7 +96,7 @@ def test_q_beyond_the_exponent_range_is_refused():
 # --- scale ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.floats(min_value=1e-30, max_value=1e30),
     st.sampled_from(list(KvType)),
@@ -183,7 +183,7 @@ def test_a_number_is_held_exactly(term):
     assert -(1 << 15) <= wide.limbs[3] < 1 << 15
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sums, st.data())
 def test_any_order_and_association_of_additions_gives_the_same_bits(items, data):
     cuts = st.lists(st.integers(0, 100), min_size=len(items), max_size=len(items))
@@ -194,7 +194,7 @@ def test_any_order_and_association_of_additions_gives_the_same_bits(items, data)
     assert bits_of(arrays.sum(0)) == bits_of(one)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sums, st.integers(0, 12))
 def test_any_split_into_two_sums_merges_to_the_same_bits(items, cut):
     arrays = Wide.of(*np.array(items, np.int64).T)
@@ -206,7 +206,7 @@ def test_any_split_into_two_sums_merges_to_the_same_bits(items, cut):
         assert bits_of(left + right) == bits_of(right + left) == bits_of(whole)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sums)
 def test_a_sum_loses_less_than_one_unit_of_the_largest_term_for_each_term(items):
     wide = Wide.of(*np.array(items, np.int64).T).sum(0)
@@ -215,7 +215,7 @@ def test_a_sum_loses_less_than_one_unit_of_the_largest_term_for_each_term(items)
     assert abs(exact(wide) - want) <= len(items) * Fraction(2) ** largest
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(near, min_size=1, max_size=12))
 def test_a_sum_of_terms_within_one_limb_is_exact(items):
     items = [(m, e % 16 + 1) for m, e in items]  # the same top for all
@@ -223,7 +223,7 @@ def test_a_sum_of_terms_within_one_limb_is_exact(items):
     assert exact(wide) == sum(Fraction(m) * 2**e for m, e in items)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sums)
 def test_pack_and_unpack_are_inverse(items):
     arrays = Wide.of(*np.array(items, np.int64).T)
@@ -245,7 +245,7 @@ def test_pack_puts_limbs_and_top_where_the_abi_says():
     assert value >> 112 == top % (1 << 16)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sums)
 def test_to_float_rounds_once(items):
     wide = Wide.of(*np.array(items, np.int64).T).sum(0)

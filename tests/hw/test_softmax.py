@@ -158,21 +158,21 @@ def test_model_of_a_tile_equals_the_definition(rng):
     score = rng.integers(-40 * UNIT, 40 * UNIT, (6, 50))
     score[1] = 3 * UNIT  # whole numbers: the maximum is not rounded up
     score[2] = -3 * UNIT + 1
-    keep = rng.random((6, 50)) < 0.5
-    keep[3] = False
-    keep[1:3] = True
-    p, tile_max, tile_sum, tile_wide = softmax.model(score, keep)
+    valid = rng.random((6, 50)) < 0.5
+    valid[3] = False
+    valid[1:3] = True
+    p, tile_max, tile_sum, tile_wide = softmax.model(score, valid)
     assert tile_max[1:4].tolist() == [3, -2, RUN_MAX_EMPTY]
     for tile in range(6):
-        kept = [int(s) for s in score[tile][keep[tile]]]
-        assert tile_max[tile] == max((-(-s // UNIT) for s in kept), default=RUN_MAX_EMPTY)
+        scores = [int(s) for s in score[tile][valid[tile]]]
+        assert tile_max[tile] == max((-(-s // UNIT) for s in scores), default=RUN_MAX_EMPTY)
         weights = []
-        for s in kept:
+        for s in scores:
             halvings, fraction = divmod(s - int(tile_max[tile]) * UNIT, UNIT)
             wide = int(number.exp2(np.array([fraction]))[0]) >> min(-halvings, 40)
             weights.append((min((wide + 16) >> 5, P_MAX), wide))
-        assert p[tile][keep[tile]].tolist() == [w for w, _ in weights]
-        assert not p[tile][~keep[tile]].any()
+        assert p[tile][valid[tile]].tolist() == [w for w, _ in weights]
+        assert not p[tile][~valid[tile]].any()
         assert tile_sum[tile] == sum(w for w, _ in weights)
         assert tile_wide[tile] == sum(w for _, w in weights)
 

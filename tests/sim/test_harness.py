@@ -77,7 +77,7 @@ def test_a_kernel_that_keeps_the_rules_passes(stand_in, stalls, read_latency):
     for _ in range(3):
         kv, job = memories()
         want = expected(kv, job)
-        card.execute(kv, job, 0, N_JOBS, SUMMARY, 60)
+        card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
         np.testing.assert_array_equal(job, want)
         assert card.last_run["kv_beats"] == 64 * N_JOBS
 
@@ -88,11 +88,11 @@ def test_a_broken_rule_ends_the_run_and_the_next_run_works(stand_in, fault):
     card = stand_in(stalls=0.8 if fault in (7, 8) else 0.0, write_latency=500, read_latency=500)
     kv, job = memories(fault)
     with pytest.raises(rtl.SimulationError, match=FAULTS[fault]) as raised:
-        card.execute(kv, job, 0, N_JOBS, SUMMARY, 60)
+        card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
     assert raised.value.state["job_bursts"] >= 1
     kv, job = memories()
     want = expected(kv, job)
-    card.execute(kv, job, 0, N_JOBS, SUMMARY, 60)
+    card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
     np.testing.assert_array_equal(job, want)
 
 
@@ -102,7 +102,7 @@ def test_pauses_take_their_share_of_the_cycles(stand_in):
         card = stand_in(stalls=stalls, read_latency=1, seed=3)
         for _ in range(20):
             kv, job = memories()
-            card.execute(kv, job, 0, N_JOBS, SUMMARY, 60)
+            card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
             cycles[stalls] = cycles.get(stalls, 0) + card.last_run["cycle"]
     assert 1.5 < cycles[0.5] / cycles[0.0] < 4  # bursts come later as well
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 import re
 import subprocess
@@ -26,6 +27,8 @@ def emitted(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{name}-{hash_seed}")
             command = [sys.executable, "-m", "nearkv_hw.emit", "--config", name, "-o", str(folder)]
             environment = {"PYTHONHASHSEED": str(hash_seed), "PATH": ""}
+            if path := os.environ.get("PYTHONPATH"):  # of sources that are not installed
+                environment["PYTHONPATH"] = path
             subprocess.run(command, check=True, env=environment, cwd=folder, capture_output=True)
             done[name, hash_seed] = folder / f"nearkv_{name}.v"
         return done[name, hash_seed]

@@ -47,6 +47,51 @@ def rounded_cache():
     return RoundedCache
 
 
+def _save_tokenizer(directory, template: str | None = None) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(100)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer():
+    """save_tokenizer(directory, template=None): one of the words w0 .. w99, a token each."""
+    return _save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def save_model():
+    """save_model(directory, head_dim=32, template=None, **config): a small Llama and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(directory, head_dim: int = 32, template: str | None = None, **more):
+        _save_tokenizer(directory, template)
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim,
+            "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 100, "initializer_range": 0.2,
+            "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+        }  # fmt: skip
+        config = LlamaConfig(**shape | more)
+        LlamaForCausalLM(config).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(save_model, tmp_path_factory):
+    """The directory of a small model; nothing may change it."""
+    return str(save_model(tmp_path_factory.mktemp("model")))
+
+
 @pytest.fixture(scope="session")
 def card():
     with nearkv.open_card("model") as card:
@@ -57,7 +102,7 @@ class Drive:
     """Makes reads of page files fail, however they are made.
 
     `fate(file name, offset, nbytes)` says what becomes of a read: None, or a dict with any of
-    delay (s), errno, short (bytes that arrive).
+    delay (s), until (an event, for the read to arrive), errno, short (bytes that arrive).
     """
 
     def __init__(self, monkeypatch):
@@ -65,7 +110,7 @@ class Drive:
         self.reads = []  # (file name, offset, nbytes)
         preadv, read, wait = os.preadv, Uring.read, Uring.wait
         completions = Uring.completions
-        fates, held = {}, []  # by (ring, key); (due, key, result)
+        fates, held = {}, []  # by (ring, key); (ring, due, fate, key, result)
 
         def ask(fd, offset, nbytes):
             name = file_name(f"/proc/self/fd/{fd}")
@@ -75,6 +120,8 @@ class Drive:
         def faulty_preadv(fd, buffers, offset):
             fate = ask(fd, offset, len(buffers[0]))
             time.sleep(fate.get("delay", 0))
+            if "until" in fate:
+                fate["until"].wait(60)
             if "errno" in fate:
                 raise OSError(fate["errno"], os.strerror(fate["errno"]))
             return preadv(fd, [buffers[0][: fate.get("short")]], offset)
@@ -84,17 +131,25 @@ class Drive:
             read(ring, key, fd, offset, address, fate.get("short", nbytes))
 
         def faulty_wait(ring, timeout_s, *, completions=True):
-            left = [due - time.monotonic() for whose, due, *_ in held if whose is ring]
+            left = [
+                0.005 if "until" in fate else due - time.monotonic()
+                for whose, due, fate, *_ in held
+                if whose is ring
+            ]
             wait(ring, max(min([timeout_s, *left]), 0), completions=completions)
 
         def faulty_completions(ring):
             for key, result in completions(ring):
                 fate = fates.pop((ring, key))
                 due = time.monotonic() + fate.get("delay", 0)
-                held.append((ring, due, key, -fate["errno"] if "errno" in fate else result))
-            for work in [work for work in held if work[0] is ring and work[1] <= time.monotonic()]:
-                held.remove(work)
-                yield work[2:]
+                result = -fate["errno"] if "errno" in fate else result
+                held.append((ring, due, fate, key, result))
+            for work in list(held):
+                whose, due, fate, key, result = work
+                late = due > time.monotonic() or ("until" in fate and not fate["until"].is_set())
+                if whose is ring and not late:
+                    held.remove(work)
+                    yield key, result
 
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(os, "preadv", faulty_preadv)
@@ -158,7 +213,7 @@ class Board:
 
     `kv` is mapped into the host as a BAR would be; `job` is not, so that a forgotten sync shows. It
     computes as the card `model` does. `before(number)` is called before each run is carried out, and may
-    wait, or raise.
+    wait, raise, or return "skip".
     """
 
     def __init__(self, kv_bytes=1 << 20, job_bytes=1 << 18, config="tiny"):
@@ -180,8 +235,8 @@ class Board:
     def _work(self):
         while (run := self._queue.get()) is not None:
             try:
-                self.before(run.number)
-                self.model.execute(self.kv, self.job, *run.arguments)
+                if self.before(run.number) != "skip":
+                    self.model.execute(self.kv, self.job, *run.arguments)
             except RuntimeError as error:
                 run.error = error
             self._idle.set()

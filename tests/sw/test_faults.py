@@ -2,6 +2,7 @@
 """One sequence of a batch goes wrong: it is named and taken out, the others do not notice."""
 
 import errno
+import threading
 
 import pytest
 import torch
@@ -203,9 +204,11 @@ def test_a_drive_that_does_not_answer_for_one_row(model, make, expected, faults_
 
     def hang():
         cache.card.timeout_s = 1.5
-        bad[3] = {"delay": 5}
+        bad[3] = {"until": go_on}
 
+    go_on = threading.Event()
     got = _generate(model, cache, hang)
+    go_on.set()
     _check(got, expected, cache, [3])
     assert "1.5 s" in str(cache.faults[3])
     assert cache.faults[3].page.sequence == 3

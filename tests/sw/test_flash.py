@@ -7,7 +7,6 @@ import mmap
 import os
 import re
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -151,14 +150,15 @@ def test_interrupted_reads_are_made_again(big, drive):
 
 def test_a_load_that_is_late_is_known_to_have_arrived_later(big, opened, drive):
     _, read = big
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.3}
+    arrives = threading.Event()
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     load = opened(KvMemory(2 * MIB)).start([read(0, 2 * MIB)])
     with pytest.raises(TimeoutError, match=r"0\.05 s, 2 of 2 reads .*page 0 of layer 1.*at byte 0"):
         load.wait(0.05)
     assert not load.arrived
-    time.sleep(0.4)
+    arrives.set()
+    load.wait(30)
     assert load.arrived
-    load.wait(0)
 
 
 def test_a_bug_in_a_reader_is_an_error_and_no_hang(big, monkeypatch):
@@ -172,18 +172,25 @@ def test_a_bug_in_a_reader_is_an_error_and_no_hang(big, monkeypatch):
 
 def test_a_reader_that_is_closed_ends_its_loads_and_lets_writers_go_on(big, opened, drive):
     _, read = big
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.5}
+    asked, arrives = [threading.Event(), threading.Event()], threading.Event()
+
+    def fate(name, offset, nbytes):
+        asked[offset // MIB].set()
+        return {"until": arrives}
+
+    drive.fate = fate
     memory, window = KvMemory(4 * MIB), Window()
     reader = opened(memory, 2)
     load = reader.start([read(0, 4 * MIB, window=window)])
-    time.sleep(0.05)
+    assert all(one.wait(30) for one in asked)
     reader.close()
     assert not reader.drained(0.05)  # what is with the drive may still be written
     with pytest.raises(FlashError, match="given up: the card was closed or reset .page 0 of layer"):
         load.wait(1)
     with window.writing():  # nobody is waited for
         pass
-    assert reader.drained(10)
+    arrives.set()
+    assert reader.drained(30)
     assert len(drive.reads) == 2  # nothing more was asked for
     reader = opened(memory, 2)
     with window.writing():
@@ -461,8 +468,8 @@ def test_memory_is_not_shared_with_a_forked_process():
 
 def test_nobody_waits_for_the_drive_for_ever(big, opened, drive):
     data, read = big
-    window = Window(timeout_s=0.05)
-    drive.fate = lambda name, offset, nbytes: {"delay": 0.4}
+    window, arrives = Window(timeout_s=0.05), threading.Event()
+    drive.fate = lambda name, offset, nbytes: {"until": arrives}
     memory = KvMemory(2 * MIB)
     reader = opened(memory)
     load = reader.start([read(0, MIB, window=window)])
@@ -470,6 +477,7 @@ def test_nobody_waits_for_the_drive_for_ever(big, opened, drive):
         with window.writing():
             pass
     later = reader.start([read(MIB, MIB, MIB, window=window)])  # not held up by who has given up
+    arrives.set()
     for one in (load, later):
         one.wait(10)
     np.testing.assert_array_equal(memory.simulated(), data[: 2 * MIB])

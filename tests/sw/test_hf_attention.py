@@ -3,6 +3,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -309,7 +310,7 @@ def test_an_attention_function_cannot_mix_layers_or_caches(model, cache):
     k0, v0 = cache.update(x, x, 0)
     with pytest.raises(NotImplementedError, match=r"queries of shape \(1, 4, 2, 32\)"):
         attention_forward(module, q[:, :, :2], k0, v0, None)
-    padding = torch.ones(1, 3, dtype=torch.bool).as_subclass(Padding)
+    padding = Padding(torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="made for a NearStorageCache"):
         attention_forward(module, q, x, x, padding)
     _untouched(model, cache)
@@ -319,12 +320,17 @@ def test_handles_and_masks_can_be_looked_at_and_nothing_else(cache):
     k, _ = cache.update(torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32), 0)
     assert isinstance(k, Handle)
     assert (k.shape, k.size(2), k.dim(), k.dtype) == ((1, 2, 3, 32), 3, 4, torch.float16)
-    for use in (lambda: k + 1, lambda: k[:, 0], lambda: k.clone(), lambda: torch.stack([k, k]),
-                lambda: k.to(torch.float32), lambda: k.tolist(), lambda: k.numpy()):  # fmt: skip
+    one = torch.ones(1)
+    for use in (
+        lambda: k + 1, lambda: one + k, lambda: k[:, 0], lambda: k.clone(), lambda: -k,
+        lambda: torch.stack([k, k]), lambda: k.to(torch.float32), lambda: k.tolist(),
+        lambda: np.asarray(k), lambda: k == 0, lambda: one @ k, lambda: bool(k), lambda: list(k),
+        lambda: torch.nn.functional.scaled_dot_product_attention(one, k, k), lambda: k.plane,
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match="only the nearkv attention can use them"):
             use()
-    padding = torch.ones(1, 3, dtype=torch.bool).as_subclass(Padding)
-    assert isinstance(padding.to("cpu"), Padding)
+    padding = Padding(torch.ones(1, 3, dtype=torch.bool))
+    assert padding.to("cpu") is padding
     with pytest.raises(RuntimeError, match="this model changes its masks"):
         padding[:, None, None, :2]
 
@@ -333,3 +339,29 @@ def test_layers_have_no_tensors_and_say_so(cache):
     for name in ("keys", "values"):
         with pytest.raises(AttributeError, match="lie on flash"):
             getattr(cache.layers[0], name)
+
+
+# --- compiled models -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about functions of Python's own
+def test_compiled_models_keep_the_cache_out_of_their_graphs(model, cache, tmp_path):
+    ids, cuts = _ids(1, 60), (40, 41)
+    expected = _steps(model, "nearkv", cache, ids, None, cuts)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with NearStorageCache(model.config, tmp_path, cache.card, 32) as ours:
+        got = _steps(compiled, "nearkv", ours, ids, None, cuts)
+        assert ours.figures.card_tokens > 0
+    assert (got - expected).abs().max() <= LOGIT_BOUND * expected.abs().max()
+    torch._dynamo.reset()  # or what was found out above would do
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    cache.reset()
+    with pytest.raises(Exception, match="a NearStorageCache cannot be part of a compiled graph"):
+        _steps(whole, "nearkv", cache, ids, None, ())
+    _untouched(model, cache)
+    for of in (lambda: None, lambda: DynamicCache(config=model.config)):  # others may be
+        torch._dynamo.reset()
+        got = _steps(whole, "nearkv", of(), ids, None, ())
+        torch.testing.assert_close(got, _steps(model, "sdpa", of(), ids, None, ()))

@@ -28,9 +28,9 @@ _SIZES = {
     16: "q_lora_rank state_size mamba_d_state",
     4: "conv_kernel",
     2: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads "
-    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_experts num_local_experts "
+    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_experts num_local_experts "
     "n_routed_experts moe_num_experts mamba_n_heads",
-    1: "num_key_value_heads num_kv_heads multi_query_group_num encoder_layers num_experts_per_tok moe_k "
+    1: "num_key_value_heads num_kv_heads multi_query_group_num num_experts_per_tok moe_k "
     "moe_topk n_group topk_group n_shared_experts mamba_n_groups bos_token_id decoder_start_token_id",
     0: "pad_token_id",
     100: "vocab_size",
@@ -79,12 +79,8 @@ def _config(model_type: str):
     return config
 
 
-def _save(model_type: str, directory) -> str | None:
-    """A small model with a tokenizer; or why there is none."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
+def _saved(model_type: str, directory) -> str | None:
+    """None, or why no small model of this type can be saved."""
     try:
         config = _config(model_type)
         with torch.device("meta"):
@@ -97,12 +93,18 @@ def _save(model_type: str, directory) -> str | None:
         model.save_pretrained(directory)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(100)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(
-        directory
-    )
     return None
+
+
+@pytest.fixture(scope="module")
+def save(save_tokenizer):
+    def save(model_type: str, directory) -> str | None:
+        problem = _saved(model_type, directory)
+        if problem is None:
+            save_tokenizer(directory)
+        return problem
+
+    return save
 
 
 def _outcome(capsys, directory) -> tuple[int, str, str]:
@@ -159,9 +161,9 @@ def _quiet(test):
 @pytest.mark.parametrize("model_type", ANSWERS)
 @_quiet
 def test_a_class_that_nearkv_can_serve_answers_as_with_its_own_attention(
-    capsys, tmp_path, model_type
+    capsys, tmp_path, save, model_type
 ):
-    assert _save(model_type, tmp_path) is None
+    assert save(model_type, tmp_path) is None
     code, _, err = _outcome(capsys, tmp_path)
     assert code == 0, err
     assert " jobs; " in err
@@ -170,20 +172,19 @@ def test_a_class_that_nearkv_can_serve_answers_as_with_its_own_attention(
 
 @pytest.mark.parametrize("model_type", REFUSED)
 @_quiet
-def test_a_class_that_it_cannot_serve_ends_in_one_line(capsys, tmp_path, model_type):
-    assert _save(model_type, tmp_path) is None
+def test_a_class_that_it_cannot_serve_ends_in_one_line(capsys, tmp_path, save, model_type):
+    assert save(model_type, tmp_path) is None
     code, _, err = _outcome(capsys, tmp_path)
     assert code == 2
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    assert name in err or f"model {tmp_path}" in err
+    assert f"model {tmp_path}" in err
 
 
 @pytest.mark.slow
 @_quiet
-def test_every_class_answers_or_ends_in_one_line(capsys, tmp_path):
+def test_every_class_answers_or_ends_in_one_line(capsys, tmp_path, save):
     codes = {}
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if _save(model_type, tmp_path / model_type) is None:
+        if save(model_type, tmp_path / model_type) is None:
             codes[model_type] = _outcome(capsys, tmp_path / model_type)[0]
     assert len(codes) > 100
     assert list(codes.values()).count(0) > 40
@@ -193,10 +194,10 @@ def test_every_class_answers_or_ends_in_one_line(capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def opt(tmp_path_factory):
+def opt(tmp_path_factory, save):
     """With 40 learned positions."""
     directory = tmp_path_factory.mktemp("opt")
-    assert _save("opt", directory) is None
+    assert save("opt", directory) is None
     torch.manual_seed(0)
     config = OPTConfig.from_pretrained(directory, max_position_embeddings=40)
     OPTForCausalLM(config).save_pretrained(directory)
@@ -221,8 +222,8 @@ def test_learned_positions_must_suffice(capsys, opt):
     assert err.count("\n") == 1
 
 
-def test_beyond_computed_positions_there_is_a_warning(capsys, tmp_path):
-    assert _save("llama", tmp_path) is None
+def test_beyond_computed_positions_there_is_a_warning(capsys, tmp_path, save):
+    assert save("llama", tmp_path) is None
     code, out, err = _generate(capsys, tmp_path, 510, 4)
     assert code == 0
     assert "512" in err
@@ -232,8 +233,8 @@ def test_beyond_computed_positions_there_is_a_warning(capsys, tmp_path):
     assert len(out.split()) == 4
 
 
-def test_greedy_decoding_ignores_a_models_own_ways_of_sampling(capsys, tmp_path):
-    assert _save("llama", tmp_path) is None
+def test_greedy_decoding_ignores_a_models_own_ways_of_sampling(capsys, tmp_path, save):
+    assert save("llama", tmp_path) is None
     plain = _generate(capsys, tmp_path, 5, 4)
     assert plain[0] == 0
     (tmp_path / "generation_config.json").write_text(
@@ -246,8 +247,8 @@ def test_greedy_decoding_ignores_a_models_own_ways_of_sampling(capsys, tmp_path)
     assert err.count("\n") == plain[2].count("\n")
 
 
-def test_a_prompt_without_tokens_is_refused(capsys, tmp_path):
-    assert _save("llama", tmp_path) is None
+def test_a_prompt_without_tokens_is_refused(capsys, tmp_path, save):
+    assert save("llama", tmp_path) is None
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.chat_template = "{{ '' }}"
     tokenizer.save_pretrained(tmp_path)

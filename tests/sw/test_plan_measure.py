@@ -85,7 +85,7 @@ def test_this_machine_can_be_measured_and_planned_for(tmp_path, capsys, monkeypa
     assert all(value is None or value > 0 for key, value in found.items() if key != "gpu")
     words = ["--machine", str(path), "--model", "smollm2-135m", "--context", "8k", "--batch", "4"]
     assert plan.run(parser.parse_args(words)) == 0
-    assert "attended by the CPUs" in capsys.readouterr().out
+    assert "nearkv stores K and V in fp16" in capsys.readouterr().out
 
 
 def test_the_runtimes_plan_is_the_optimisers(machine, config):

@@ -281,6 +281,17 @@ def test_beams_share_what_they_have_in_common(model, cache):
     assert cache.store.n_blocks(0) < 8 * 3
 
 
+def test_a_row_that_becomes_a_short_one_has_no_pages(model, cache, rounded_cache):
+    ids, mask, reference = _ids(2, 70), torch.ones(2, 70, dtype=torch.long), rounded_cache(CONFIG)
+    mask[1, :60] = 0
+    _same(model, cache, reference, ids, mask)
+    for of in (cache, reference):
+        of.reorder_cache(torch.tensor([1, 1]))
+    assert [cache.store.n_pages(row, 0) for row in range(2)] == [0, 0]
+    mask = torch.cat([mask[[1, 1]], torch.ones(2, 30, dtype=torch.long)], dim=1)
+    _same(model, cache, reference, _ids(2, 30), mask)
+
+
 def test_rows_that_are_not_there_cannot_be_asked_for(model, cache):
     cache.batch_repeat_interleave(3)  # as with DynamicCache, nothing happens while it is empty
     cache.reorder_cache(torch.tensor([1, 0]))

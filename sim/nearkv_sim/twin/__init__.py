@@ -29,6 +29,8 @@ HEADERS = ("twin.h", "twin_kernel.h")
 
 # Python sees Ctrl-C and the clock between slices.
 _SLICE_S = 0.1
+# Of K and V: when another thread has woken up, one has done much of it.
+ALONE_BYTES = 1 << 20
 
 
 class TwinError(RuntimeError):
@@ -47,6 +49,8 @@ class TwinCard:
     path : str
         "ifma" (AVX-512 with IFMA, VBMI and VPCLMULQDQ: Ice Lake, Zen 4 and later), "avx512", "avx2",
         "portable", or "auto": the first of them that this processor has.
+    alone_bytes : int
+        Queues over fewer bytes of K and V are computed by the calling thread alone.
 
     Raises
     ------
@@ -54,7 +58,14 @@ class TwinCard:
         If the native part is not there, is of other sources, or the processor lacks the path.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None, path: str = "auto"):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        threads: int | None = None,
+        path: str = "auto",
+        alone_bytes: int = ALONE_BYTES,
+    ):
         if threads is None:
             threads = len(os.sched_getaffinity(0))
         if threads < 1:
@@ -69,7 +80,7 @@ class TwinCard:
             raise TwinError(f"this processor does not have the instructions of the path {path}")
         self.path = found.decode()
         self._handle = self._library.twin_open(
-            config.rows, config.max_head_dim, threads, self.path.encode()
+            config.rows, config.max_head_dim, threads, alone_bytes, self.path.encode()
         )
         if not self._handle:
             raise TwinError(f"no memory, or {threads} threads cannot be started")
@@ -189,7 +200,7 @@ def load() -> ctypes.CDLL:
     types = {
         "path": (ctypes.c_char_p, [ctypes.c_char_p]),
         "crc32c": (ctypes.c_uint32, [ctypes.c_char_p, ctypes.c_uint32, pointer, u64]),
-        "open": (pointer, [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]),
+        "open": (pointer, [ctypes.c_int, ctypes.c_int, ctypes.c_int, u64, ctypes.c_char_p]),
         "close": (None, [pointer]),
         "error": (ctypes.c_char_p, [pointer]),
         "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
@@ -250,7 +261,7 @@ def _constants() -> str:
     (values["KV_ELEMENT_BYTES"],) = values["KV_ELEMENT_BYTES"]
     lines += [f"constexpr int {name} = {value};" for name, value in values.items()]
     lines += [
-        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u;",
+        f"constexpr uint32_t NO_PAGE = {abi.NO_PAGE}u, CRC_POLYNOMIAL = {abi.CRC_POLYNOMIAL:#x};",
         f"constexpr int64_t SCORE_LIMIT = {number.SCORE_LIMIT};",
         "struct KvFormat { int exponent_bits, mantissa_bits, align_bits, unit; };",
     ]

@@ -22,9 +22,6 @@
 
 namespace twin {
 
-// CRC-32C (Castagnoli), reflected; RFC 3720, appendix B.4.
-constexpr uint32_t CRC_POLYNOMIAL = 0x82F63B78;
-
 uint32_t crc_multiply(uint32_t a, uint32_t b) {
     uint32_t product = 0;
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
@@ -176,8 +173,8 @@ class DefaultArithmetic {
 
 class Card {
   public:
-    Card(int rows, int max_head_dim, int threads, const Path& path, Crc crc)
-        : path(path), crc(crc), rows_(rows), max_head_dim_(max_head_dim) {
+    Card(int rows, int max_head_dim, int threads, uint64_t alone_bytes, const Path& path, Crc crc)
+        : path(path), crc(crc), rows_(rows), max_head_dim_(max_head_dim), alone_bytes_(alone_bytes) {
         for (int i = 0; i < threads; i++) workers_.push_back(std::make_unique<Worker>());
         try {
             for (int i = 1; i < threads; i++) threads_.emplace_back([this, i] { serve(*workers_[i]); });
@@ -213,7 +210,8 @@ class Card {
         }
         // Several units for each thread, so that all finish at about the same time.
         uint64_t unit = std::clamp<uint64_t>(n_tiles / (8 * workers_.size()), 1, UNIT_TILES);
-        if (workers_.size() == 1) unit = UNIT_TILES;
+        help_ = workers_.size() > 1 && counters.kv_beats * BEAT_BYTES >= alone_bytes_;
+        if (!help_) unit = UNIT_TILES;
         for (size_t i = 0; i < jobs_.size(); i++) {
             Job& it = *jobs_[i];
             if (it.tiles.empty()) finish_illegal(it);
@@ -228,14 +226,15 @@ class Card {
     // Compute for some time, or until `stop`. True if the queue is finished.
     bool run(double seconds) {
         deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-        {
+        if (help_) {
             std::lock_guard<std::mutex> hold(lock_);
-            busy_ = static_cast<int>(threads_.size());
-            round_++;
+            open_ = true, round_++;
+            wake_.notify_all();
         }
-        wake_.notify_all();
         work(*workers_[0]);
+        // Nobody waits for threads that have not woken up by now: they find that it is over.
         std::unique_lock<std::mutex> hold(lock_);
+        open_ = false;
         idle_.wait(hold, [this] { return busy_ == 0; });
         return units_left_ == 0;
     }
@@ -263,9 +262,9 @@ class Card {
         uint64_t seen = 0;
         std::unique_lock<std::mutex> hold(lock_);
         while (true) {
-            wake_.wait(hold, [&] { return closing_ || round_ != seen; });
+            wake_.wait(hold, [&] { return closing_ || (open_ && round_ != seen); });
             if (closing_) return;
-            seen = round_;
+            seen = round_, busy_++;
             hold.unlock();
             work(worker);
             hold.lock();
@@ -464,6 +463,7 @@ class Card {
     }
 
     const int rows_, max_head_dim_;
+    const uint64_t alone_bytes_;
     const uint8_t* kv_ = nullptr;
     uint8_t* job_ = nullptr;
     uint64_t kv_bytes_ = 0, job_bytes_ = 0;
@@ -478,8 +478,9 @@ class Card {
     std::mutex lock_;
     std::condition_variable wake_, idle_;
     uint64_t round_ = 0;
-    int busy_ = 0;
-    bool closing_ = false;
+    int busy_ = 0;  // threads at work, beside the caller's
+    bool help_ = false;  // wanted for this queue
+    bool open_ = false, closing_ = false;
 };
 
 const Path* find_path(const std::string& name) {
@@ -515,9 +516,9 @@ uint32_t twin_crc32c(const char* path, uint32_t crc, const uint8_t* data, uint64
 }
 
 // Null if there is no memory or no thread.
-void* twin_open(int rows, int max_head_dim, int threads, const char* name) try {
+void* twin_open(int rows, int max_head_dim, int threads, uint64_t alone_bytes, const char* name) try {
     const twin::Path& path = *twin::find_path(name);
-    return new Card(rows, max_head_dim, threads, path, twin::find_crc(path));
+    return new Card(rows, max_head_dim, threads, alone_bytes, path, twin::find_crc(path));
 } catch (const std::exception&) {
     return nullptr;
 }

@@ -4,7 +4,7 @@
 import numpy as np
 
 from nearkv_hw import abi, pages
-from nearkv_hw.abi import PageLayout
+from nearkv_hw.abi import PageLayout, Status
 from nearkv_hw.number import N_LIMBS, Wide
 
 from . import native
@@ -31,8 +31,8 @@ class Sums:
         self._partial: Partial | None = None  # until there is something in it
         self._addresses: tuple[int, ...] = ()
 
-    def add(self, where: np.ndarray, data: np.ndarray) -> None:
-        """Add the partials of a run.
+    def add(self, where: np.ndarray, data: np.ndarray) -> bool:
+        """Add the partials of a run, whose jobs are numbered by their tags.
 
         Parameters
         ----------
@@ -40,6 +40,10 @@ class Sums:
             Which job each belongs to.
         data : uint8 (n_partials, bytes), rows contiguous
             As the card has written them: `abi.partial_bytes`.
+
+        Returns
+        -------
+        False, and nothing was added, if the status of one is not DONE alone, or its tag not its number.
 
         Raises
         ------
@@ -49,8 +53,7 @@ class Sums:
         n_jobs, width, head_dim = self._shape
         library, fresh = native.library(), self._partial is None
         if library is None:
-            self._add(where, data)
-            return
+            return self._add(where, data)
         if fresh:
             elements = (n_jobs, width, 2 + head_dim)
             run_max, top = np.empty((n_jobs, width), np.int16), np.empty(elements, np.int64)
@@ -58,11 +61,13 @@ class Sums:
             self._partial = Partial(self._kv_type, run_max, Wide(limbs, top))
             self._addresses = address(run_max), address(limbs), address(top)
         where = np.ascontiguousarray(where, np.int64)
-        if not library.native_fold(
+        answer = library.native_fold(
             address(data), data.strides[0], address(where), len(where), fresh, *self._shape,
             *self._addresses,
-        ):  # fmt: skip
+        )  # fmt: skip
+        if answer < 0:
             raise IndexError(f"jobs must be among {n_jobs}, not {where.min()} .. {where.max()}")
+        return bool(answer)
 
     def total(self) -> Partial:
         """(n_jobs, width); the identity where there was nothing."""
@@ -71,11 +76,14 @@ class Sums:
             self._partial = Partial.empty(self._kv_type, (n_jobs, width), head_dim)
         return self._partial
 
-    def _add(self, where: np.ndarray, data: np.ndarray) -> None:
+    def _add(self, where: np.ndarray, data: np.ndarray) -> bool:
         total, n_jobs = self.total(), self._shape[0]
         if len(where) and not 0 <= where.min() <= where.max() < n_jobs:
             raise IndexError(f"jobs must be among {n_jobs}, not {where.min()} .. {where.max()}")
-        parts = _unpack(data, total)
+        header = np.ascontiguousarray(data[:, : _HEADER.itemsize]).view(_HEADER)[:, 0]
+        if (header["status"] != Status.DONE).any() or (header["tag"] != np.arange(len(data))).any():
+            return False
+        parts = _unpack(data, header, total)
         # One of each job at a time: the n-th of each in turn n.
         order = np.argsort(where, kind="stable")
         counts = np.bincount(where, minlength=n_jobs)
@@ -83,12 +91,12 @@ class Sums:
         for n in range(counts.max(initial=0)):
             some = order[turn == n]
             total[where[some]] += parts[some]
+        return True
 
 
-def _unpack(data: np.ndarray, like: Partial) -> Partial:
+def _unpack(data: np.ndarray, header: np.ndarray, like: Partial) -> Partial:
     """The partials in a card's bytes: uint8 (n_partials, bytes)."""
     width = like.run_max.shape[-1]
-    header = np.ascontiguousarray(data[:, : _HEADER.itemsize]).view(_HEADER)[:, 0]
     rows, elements = abi.partial_rows(width), 2 + like.head_dim
     nbytes = elements * rows * abi.WIDE_BYTES
     words = np.ascontiguousarray(data[:, _HEADER.itemsize : _HEADER.itemsize + nbytes])

@@ -307,7 +307,7 @@ int64_t native_query_records(const void* q, int64_t is_double, const int64_t* wh
 }
 
 // Add partials, `bytes` from one to the next, to the sums of the jobs `where`; begin with the identity if `fresh`.
-// 0, and nothing is added, if one of them is not among the n_jobs.
+// 1; or, and nothing is added, 0 if one is not good, -1 if a job is not among the n_jobs.
 int64_t native_fold(const uint8_t* partials, int64_t bytes, const int64_t* where, int64_t n_partials, int64_t fresh,
                     int64_t n_jobs, int64_t width, int64_t head_dim, int16_t* run_max, int64_t* limbs, int64_t* top) {
     const int64_t n_elements = 2 + head_dim, rows = (width + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
@@ -316,7 +316,13 @@ int64_t native_fold(const uint8_t* partials, int64_t bytes, const int64_t* where
         std::fill_n(limbs, n_jobs * width * n_elements * N_LIMBS, 0);
         std::fill_n(top, n_jobs * width * n_elements, EMPTY_TOP);
     }
-    if (!among(where, n_partials, n_jobs)) return 0;
+    if (!among(where, n_partials, n_jobs)) return -1;
+    for (int64_t i = 0; i < n_partials; i++) {
+        uint32_t status, tag;
+        memcpy(&status, partials + i * bytes + PARTIAL_STATUS, sizeof status);
+        memcpy(&tag, partials + i * bytes + PARTIAL_TAG, sizeof tag);
+        if (status != STATUS_DONE || tag != i) return 0;
+    }
     for (int64_t i = 0; i < n_partials; i++, partials += bytes)
         for (int64_t row = 0; row < width; row++) {
             const int64_t head = where[i] * width + row;

@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 
 from nearkv_hw import abi, number
-from nearkv_hw.abi import KvType
+from nearkv_hw.abi import KvType, Status
 
 log = logging.getLogger("nearkv")
 
@@ -113,6 +113,8 @@ def _constants() -> str:
         "LIMB_STEP": number.LIMB_STEP,
         "N_LIMBS": number.N_LIMBS,
         "PARTIAL_ELEMENTS": abi.PARTIAL_HEADER.bytes,
+        "PARTIAL_STATUS": abi.PARTIAL_HEADER["status"].offset,
+        "PARTIAL_TAG": abi.PARTIAL_HEADER["tag"].offset,
         "PARTIAL_RUN_MAX": abi.PARTIAL_HEADER["run_max"].offset,
         "Q_EXPONENT": abi.Q_RECORD["exponent"].offset,
         "Q_EXPONENT_MAX": number.Q_EXPONENT_MAX,
@@ -121,6 +123,7 @@ def _constants() -> str:
         "Q_WEIGHT": abi.Q_RECORD["weight"].offset,
         "ROW_STEP": abi.ROW_STEP,
         "RUN_MAX_EMPTY": number.RUN_MAX_EMPTY,
+        "STATUS_DONE": int(Status.DONE),
         "SUM_UNIT": number.SUM_UNIT,
         "WEIGHT_BITS": number.WEIGHT_BITS,
         "WEIGHT_MAX": number.WEIGHT_MAX,

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     sequences: tuple[int, ...]
     stored: list[np.ndarray]  # STORED_PAGE (n_kv_heads, n_pages) of each
     query: Query
+    n_tokens: int  # in the pages of the call, whichever card serves them
     runs: list[Run]
 
 

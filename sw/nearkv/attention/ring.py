@@ -82,6 +82,14 @@ class _OnCard(NamedTuple):
     started: CardRun
 
 
+class _Ended(NamedTuple):
+    """A run that the card has answered."""
+
+    loading: _Loading
+    counters: dict[str, int]
+    data: np.ndarray  # its partials: uint8 (n_jobs, bytes)
+
+
 class Ring:
     """One card, its kv memory in segments, and what is on its way into them.
 
@@ -116,18 +124,20 @@ class Ring:
         n_segments = min(segments, slots, max(4, used_bytes // SEGMENT_BYTES))
         self.room = Room.of(layout, slots // n_segments, card.job_bytes)
         self._segment_bytes = self.room.segment_pages * layout.page_bytes
-        self._free = deque(range(n_segments))
+        # The one that was free last is taken first: it is still in the processor's caches, where a
+        # drive writes, and what a run says of its segment is known from the step before.
+        self._free = [*reversed(range(n_segments))]
         self._loading: deque[_Loading] = deque()  # in the order of their runs
         self._on_card: _OnCard | None = None
         self._coming: Iterator[tuple[Plan, Run]] = iter(())  # to be loaded when segments are free
 
-    def attend(self, plan: Plan, following: Plan | None, records: np.ndarray) -> Partial:
+    def attend(self, plan: Plan, following: Plan | None, q: np.ndarray) -> Partial:
         """Carry out a plan and begin to load what follows.
 
         Parameters
         ----------
-        records : int32 (n_jobs, head_dim, 16)
-            The query blocks of the call.
+        q : real (n_jobs, width, head_dim)
+            The queries of the call.
 
         Returns
         -------
@@ -135,7 +145,7 @@ class Ring:
         """
         with self.card.tenancy.turn(self):
             begin, loaded = time.perf_counter(), self.figures.kv_bytes
-            partial = self._attend_twice(plan, following, records)
+            partial = self._attend_twice(plan, following, q)
             loaded = self.figures.kv_bytes - loaded
             self.rate = loaded / (time.perf_counter() - begin)
             return partial
@@ -171,23 +181,23 @@ class Ring:
             self.figures.wasted_bytes += loading.load.nbytes
             self._free.append(loading.segment)
 
-    def _attend_twice(self, plan, following, records) -> Partial:
+    def _attend_twice(self, plan, following, q) -> Partial:
         """Attend; once more if the card did not answer."""
         try:
-            return self._attend(plan, following, records)
+            return self._attend(plan, following, q)
         except CardError as error:
             if not error.recoverable:
                 raise
             log.warning("%s; the card is reset and the work done again", error)
             self._reset()
         try:
-            return self._attend(plan, None, records)
+            return self._attend(plan, None, q)
         except CardError as error:
             if error.recoverable:
                 self._reset()  # others may have better luck
             raise
 
-    def _attend(self, plan: Plan, following: Plan | None, records: np.ndarray) -> Partial:
+    def _attend(self, plan: Plan, following: Plan | None, q: np.ndarray) -> Partial:
         if any(loading.plan is not plan for loading in self._loading):
             self.leave()  # the guess was wrong
         coming = [(plan, run) for run in plan.runs[len(self._loading) :]]
@@ -202,7 +212,7 @@ class Ring:
                     self._add(self._end(), sums)
                     self._load()
                 loading = self._loading[0]
-                image = run.image(loading.segment * self._segment_bytes, plan.stored, records)
+                image = run.image(loading.segment * self._segment_bytes, plan.stored, q)
                 self.card.write_job(run.queue, image)
                 ended = self._end()
                 self._load()
@@ -227,11 +237,11 @@ class Ring:
             plan, run = next(self._coming, (None, None))
             if plan is None or run is None:
                 return
-            segment = self._free.popleft()
+            segment = self._free.pop()
             try:
                 load = self.card.start_load(self._reads_of(plan, run, segment))
             except BaseException:
-                self._free.appendleft(segment)
+                self._free.append(segment)
                 raise
             self._loading.append(_Loading(plan, run, segment, load))
 
@@ -257,8 +267,8 @@ class Ring:
         self._loading.popleft()
         self._on_card = _OnCard(loading, started)
 
-    def _end(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Wait for the run that is on the card, if there is one; where its partials belong, and they."""
+    def _end(self) -> _Ended | None:
+        """Wait for the run that is on the card, if there is one."""
         if self._on_card is None:
             return None
         begin = time.perf_counter()
@@ -274,13 +284,12 @@ class Ring:
         figures.kv_bytes += loading.load.nbytes
         figures.cycles += counters["cycles"]
         data = self.card.read_job(run.partials, run.n_jobs * run.partial_bytes)
-        data = data.reshape(run.n_jobs, run.partial_bytes)
-        self._check(loading, data[:, : _HEADER.itemsize].view(_HEADER)[:, 0], counters)
-        return run.where, data
+        return _Ended(loading, counters, data.reshape(run.n_jobs, run.partial_bytes))
 
-    def _add(self, ended: tuple[np.ndarray, np.ndarray] | None, sums: Sums) -> None:
-        if ended is not None:
-            sums.add(*ended)
+    def _add(self, ended: _Ended | None, sums: Sums) -> None:
+        """Add its partials up; CardError if one is not good."""
+        if ended is not None and not sums.add(ended.loading.run.where, ended.data):
+            raise self._complaint(ended)
 
     def _reset(self) -> None:
         """Reset the card; nothing is on its way then."""
@@ -293,12 +302,11 @@ class Ring:
             self._free.append(loading.segment)
         self.card.reset()
 
-    def _check(self, loading: _Loading, header: np.ndarray, counters: dict[str, int]) -> None:
-        """Raise CardError for the first partial that is not good."""
+    def _complaint(self, ended: _Ended) -> CardError:
+        """About the first partial that is not good."""
+        (plan, run, *_), counters = ended.loading, ended.counters
+        header = ended.data[:, : _HEADER.itemsize].view(_HEADER)[:, 0]
         good = (header["status"] == Status.DONE) & (header["tag"] == np.arange(len(header)))
-        if good.all():
-            return
-        plan, run = loading.plan, loading.run
         job = int(np.argmin(good))
         work = run.work_of(job)
         status, bad_page = Status(int(header["status"][job])), int(header["bad_page"][job])
@@ -313,7 +321,7 @@ class Ring:
             what = f"answered job {int(header['tag'][job])} instead of {job}"
         else:
             what = status.describe()
-        raise CardError(
+        return CardError(
             f"card {self.card.name!r}, {where}: {what}; {_remedy(status)}; "
             f"{int((~good).sum())} of {len(header)} jobs failed",
             status=status,

@@ -9,43 +9,70 @@ Job memory is used as two buffers, where it is large enough, so that a run is wr
 card works on the other.
 """
 
+from dataclasses import dataclass
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
 from nearkv_hw import abi, pages
+from nearkv_hw.abi import PageLayout
+from nearkv_hw.number import score_scale
 
 from ..io import Read
+from .query import query_records
 
 _JOB = pages.record_dtype(abi.JOB)
 _ENTRY = pages.record_dtype(abi.PAGE_ENTRY)
 
 
-class Query(NamedTuple):
-    """What the jobs of a call have in common."""
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What the jobs of a call have in common. `query_of` makes it, once for all calls that are alike."""
 
     job: np.ndarray  # abi.JOB: what is the same in all of them
     shape: tuple[int, int, int]  # sequences, kv heads, slices of a head's query rows
 
-    @property
+    @functools.cached_property
     def n_jobs(self) -> int:
         """Query blocks of the call; a block has a job for each part of its pages."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Query rows of a job."""
         return int(self.job["group_size"])
 
-    @property
+    @functools.cached_property
     def head_dim(self) -> int:
         return int(self.job["head_dim"])
 
-    @property
+    @functools.cached_property
     def page_bytes(self) -> int:
         kv_type = abi.KvType(int(self.job["kv_type"]))
         return abi.PageLayout(self.head_dim, int(self.job["page_tokens"]), kv_type).page_bytes
+
+
+@functools.lru_cache(maxsize=256)
+def query_of(
+    layout: PageLayout, n_sequences: int, n_heads: int, n_rows: int, most_rows: int, scale: float
+) -> Query:
+    """The query of calls with n_rows query rows for each kv head, of which a job takes most_rows.
+
+    Raises
+    ------
+    ValueError
+        If the scale is not positive and finite.
+    """
+    n_slices = max(1, -(-n_rows // most_rows))
+    mantissa, shift = score_scale(scale, layout.kv_type)
+    job = np.zeros((), _JOB)
+    job["group_size"] = -(-n_rows // n_slices)
+    job["kv_type"], job["head_dim"] = layout.kv_type, layout.head_dim
+    job["page_tokens"] = layout.page_tokens
+    job["score_mantissa"], job["score_shift"] = mantissa, shift
+    return Query(job, (n_sequences, n_heads, n_slices))
 
 
 class Work(NamedTuple):
@@ -145,11 +172,11 @@ class Run:
                 for work in works
             ]
         )
-        self._fronts: dict[int, bytes] = {}  # by kv offset
+        self._fronts: dict[int, np.ndarray] = {}  # by kv offset
         self.reads: dict[int, list[Read]] = {}  # by segment; for the ring
 
-    def image(self, kv_offset: int, stored: list[np.ndarray], records: np.ndarray) -> bytes:
-        """What is written at `queue`: everything but the summary.
+    def image(self, kv_offset: int, stored: list[np.ndarray], q: np.ndarray) -> np.ndarray:
+        """What is written at `queue`: everything but the summary, uint8.
 
         Parameters
         ----------
@@ -157,21 +184,32 @@ class Run:
             Where in kv memory its pages are.
         stored : list of STORED_PAGE (n_kv_heads, n_pages)
             By position in the call.
-        records : int32 (n_jobs of the call, head_dim, 16)
-            Query blocks.
+        q : real (n_jobs of the call, width, head_dim)
+            The queries of the call.
+
+        Raises
+        ------
+        ValueError
+            If one of them is not finite or too large for a card.
         """
         front = self._fronts.get(kv_offset)
         if front is None:
             front = self._fronts[kv_offset] = self._front(kv_offset, stored)
-        # One copy; the zeros at its end clear every status word.
-        return b"".join([front, records[self.where].data, bytes(self.n_jobs * self.partial_bytes)])
+        places = self._map
+        queries, partials = places.queries - places.queue, places.partials - places.queue
+        image = np.empty(places.nbytes - places.queue, np.uint8)
+        image[:queries] = front
+        records = image[queries:partials].view(np.int32)
+        query_records(q, self.where, records.reshape(self.n_jobs, self._query.head_dim, -1))
+        image[partials:] = 0  # clears every status word
+        return image
 
     def work_of(self, job: int) -> Work:
         """What a job is about."""
         ends = np.cumsum([work.n_slices for work in self.works])
         return self.works[int(np.searchsorted(ends, job, "right"))]
 
-    def _front(self, address: int, stored: list[np.ndarray]) -> bytes:
+    def _front(self, address: int, stored: list[np.ndarray]) -> np.ndarray:
         """Jobs and page tables, which stay the same for every token."""
         query, places = self._query, self._map
         jobs = np.repeat(query.job, self.n_jobs)
@@ -194,7 +232,7 @@ class Run:
         each = np.arange(self.n_jobs)
         jobs["q"] = self.buffer + places.queries + each * places.query_bytes
         jobs["partial"] = self.partials + each * places.partial_bytes
-        return b"".join(part.tobytes() for part in (jobs, *tables))
+        return np.concatenate([part.view(np.uint8) for part in (jobs, *tables)])
 
 
 def _beats(nbytes: int) -> int:

@@ -20,21 +20,18 @@ import time
 
 import numpy as np
 
-from nearkv_hw import abi, pages
+from nearkv_hw import pages
 from nearkv_hw.abi import PageLayout
-from nearkv_hw.number import score_scale
 
 from ..cards import Card, CardError, Turns
 from ..io import FlashError
 from ..store import KvStore
 from .partial import Partial
 from .planning import Plan, cut, pages_of
-from .query import query_records
 from .ring import RING_BYTES, SEGMENTS, Figures, Ring
-from .runs import Query
+from .runs import Query, query_of
 
 MEASURE_BYTES = 8 << 20  # for each card, to find out how fast it is
-_JOB = pages.record_dtype(abi.JOB)
 
 
 class PageAttention:
@@ -185,39 +182,33 @@ class PageAttention:
             self.store.stored(sequence, layer, int(n))
             for sequence, n in zip(sequences, n_pages, strict=True)
         ]
-        n_slices = max(1, -(-n_rows // self._rows))
-        width = -(-n_rows // n_slices)
-        shape = (n_sequences, n_heads, n_slices)
-        q = _pad_rows(q, n_slices * width).reshape(*shape, width, head_dim)
-        mantissa, shift = score_scale(scale, layout.kv_type)
-        job = np.zeros((), _JOB)
-        job["group_size"], job["kv_type"], job["head_dim"] = width, layout.kv_type, head_dim
-        job["page_tokens"] = layout.page_tokens
-        job["score_mantissa"], job["score_shift"] = mantissa, shift
-        query = Query(job, shape)
+        query = query_of(layout, n_sequences, n_heads, n_rows, self._rows, scale)
+        n_padded = query.shape[2] * query.width
+        q = _pad_rows(q, n_padded).reshape(query.n_jobs, query.width, head_dim)
         plans = self._plans(layer, sequences, stored, query)
         if self._last is not None:
             self._follows[self._last] = layer
         self._last = layer
         following = self._guess(layer, sequences, query)
-        try:
-            total = self._on_cards(plans, following, query_records(q))
-        finally:
-            for ring in self._rings:
-                self.figures += ring.figures
-                ring.figures = Figures()
-        for entries in stored:
-            if entries.shape[1]:
-                tokens = int(entries["page_len"][0].sum())
-                self.figures.card_tokens += tokens * n_heads * n_rows
-        self.figures.attend_s += time.perf_counter() - begin
-        return total.reshape(n_sequences, n_heads, n_slices * width)[:, :, :n_rows]
-
-    def _on_cards(self, plans, following, records) -> Partial:
         if self._pool is None:
-            return self._rings[0].attend(plans[0], following[0], records)
+            self._rings[0].figures = self.figures
+        try:
+            total = self._on_cards(plans, following, q)
+        finally:
+            if self._pool is not None:  # each in a thread of its own
+                for ring in self._rings:
+                    self.figures += ring.figures
+                    ring.figures = Figures()
+        self.figures.card_tokens += plans[0].n_tokens * n_heads * n_rows
+        self.figures.attend_s += time.perf_counter() - begin
+        total = total.reshape(n_sequences, n_heads, n_padded)
+        return total if n_padded == n_rows else total[:, :, :n_rows]
+
+    def _on_cards(self, plans, following, q) -> Partial:
+        if self._pool is None:
+            return self._rings[0].attend(plans[0], following[0], q)
         futures = [
-            self._pool.submit(ring.attend, plan, ahead, records)
+            self._pool.submit(ring.attend, plan, ahead, q)
             for ring, plan, ahead in zip(self._rings, plans, following, strict=True)
         ]
         # Every wait in there has an end of its own.
@@ -232,14 +223,15 @@ class PageAttention:
     def _plans(self, layer, sequences, stored, query: Query) -> list[Plan]:
         """Each card's share of a call; made anew only when something about it has changed."""
         counts = tuple(entries.shape[1] for entries in stored)
-        key = (sequences, counts, query.shape, query.job.tobytes(), self.store.epoch)
+        key = (sequences, counts, query, self.store.epoch)
         plans = []
         for position, ring in enumerate(self._rings):
             plan = ring.plans.get(layer)
             if plan is None or plan.key != key:
                 numbers = pages_of(stored, position, len(self.cards), self.store.n_shards)
                 runs = cut(numbers, query, ring.room)
-                plan = Plan(key, layer, sequences, stored, query, runs)
+                n_tokens = sum(int(entries["page_len"][:1].sum()) for entries in stored)
+                plan = Plan(key, layer, sequences, stored, query, n_tokens, runs)
                 ring.plans[layer] = plan
             plans.append(plan)
         return plans

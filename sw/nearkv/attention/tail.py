@@ -2,8 +2,9 @@
 """Attention to the newest tokens of each sequence, which are in host memory.
 
 The *tail* of a sequence are the tokens that do not fill a page yet. New tokens come behind it; they are
-queries and keys at once. Computed in float64 from the 16-bit elements as they are stored, in one order, so
-that the result of a query depends on nothing but its own sequence, and is the same on every machine.
+queries and keys at once. A few of them are attended in float64 from the 16-bit elements as they are stored, in
+one order, so that the result of a query depends on nothing but its own sequence, and is the same on every
+machine. Many of them, a prompt behind a past, are attended in float32 by matrix products.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ from .native import LANES, address
 from .partial import Partial
 
 _LOG2_E = math.log2(math.e)
+FEW_TOKENS = (
+    16  # new ones of a sequence, up to which the order is kept; it costs as much as matrices there
+)
+_TOKENS_AT_ONCE = 256  # whose scores are held
 
 
 class Tail:
@@ -90,7 +95,7 @@ class Tail:
             If the shapes do not belong together, or a tail has more tokens than room.
         """
         library = native.library()
-        if library is None:
+        if library is None or k.shape[2] > FEW_TOKENS:
             out, lse_log2 = self.attend_alone(q, tokens, k, v, valid, scale)
             return out.astype(np.float32) if stored is None else stored.combine(out, lse_log2)
         if stored is not None and stored.run_max.shape != q.shape[:3]:
@@ -114,8 +119,9 @@ class Tail:
         lse_log2 : float64 (batch, n_kv_heads, group * n_new)
             log2 of the sum of exponentials.
         """
-        library = native.library()
-        if library is not None:
+        library, n_new = native.library(), k.shape[2]
+        few = n_new <= FEW_TOKENS
+        if library is not None and few:
             return self._native(library, q, tokens, k, v, valid, scale, None, None, 0, None)
         self._check(q, tokens, k, v, valid)
         out, lse_log2 = np.empty(q.shape), np.empty(q.shape[:3])
@@ -124,11 +130,12 @@ class Tail:
                 pages.to_float32(
                     np.ascontiguousarray(np.concatenate([tail[row, :, :past], new[row]], axis=1)),
                     self._kv_type,
-                ).astype(np.float64)
+                )
                 for tail, new in ((self._k, k), (self._v, v))
             )
-            seen = _seen(past, k.shape[2], None if valid is None else valid[row])
-            out[row], lse_log2[row] = _attend(q[row], keys, values, seen, scale * _LOG2_E)
+            mine = np.ones(n_new, bool) if valid is None else valid[row]
+            attend = _attend if few else _attend_many
+            out[row], lse_log2[row] = attend(q[row], keys, values, mine, scale)
         return out, lse_log2
 
     def _native(self, library, q, tokens, k, v, valid, scale, *combined):
@@ -171,19 +178,25 @@ def _elements(x: np.ndarray) -> tuple[int, ...]:
     return (address(x), *x.strides[:3])
 
 
-def _seen(past: int, n_new: int, valid: np.ndarray | None) -> np.ndarray:
-    """Which tokens a query sees: bool (n_new, past + n_new)."""
-    query, own = np.arange(n_new)[:, None], np.arange(n_new)
-    seen = np.ones((n_new, past + n_new), bool)
-    seen[:, past:] = (own < query) & (True if valid is None else valid) | (own == query)
+def _seen(past: int, valid: np.ndarray, queries: slice) -> np.ndarray:
+    """Which tokens some of the new ones see: bool (queries, past + valid tokens up to the last query)."""
+    query, own = np.arange(len(valid))[queries, None], np.arange(queries.stop)
+    seen = np.ones((len(query), past + queries.stop), bool)
+    seen[:, past:] = (own < query) & valid[: queries.stop] | (own == query)
     return seen
 
 
-def _attend(q, keys, values, seen, scale):
-    """Attention of one sequence: q (heads, rows, head_dim), keys, values (heads, tokens, head_dim)."""
-    seen = np.tile(seen, (q.shape[1] // len(seen), 1))
+def _attend(q, keys, values, valid, scale):
+    """Attention of one sequence, in the order in which the native part does it.
+
+    q (heads, rows, head_dim), keys, values : float32 (heads, tokens, head_dim); valid : bool (n_new,)
+    """
+    n_new = len(valid)
+    seen = _seen(keys.shape[1] - n_new, valid, slice(0, n_new))
+    seen = np.tile(seen, (q.shape[1] // n_new, 1))
+    values = values.astype(np.float64)
     with np.errstate(invalid="ignore"):  # of K or V that are Inf or NaN, which others refuse
-        scores = np.where(seen, _products(q, keys) * scale, -np.inf)
+        scores = np.where(seen, _products(q, keys) * (scale * _LOG2_E), -np.inf)
         largest = scores.max(axis=-1, keepdims=True)
         p = exp2(scores - largest)
         total, sums = np.zeros(p.shape[:2]), np.zeros(q.shape)
@@ -193,9 +206,32 @@ def _attend(q, keys, values, seen, scale):
         return sums / total[..., None], largest[..., 0] + log2(total)
 
 
+def _attend_many(q, keys, values, valid, scale):
+    """The same for many new tokens, in float32."""
+    (n_heads, _, head_dim), n_new = q.shape, len(valid)
+    past = keys.shape[1] - n_new
+    grouped = q.reshape(n_heads, -1, n_new, head_dim)
+    out, lse_log2 = np.empty(grouped.shape), np.empty(grouped.shape[:3])
+    for at in range(0, n_new, _TOKENS_AT_ONCE):
+        queries = slice(at, min(at + _TOKENS_AT_ONCE, n_new))
+        seen = _seen(past, valid, queries)
+        some = grouped[:, :, queries].reshape(n_heads, -1, head_dim) * np.float32(scale)
+        with np.errstate(invalid="ignore"):
+            scores = some @ keys[:, : past + queries.stop].swapaxes(1, 2)
+            scores = scores.reshape(n_heads, -1, *seen.shape)
+            np.copyto(scores, -np.inf, where=~seen)
+            largest = scores.max(axis=-1, keepdims=True)
+            p = np.exp(scores - largest)
+        total = p.sum(axis=-1, dtype=np.float64)
+        sums = p.reshape(n_heads, -1, p.shape[3]) @ values[:, : past + queries.stop]
+        out[:, :, queries] = sums.reshape(*total.shape, head_dim) / total[..., None]
+        lse_log2[:, :, queries] = (largest[..., 0] + np.log(total)) * _LOG2_E
+    return out.reshape(q.shape), lse_log2.reshape(q.shape[:2])
+
+
 def _products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Scalar products (heads, rows, tokens), in LANES sums, of which halves are added up."""
-    products = q[:, :, None].astype(np.float64) * keys[:, None]
+    products = q[:, :, None].astype(np.float64) * keys[:, None].astype(np.float64)
     lanes = np.zeros((*products.shape[:3], LANES))
     for c in range(0, products.shape[3], LANES):
         lanes += products[..., c : c + LANES]

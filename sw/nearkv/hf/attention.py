@@ -12,7 +12,8 @@ Without a mark, both functions do exactly what "sdpa" does. A mark that arrives 
 counterpart, and every use of a marked tensor elsewhere, is an error.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,63 +22,96 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 if TYPE_CHECKING:
     from .layer import Layer
 
-# What may be done with a marked tensor: look at its shape and type.
-_HARMLESS = {"__get__", "size", "dim", "numel", "__len__"}
+
+_F = TypeVar("_F", bound=Callable)
+
+
+def uncompiled(function: _F) -> _F:
+    """Keep a function out of compiled graphs."""
+    return cast(_F, torch.compiler.disable(function))
 
 
 class Length(int):
     """How many positions a NearStorageCache will have: tells the mask function whose they are."""
 
 
-class _Marked(torch.Tensor):
-    """A tensor that only `attention_forward` may use."""
+class _Marked:
+    """What only `attention_forward` may use. It has a shape and a type; any use is an error.
 
-    _allowed = _HARMLESS
+    Not a torch.Tensor, so that no operation goes past it, and a compiler leaves it alone.
+    """
+
+    def __init__(self, plain: torch.Tensor):
+        self.plain = plain
+        self.shape, self.ndim, self.dtype = plain.shape, plain.ndim, plain.dtype
+        self.device = plain.device
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in cls._allowed:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        raise RuntimeError(f"{cls._complaint()} (the operation was {_name_of(func)})")
+        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+        raise cls._misused(name)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # asked for by copy and the like
+            raise AttributeError(name)
+        raise self._misused(name)
 
     @classmethod
-    def _complaint(cls) -> str:
-        raise NotImplementedError
+    def _misused(cls, operation: str) -> RuntimeError:
+        return RuntimeError(f"{cls.complaint} (the operation was {operation})")
+
+    complaint = ""
+
+
+def _forbid(name: str):
+    def misuse(self, *args, **kwargs):
+        raise self._misused(name)
+
+    return misuse
+
+
+for _name in (
+    "add and array bool eq floordiv ge getitem gt invert iter le lt matmul mod mul ne neg or pow radd "
+    "rmatmul rmul rpow rsub rtruediv setitem sub truediv xor"
+).split():
+    setattr(_Marked, f"__{_name}__", _forbid(f"__{_name}__"))
 
 
 class Handle(_Marked):
     """New K or V on its way to `attention_forward`, with the layer it belongs to."""
 
-    layer: "Layer"
-    plain: torch.Tensor
+    complaint = (
+        "K and V of a NearStorageCache lie on flash, and only the nearkv attention can use them: load "
+        'the model with attn_implementation="nearkv", or call '
+        'model.set_attn_implementation("nearkv"); if it has that already, its attention does more '
+        "with K and V than nearkv supports, and it needs another cache"
+    )
 
-    @classmethod
-    def of(cls, x: torch.Tensor, layer: "Layer") -> "Handle":
-        handle = x.as_subclass(cls)
-        handle.layer, handle.plain = layer, x
-        return handle
-
-    @classmethod
-    def _complaint(cls) -> str:
-        return (
-            "K and V of a NearStorageCache lie on flash, and only the nearkv attention can use them: "
-            'load the model with attn_implementation="nearkv", or call '
-            'model.set_attn_implementation("nearkv"); if it has that already, its attention does '
-            "more with K and V than nearkv supports, and it needs another cache"
-        )
+    def __init__(self, plain: torch.Tensor, layer: "Layer"):
+        super().__init__(plain)
+        self.layer = layer
 
 
 class Padding(_Marked):
     """bool (batch, positions): which positions of a NearStorageCache are tokens."""
 
-    _allowed = _HARMLESS | {"to", "as_subclass"}  # models on several devices move masks
+    complaint = (
+        "the mask of a NearStorageCache says which positions are padding, and only the nearkv "
+        "attention can use it; this model changes its masks, and needs another cache"
+    )
 
-    @classmethod
-    def _complaint(cls) -> str:
-        return (
-            "the mask of a NearStorageCache says which positions are padding, and only the nearkv "
-            "attention can use it; this model changes its masks, and needs another cache"
-        )
+    def to(self, *args, **kwargs) -> "Padding":
+        """Models on several devices move masks; this one is read on the host."""
+        return self
 
 
 class OtherMask(_Marked):
@@ -86,19 +120,16 @@ class OtherMask(_Marked):
     A model may build masks that none of its layers uses, so nothing is wrong before one is used.
     """
 
-    @classmethod
-    def _complaint(cls) -> str:
-        return (
-            "NearStorageCache knows causal attention with padding, and this model asks for another "
-            "mask (a window, chunks, a prefix, blocks, or no causality); use another cache"
-        )
+    complaint = (
+        "NearStorageCache knows causal attention with padding, and this model asks for another mask "
+        "(a window, chunks, a prefix, blocks, or no causality); use another cache"
+    )
+
+    def __init__(self):
+        super().__init__(torch.empty(0))
 
 
-def _name_of(func) -> str:
-    return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
-
-
-def mask_function(*args, **kwargs) -> torch.Tensor | None:
+def mask_function(*args, **kwargs) -> torch.Tensor | Padding | OtherMask | None:
     """The mask function "nearkv" of transformers; the arguments are those of `sdpa_mask`.
 
     Returns
@@ -110,7 +141,7 @@ def mask_function(*args, **kwargs) -> torch.Tensor | None:
     if not isinstance(kv_length, Length):
         return sdpa_mask(*args, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-        return torch.empty(0).as_subclass(OtherMask)
+        return OtherMask()
     attention_mask = kwargs.get("attention_mask")
     if attention_mask is None:
         return None
@@ -118,7 +149,7 @@ def mask_function(*args, **kwargs) -> torch.Tensor | None:
     missing = kv_length - attention_mask.shape[1]
     mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(missing, 0)), value=False)
     mask = mask[:, :kv_length]
-    return None if mask.all() else mask.as_subclass(Padding)
+    return None if mask.all() else Padding(mask)
 
 
 def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
@@ -148,6 +179,12 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    return _attend(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
+
+
+@uncompiled
+def _attend(module, query, key, value, mask, scaling, dropout: float, options: dict):
+    """Attention to K and V of a NearStorageCache."""
     if not (isinstance(key, Handle) and isinstance(value, Handle)) or key.layer is not value.layer:
         raise NotImplementedError(
             "NearStorageCache needs K and V of one layer together; this model mixes them, and needs "
@@ -156,15 +193,15 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
     layer = key.layer
     try:
         layer.check_pending(query, key.plain, value.plain)
-        _check_plain(module, query, attention_mask, dropout, kwargs)
+        _check_plain(module, query, mask, dropout, options)
     except BaseException:
         layer.forget()
         raise
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = layer.attend(module, query.detach(), attention_mask, scale)
+    out = layer.attend(module, query.detach(), None if mask is None else mask.plain, scale)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(query, out)
-    return out, None
+    return out
 
 
 def _check_plain(module, query, mask, dropout: float, options: dict) -> None:
@@ -175,7 +212,7 @@ def _check_plain(module, query, mask, dropout: float, options: dict) -> None:
                 f"NearStorageCache has no {name}, which this model uses; use another cache"
             )
     if isinstance(mask, OtherMask):
-        raise NotImplementedError(OtherMask._complaint())
+        raise NotImplementedError(OtherMask.complaint)
     if mask is not None and not isinstance(mask, Padding):
         raise NotImplementedError(
             "NearStorageCache knows causal attention with padding, no "

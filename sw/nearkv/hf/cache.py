@@ -265,12 +265,23 @@ class NearStorageCache(Cache):
         RuntimeError
             If layers come in another order than in the calls before, or in several threads.
         """
+        _not_in_a_graph()
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"the cache was made for {len(self.layers)} layers, and the model has a layer "
                 f"{layer_idx}; make it with the config of this model"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that a layer holds, padding included."""
+        _not_in_a_graph()
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """For transformers: how many positions there will be, and 0."""
+        _not_in_a_graph()
+        return super().get_mask_sizes(query_length, layer_idx)
 
     @property
     def figures(self) -> Figures:
@@ -424,6 +435,19 @@ class _StopDropped(StoppingCriteria):
         stop = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         stop[list(self._faults)] = True
         return stop
+
+
+def _not_in_a_graph() -> None:
+    """Keep what touches the cache out of compiled graphs.
+
+    The compiler takes the error for a reason to run the calling function as it is, and compiles what
+    that calls; only if it may not (fullgraph=True) does the error reach the user.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a NearStorageCache cannot be part of a compiled graph: use torch.compile without "
+            "fullgraph=True, or another cache"
+        )
 
 
 def _check_options(spill_pages, weights, beyond_budget, on_fault) -> None:

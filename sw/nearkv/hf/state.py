@@ -54,11 +54,14 @@ class Identity:
 
     def check(self, other: "Identity", where) -> None:
         """Raise ValueError if what was saved is of another model than `other`, saying what differs."""
+        keys = sorted({*self.config, *other.config}, key=lambda key: (key != "model_type", key))
         differ = [
             f"{key} {self.config.get(key)!r}, not {other.config.get(key)!r}"
-            for key in sorted({*self.config, *other.config})
+            for key in keys
             if self.config.get(key) != other.config.get(key)
         ]
+        if differ and differ[0].startswith("model_type "):
+            del differ[1:]  # the rest follows from it
         for what in ("model", "tokenizer"):
             theirs, mine = getattr(self, what), getattr(other, what)
             if theirs and mine and theirs != mine:

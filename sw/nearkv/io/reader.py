@@ -386,7 +386,7 @@ class UringReader(Reader):
     # What has arrived is replaced when this thread gets Python's lock, some requests later. With 8 at
     # once the drive had too few by then: decode got 0.87 to 0.96 of it, with 32 0.90 to 1.07.
     DEPTH = 32
-    FEW = 8  # requests on their way that need no thread
+    FEW = 16  # requests on their way that need no thread
 
     _lost: ClassVar[list] = []  # readers that cannot learn what is still written to their memory
 
@@ -398,6 +398,8 @@ class UringReader(Reader):
         self._waiting: deque[tuple[Load, int, Read, int]] = deque()  # and how much has arrived
         self._sent: dict[int, tuple[Load, int, Read, int]] = {}  # by key, on their way
         self._thread: threading.Thread | None = None
+        # Of who gives requests to the kernel. Without the other lock, which others need meanwhile.
+        self._submitting = threading.Lock()
         self._waiters = 0
         self._by_threads = False  # the ring answers with errors of its own
 
@@ -425,9 +427,15 @@ class UringReader(Reader):
                 super()._go(requests)
                 return
             self._waiting.extend((*request, 0) for request in requests)
-            if len(self._waiting) + len(self._sent) <= self.FEW:
-                self._in_passing(self._submit)
-            else:
+            few = len(self._waiting) + len(self._sent) <= self.FEW
+            mine = few and self._submitting.acquire(blocking=False)
+            if mine:
+                try:
+                    self._in_passing(self._submit)
+                finally:
+                    self._submitting.release()
+            # Who waits already, because a writer was at work, has looked for what arrived before.
+            if (not mine or self._waiters) and self.failure is None:
                 self._call_thread()
 
     def _until(self, finished: Callable[[], bool], timeout_s: float) -> None:
@@ -466,10 +474,10 @@ class UringReader(Reader):
         """The thread's work; to its end, when nothing is with the drive any more."""
         try:
             while self._ring.fd >= 0:
+                with self._submitting:
+                    self._submit()
                 with self._change:
                     ended = self._closed or self.failure is not None
-                    if not ended:
-                        self._submit()
                     needed = bool(self._waiting or self._waiters or (ended and self._sent))
                 self._ring.wait(_IDLE_S, completions=needed)
                 with self._change:
@@ -519,16 +527,20 @@ class UringReader(Reader):
         self._leave()
 
     def _submit(self) -> None:
-        while self._waiting and len(self._sent) < self.depth:
-            load, index, request, done = work = self._waiting.popleft()
-            if index not in load._left:
-                continue  # given up
-            key = next(self._keys)
-            self._ring.read(
-                key, request.fd, request.offset + done,
-                self._address + request.kv_offset + done, request.nbytes - done,
-            )  # fmt: skip
-            self._sent[key] = work
+        """Give the kernel what waits. Called with `_submitting`."""
+        with self._change:
+            if self.failure is not None:
+                return
+            while self._waiting and len(self._sent) < self.depth:
+                load, index, request, done = work = self._waiting.popleft()
+                if index not in load._left:
+                    continue  # given up
+                key = next(self._keys)
+                self._ring.read(
+                    key, request.fd, request.offset + done,
+                    self._address + request.kv_offset + done, request.nbytes - done,
+                )  # fmt: skip
+                self._sent[key] = work
         self._ring.submit()
 
     def _reap(self) -> None:

@@ -58,6 +58,10 @@ class WriteBehind:
         """Whether nothing waits or is being written; what has failed does neither."""
         return not self._spills and not self._writing
 
+    def has_failed(self, sequence: int) -> bool:
+        """Whether something went wrong with a sequence that nobody has heard of. Without the lock."""
+        return sequence in self._errors
+
     @property
     def failed(self) -> dict[int, FlashError]:
         """What went wrong and nobody has heard of, by sequence."""

@@ -34,7 +34,7 @@ import google_crc32c
 
 from nearkv_hw.abi import PAGE_ALIGN_BYTES
 
-from ..io import Directory, File, FlashError
+from ..io import Directory, File, FlashError, shards_of
 from . import signals
 from .journal import END_NAME, NAME, NEW_NAME, Journal
 
@@ -79,6 +79,7 @@ class Home:
     """
 
     def __init__(self, paths: Sequence[Path], about: dict[str, Any], *, temporary: bool):
+        self._n_shards = about["n_shards"]
         self.directories: list[Directory] = []
         self.files: list[File] = []
         self.journal: Journal | None = None
@@ -91,7 +92,7 @@ class Home:
                 self.directories.append(Directory(path))
             if temporary:
                 for shard in range(about["n_shards"]):
-                    file = self._directory_of(shard).temporary(f"pages-{shard}.kv", direct=True)
+                    file = self.directory_of(shard).temporary(f"pages-{shard}.kv", direct=True)
                     self.files.append(file)
             else:
                 self._open_persistent(about)
@@ -100,6 +101,15 @@ class Home:
             self.close()
             raise
 
+    def directory_of(self, shard: int) -> Directory:
+        """Where the page file of a shard is."""
+        n, n_shards = len(self.directories), self._n_shards
+        return next(
+            directory
+            for position, directory in enumerate(self.directories)
+            if shard in shards_of(position, n, n_shards)
+        )
+
     def _unmake(self) -> None:
         """Remove what was made; the mark of a store that is being made last, if nothing is left."""
         with contextlib.suppress(FlashError):
@@ -107,9 +117,6 @@ class Home:
                 directory.remove(name)
         for directory in self.directories:
             directory.unmake()
-
-    def _directory_of(self, shard: int) -> Directory:
-        return self.directories[shard % len(self.directories)]
 
     def close(self) -> None:
         """Close everything, the locks last."""
@@ -174,7 +181,7 @@ class Home:
                 self._explain(directory, theirs, mine)
         self.journal = Journal.open(first)
         for shard in range(about["n_shards"]):
-            file = self._directory_of(shard).open(f"pages-{shard}.kv", direct=True)
+            file = self.directory_of(shard).open(f"pages-{shard}.kv", direct=True)
             self.files.append(file)
             self._check_header(file, identity, shard, about["page_bytes"])
 
@@ -295,7 +302,7 @@ class Home:
         for directory, name in left:
             directory.remove(name)
         for shard in range(about["n_shards"]):
-            directory, name = self._directory_of(shard), f"pages-{shard}.kv"
+            directory, name = self.directory_of(shard), f"pages-{shard}.kv"
             file = directory.create(name, direct=True)
             self._made.append((directory, name))
             self.files.append(file)

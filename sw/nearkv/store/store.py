@@ -165,8 +165,9 @@ class KvStore:
             )
         windows: dict[int, Window] = {}  # one for each drive
         self._windows = [
-            windows.setdefault(directory.device, Window()) for directory in self._home.directories
-        ] * (self.n_shards // len(paths))
+            windows.setdefault(self._home.directory_of(shard).device, Window(self.timeout_s))
+            for shard in range(self.n_shards)
+        ]
         self._space = Space(files, self.layout.page_bytes, self.weights, self._sync)
         self._writer = PageWriter(self.layout, files, self._windows)
         self._delayed = delayed_bytes > 0
@@ -603,6 +604,13 @@ class KvStore:
         FlashError
             If there are fewer than that, or one could not be written.
         """
+        # Asked for each layer of each step: what is known already takes no turn.
+        self._check()
+        table = self._tables.find(sequence, layer)
+        known = None if table is None else table.known
+        if known is not None and not self._behind.has_failed(sequence):
+            if n_pages is None or 0 <= n_pages <= known.shape[1]:
+                return known[:, :n_pages]
         with self._turn("for pages to be written"):
             self._settle(sequence, layer)
             table = self._tables.find(sequence, layer)
@@ -644,7 +652,7 @@ class KvStore:
             reads.append(
                 Read(file.fd, file.path, int(entries["offset"][a]), (b - a) * page_bytes,
                      kv_offset + a * page_bytes, page._replace(page=int(numbers[a])), page_bytes,
-                     self._windows[entries["shard"][a]])
+                     self._windows[entries["shard"][a]], file.direct)
             )  # fmt: skip
         return reads
 
@@ -956,11 +964,13 @@ class KvStore:
         """Make the tables what the journal says, and the space what they leave."""
         journal, tables = self._home.journal, self._tables
         assert journal is not None
-        fresh: list[
-            tuple[int, np.ndarray]
-        ] = []  # blocks that no table names before the next CHANGE
+        fresh: list[tuple[int, np.ndarray]] = []  # blocks that no table names yet
+        before: Snapshot | None = None  # which the next record may bring back (`_take_back`)
         for (kind, values), at in journal.read(self.n_kv_heads):
             try:
+                if kind != Kind.SAVE:
+                    tables.disown(before)
+                    before = None
                 if kind == Kind.APPEND:
                     sequence, layer, position, ids, new = values
                     tables.append(sequence, layer, position, new, ids)
@@ -976,13 +986,15 @@ class KvStore:
                 elif kind == Kind.DROP:
                     tables.drop(*values)
                 elif kind == Kind.SAVE:
-                    tables.save(*values)
+                    older, before = before, tables.exchange_snapshot(*values)
+                    tables.disown(older)
                 elif kind == Kind.RESTORE:
                     if tables.snapshot is None:
                         raise ValueError("there is no snapshot to go back to")
                     tables.restore()
             except (ValueError, IndexError) as error:
                 raise journal.damaged(at, str(error)) from None
+        tables.disown(before)
         self._home.check_identity()
         nothing = np.zeros(0, STORED_PAGE)
         used = [b.pages[:, b.used()].reshape(-1) for b in tables.layers.values()]

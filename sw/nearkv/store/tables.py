@@ -139,8 +139,16 @@ class Table:
         """The blocks: int64 (n,), a view."""
         return self._ids[: self._n]
 
+    @property
+    def known(self) -> np.ndarray | None:
+        """What `pages` gave, if the table has not changed since."""
+        return self._pages
+
     def pages(self, blocks: Blocks) -> np.ndarray:
-        """What is known of its pages: STORED_PAGE (n_kv_heads, n). Not to be changed."""
+        """What is known of its pages: STORED_PAGE (n_kv_heads, n). Not to be changed.
+
+        Only when all of them are written: before that their checksums are not known.
+        """
         if self._pages is None:
             self._pages = blocks.pages[:, self.ids]
         return self._pages
@@ -277,12 +285,21 @@ class Tables:
         ValueError
             If a table names a free block.
         """
+        return self.disown(self.exchange_snapshot(about, tables))
+
+    def exchange_snapshot(
+        self, about: dict, tables: Mapping[tuple[int, int], np.ndarray]
+    ) -> Snapshot | None:
+        """The same, but the pages of the snapshot before it stay owned; `disown` that later."""
         for (_, layer), ids in tables.items():
             self.blocks(layer).own(ids)
         before, self.snapshot = self.snapshot, Snapshot(about, dict(tables)) if about else None
-        if before is None:
-            return []
-        return [self.blocks(layer).disown(ids) for (_, layer), ids in before.tables.items()]
+        return before
+
+    def disown(self, snapshot: Snapshot | None) -> list[np.ndarray]:
+        """Nobody can want a snapshot back any more; the pages that are free then."""
+        tables = {} if snapshot is None else snapshot.tables
+        return [self.blocks(layer).disown(ids) for (_, layer), ids in tables.items()]
 
     def restore(self) -> list[np.ndarray]:
         """Make all tables what the snapshot says; the pages that are free afterwards."""
