@@ -257,6 +257,12 @@ class Attention:
                 continue
             if got != self._expected[place]:
                 raise Failure(f"attention to sequence {place[0]}, layer {place[1]} differs")
+            try:
+                self._attend(store, place, n_pages + 1)
+            except (FlashError, CardError) as error:
+                check_error(error, root)
+            else:
+                raise Failure("attended to more pages than there are, and nothing was said")
 
     def _tables(self, truth: Truth):
         return [
