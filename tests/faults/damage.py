@@ -112,7 +112,8 @@ def verify(
         if look is not None:
             look(store, found)
         if rng is None or refusals or rng.random() < 0.5:
-            check_kept(store, found.copy(), root, refusals)
+            found = found.copy()
+            check_kept(store, found, root, refusals)
     if rng is not None and not refusals:
         carry_on(setting, root, found, rng)
     return found
@@ -121,9 +122,7 @@ def verify(
 def carry_on(setting: Setting, root: Path, truth: Truth, rng: random.Random) -> None:
     """What was survived goes on as if nothing had happened."""
     with setting.open(root) as store:
-        if truth.differs({s: {} for s in store.sequences()}):
-            truth = matches(store, [truth, _restored(truth)], root)
-    truth = truth.copy()
+        truth = matches(store, [truth], root)
     with Runner(setting, root) as runner:
         runner.do(Op("open"), truth)
         for _ in range(rng.randrange(1, 6)):
@@ -134,13 +133,6 @@ def carry_on(setting: Setting, root: Path, truth: Truth, rng: random.Random) -> 
         matches(store, [truth], root)
         if store.notices:
             raise Failure(f"a notice without a reason: {store.notices[0]}")
-
-
-def _restored(truth: Truth) -> Truth:
-    truth = truth.copy()
-    if truth.kept:
-        truth.apply(Op("restore"))
-    return truth
 
 
 class Template:

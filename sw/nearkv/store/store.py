@@ -234,7 +234,8 @@ class KvStore:
         """What `close` does in its turn."""
         with _collecting(errors):
             if self.temporary:
-                self._forget(_Everything())
+                with self._behind.giving_up(_Everything()):
+                    pass
             self._behind.end()
             self._wait(lambda: self._behind.idle, "the last pages")
         errors += self._behind.failed.values()
@@ -415,27 +416,26 @@ class KvStore:
         """
         with self._turn("to drop a sequence"):
             self._known(sequence)
-            self._forget({sequence})
-            tables = self._known(sequence)  # others had their turn meanwhile
-            n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
-            with self._changing():
+            with self._behind.giving_up({sequence}), self._changing():
+                tables = self._known(sequence)  # others had their turn meanwhile
+                n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
                 self._record(Kind.DROP, encode_drop(sequence))
                 for table in tables.values():
                     self._space.give_room(table)
                 freed = self._tables.drop(sequence)
-                try:
-                    if erase:
-                        self._sync()  # or a loss of power could bring it back, without its bytes
-                        self._space.erase(freed)
-                except FlashError as error:
-                    raise FlashError(
-                        "the sequence is forgotten, but its pages could not be overwritten",
-                        errno=error.errno, filename=error.filename, offset=error.offset,
-                        remedy="to be sure that nothing is left of it, delete the store and discard "
-                        "the drive's free space (fstrim)",
-                    ) from error  # fmt: skip
-                finally:
-                    self._release(freed)
+            try:
+                if erase:
+                    self._sync()  # or a loss of power could bring it back, without its bytes
+                    self._space.erase(freed)
+            except FlashError as error:
+                raise FlashError(
+                    "the sequence is forgotten, but its pages could not be overwritten",
+                    errno=error.errno, filename=error.filename, offset=error.offset,
+                    remedy="to be sure that nothing is left of it, delete the store and discard the "
+                    "drive's free space (fstrim)",
+                ) from error  # fmt: skip
+            finally:
+                self._release(freed)
             if erase:
                 self._unsafe = True
                 self._sync()
@@ -552,8 +552,7 @@ class KvStore:
                     "nothing was saved in this KV store", filename=self.directories[0],
                     remedy="save it first",
                 )  # fmt: skip
-            self._forget(_Everything())
-            with self._changing():
+            with self._behind.giving_up(_Everything()), self._changing():
                 self._record(Kind.RESTORE, b"")
                 for tables in self._tables.of.values():
                     for table in tables.values():
@@ -876,15 +875,6 @@ class KvStore:
             before, table = table, self._tables.find(sequence, layer)
             if table is before:  # or somebody has dropped it meanwhile, and begun another
                 return
-
-    def _forget(self, sequences) -> None:
-        """Give up what sequences have that is not written. It was never recorded."""
-        for spill in reversed(self._behind.forget(sequences)):
-            if spill.position < len(spill.table):
-                change = Change(spill.layer, spill.sequence, spill.position, spill.ids[:0])
-                for freed in self._tables.apply([change]):
-                    self._space.give(freed, punch=True)
-        self.epoch += 1
 
     def _settle_all(self) -> None:
         """Wait until nothing waits to be written; raise the first thing that went wrong."""
