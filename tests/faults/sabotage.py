@@ -8,8 +8,8 @@ import os
 import struct
 from typing import Any, NamedTuple
 
-from nearkv.io import Directory, File
-from nearkv.store import home, journal, signals, store
+from nearkv.io import Directory, File, signals
+from nearkv.store import home, journal, store
 from nearkv.store.behind import WriteBehind
 from nearkv.store.home import Home
 from nearkv.store.journal import Journal

@@ -17,8 +17,7 @@ import numpy as np
 from nearkv_hw import pages
 from nearkv_hw.abi import ABI_VERSION, KvType, PageLayout
 
-from ..io import FlashError, PageId, Read, Window, read_into
-from . import signals
+from ..io import FlashError, PageId, Read, Window, read_into, signals
 from .behind import WriteBehind
 from .home import Home, read_about
 from .journal import (
@@ -40,7 +39,6 @@ TIMEOUT_S = 60.0
 # What a store that is never flushed may come to: pages whose places are not free yet, its journal.
 LIMBO_BYTES = 256 << 20
 LONG_BYTES = 16 << 20
-_SLICE_S = 0.05  # after which a wait looks for signals
 
 
 class KvStore:
@@ -222,7 +220,7 @@ class KvStore:
                 if not self._closed:
                     self._end(errors)
             end = time.monotonic() + self.timeout_s
-            while not self._behind.join(_SLICE_S) and time.monotonic() < end:
+            while not self._behind.join(signals.SLICE_S) and time.monotonic() < end:
                 signals.deliver()
             if self._behind.join(0):  # a thread that hangs in a write needs its files
                 with self._change:
@@ -732,7 +730,7 @@ class KvStore:
     def _entered(self, what: str) -> Iterator[None]:
         with signals.waiting():
             end = time.monotonic() + self.timeout_s
-            while not self._change.acquire(timeout=min(_SLICE_S, self.timeout_s)):
+            while not self._change.acquire(timeout=min(signals.SLICE_S, self.timeout_s)):
                 signals.deliver()
                 if time.monotonic() >= end:
                     raise self._late(f"another call on this store, {what}")
@@ -750,7 +748,7 @@ class KvStore:
             if left <= 0:
                 raise self._late(what)
             self._behind.hurry()
-            self._change.wait(min(left, _SLICE_S))
+            self._change.wait(min(left, signals.SLICE_S))
             signals.deliver()
             if writer.written_bytes != seen:
                 seen, since = writer.written_bytes, time.monotonic()
