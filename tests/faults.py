@@ -312,8 +312,8 @@ def main() -> int:
     )
     parser.add_argument("--times", action="store_true", help="show how long the kinds take")
     parser.add_argument(
-        "--sabotage", choices=[*sabotage.SABOTAGES, "all"], metavar="NAME",
-        help="break the store on purpose first, in one way or in all; it must be noticed",
+        "--sabotage", nargs="+", choices=[*sabotage.SABOTAGES, "all"], metavar="NAME",
+        help="break the store on purpose first, in some ways or in all; each must be noticed",
     )  # fmt: skip
     args = parser.parse_args()
     names = [args.only] if args.only else list(KINDS)
@@ -325,7 +325,7 @@ def main() -> int:
     try:
         with small_disks(base, args.jobs) as (disks, what):
             if args.sabotage:
-                chosen = list(sabotage.SABOTAGES) if args.sabotage == "all" else [args.sabotage]
+                chosen = [n for n in sabotage.SABOTAGES if {n, "all"} & set(args.sabotage)]
                 good = check_sabotages(chosen, args.trials or 400, base, args.jobs, disks)
                 return 0 if good else 1
             campaign = Campaign(base, args.jobs, disks)

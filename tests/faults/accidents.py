@@ -276,6 +276,11 @@ class Power(_Accident):
 
     def accident(self, rng, root):
         at = rng.randrange(len(self.events))
+        if rng.random() < 0.4:  # where order matters most
+            names = ("rename", "unlink", "cut", "create", "sync")
+            kind = rng.choice(names[: rng.randrange(1, len(names) + 1)])
+            there = [i for i, event in enumerate(self.events) if event[0] == kind] or [at]
+            at = min(rng.choice(there) + rng.randrange(3), len(self.events) - 1)
         disk, barrier, begun = Disk(), 0, 0
         for event in self.events[: at + 1]:
             if event[0] == "begin":
@@ -362,13 +367,14 @@ class Errors(_Accident):
                 truth.apply(op)
                 if op.name not in ("read", "flush"):
                     self.owing = None
-        truths = [truth]
+        truths, clean = [truth], False
         if runner.store is not None and rng.random() < 0.6:
             self.armed = False
             self.mend()
             if not self.broken(runner):
                 retried(runner, root, refusals)
                 truth.settle()
+                clean = True
             runner.store.close()
         elif runner.store is not None:
             try:
@@ -379,7 +385,7 @@ class Errors(_Accident):
         self.armed = False
         self.mend()
         # What could not be written when it was closed is not there, and that was said.
-        verify(setting, root, truths, rng=rng)
+        verify(setting, root, truths, rng=rng, clean=clean)
         if refusals:
             raise Refused(refusals[0])
 
@@ -530,7 +536,7 @@ class Fork(_Accident):
         truth = Truth(setting.delayed)
         runner = Runner(setting, root)
         runner.do(Op("open"), truth)
-        children: list[int] = []
+        children: dict[int, str] = {}  # and what each does
         stop = threading.Event()
         forker = None
         if rng.random() < 0.4:  # by another thread, in the middle of whatever happens
@@ -539,7 +545,7 @@ class Fork(_Accident):
             def forks():
                 mine = random.Random(seed)
                 while not stop.wait(mine.uniform(0, 0.004)) and len(children) < 8:
-                    children.append(self._fork(mine, runner))
+                    children.update([self._fork(mine, runner)])
 
             forker = threading.Thread(target=forks)
             forker.start()
@@ -548,27 +554,26 @@ class Fork(_Accident):
             runner.do(op, truth)
             truth.apply(op)
             if forker is None and rng.random() < 0.3:
-                children.append(self._fork(rng, runner))
+                children.update([self._fork(rng, runner)])
         stop.set()
         if forker is not None:
             forker.join()
         assert runner.store is not None
         runner.store.close()
         truth.settle()
-        verify(setting, root, [truth], rng=rng)
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                if rng.random() < 0.5:
-                    os.kill(child, signal.SIGKILL)
+        verify(setting, root, [truth], rng=rng, clean=True)
+        for child, how in children.items():
+            if how == "linger" or rng.random() < 0.3:
+                os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if status not in (0, signal.SIGKILL):
                 raise Failure(f"a forked process ended with status {status:#x}")
 
-    def _fork(self, rng, runner) -> int:
+    def _fork(self, rng, runner) -> tuple[int, str]:
         how = rng.choice(("use", "close", "leave", "linger", "exit"))
         pid = os.fork()
         if pid:
-            return pid
+            return pid, how
         status = 1
         try:
             store, runner.store = runner.store, None
@@ -589,7 +594,7 @@ class Fork(_Accident):
             elif how == "close":
                 store.close()
             elif how == "linger":
-                time.sleep(rng.uniform(0, 0.3))
+                time.sleep(20)
             elif how == "exit":
                 del store
                 gc.collect()

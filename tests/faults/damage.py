@@ -69,6 +69,7 @@ def verify(
     refusals: list[str] | None = None,
     rng: random.Random | None = None,
     cut: bool = False,
+    clean: bool = False,
     look: Callable[[KvStore, Truth], None] | None = None,
 ) -> Truth:
     """Open a store and compare it, its snapshot and what becomes of it with what it may be.
@@ -79,6 +80,7 @@ def verify(
     refusals : what was refused goes here. None: nothing may be
     rng : carry on with it, close it and open it again
     cut : whether it has to say so when it does not hold the last of the truths
+    clean : whether it was closed as it should be, and has nothing to say
     look : looks at the open store as well
 
     Raises
@@ -103,12 +105,15 @@ def verify(
         if cut and not store.notices and truths[-1].differs(found.tables):
             raise Failure("something is missing, and nothing was said")
         for text in store.notices:
+            if clean:
+                raise Failure(f"a notice without a reason: {text}")
             if str(root) not in text:
                 raise Failure(f"a notice without a name: {text}")
         if look is not None:
             look(store, found)
         if rng is None or refusals or rng.random() < 0.5:
-            check_kept(store, found.copy(), root, refusals)
+            found = found.copy()
+            check_kept(store, found, root, refusals)
     if rng is not None and not refusals:
         carry_on(setting, root, found, rng)
     return found
@@ -117,9 +122,7 @@ def verify(
 def carry_on(setting: Setting, root: Path, truth: Truth, rng: random.Random) -> None:
     """What was survived goes on as if nothing had happened."""
     with setting.open(root) as store:
-        if truth.differs({s: {} for s in store.sequences()}):
-            truth = matches(store, [truth, _restored(truth)], root)
-    truth = truth.copy()
+        truth = matches(store, [truth], root)
     with Runner(setting, root) as runner:
         runner.do(Op("open"), truth)
         for _ in range(rng.randrange(1, 6)):
@@ -128,13 +131,8 @@ def carry_on(setting: Setting, root: Path, truth: Truth, rng: random.Random) -> 
             truth.apply(op)
     with setting.open(root) as store:
         matches(store, [truth], root)
-
-
-def _restored(truth: Truth) -> Truth:
-    truth = truth.copy()
-    if truth.kept:
-        truth.apply(Op("restore"))
-    return truth
+        if store.notices:
+            raise Failure(f"a notice without a reason: {store.notices[0]}")
 
 
 class Template:
@@ -251,6 +249,12 @@ class Attention:
                 continue
             if got != self._expected[place]:
                 raise Failure(f"attention to sequence {place[0]}, layer {place[1]} differs")
+            try:
+                self._attend(store, place, n_pages + 1)
+            except (FlashError, CardError) as error:
+                check_error(error, root)
+            else:
+                raise Failure("attended to more pages than there are, and nothing was said")
 
     def _tables(self, truth: Truth):
         return [

@@ -8,8 +8,8 @@ import os
 import struct
 from typing import Any, NamedTuple
 
-from nearkv.io import Directory, File
-from nearkv.store import home, journal, signals, store
+from nearkv.io import Directory, File, signals
+from nearkv.store import home, journal, store
 from nearkv.store.behind import WriteBehind
 from nearkv.store.home import Home
 from nearkv.store.journal import Journal
@@ -239,9 +239,10 @@ def no_turns():
 
 @_sabotage("threads")
 def spills_given_up_too_early():
-    real = WriteBehind.forget
+    real = WriteBehind.giving_up
 
-    def forget(self, sequences):
+    @contextlib.contextmanager
+    def giving_up(self, sequences):
         mine = [spill for spill in self._spills if spill.sequence in sequences]
         for spill in mine:
             self._spills.remove(spill)
@@ -249,9 +250,23 @@ def spills_given_up_too_early():
         self._wait(lambda: not self._writing, "pages")
         self._spills.extend(mine)
         self.waiting_bytes += sum(spill.nbytes for spill in mine)
-        return real(self, sequences)
+        with real(self, sequences):
+            yield
 
-    WriteBehind.forget = forget
+    WriteBehind.giving_up = giving_up
+
+
+@_sabotage("errors")
+def spills_given_up_for_nothing():
+    real = WriteBehind.giving_up
+
+    @contextlib.contextmanager
+    def giving_up(self, sequences):
+        with real(self, sequences):
+            pass
+        yield
+
+    WriteBehind.giving_up = giving_up
 
 
 @_sabotage("kill")

@@ -282,6 +282,33 @@ def test_a_table_that_others_replace_while_a_call_waits_is_waited_for_too(
         np.testing.assert_array_equal(_keys(store, 0, 0, 1), _kv(96, 5)[0][1][:64])
 
 
+@pytest.mark.parametrize("call", ["drop", "restore"])
+def test_a_change_that_cannot_be_recorded_gives_no_waiting_page_up(
+    tmp_path, held, monkeypatch, call
+):
+    """The page was lost, and the next took its place."""
+    held.set()
+    real = Journal.append
+
+    def full(journal, kind, payload):
+        if kind.name.lower() == call:
+            raise FlashError("no room", errno=errno.ENOSPC, filename=tmp_path)
+        real(journal, kind, payload)
+
+    with _delayed(tmp_path) as store:
+        store.save(b"")
+        monkeypatch.setattr("nearkv.store.behind.GATHER_S", 5)
+        store.append(0, 0, *_kv(32))
+        monkeypatch.setattr(Journal, "append", full)
+        with pytest.raises(FlashError, match="no room"):
+            store.drop(0) if call == "drop" else store.restore()
+        store.append(0, 0, *_kv(32, 1))
+        expected = np.concatenate([_kv(32)[0][1], _kv(32, 1)[0][1]])
+        np.testing.assert_array_equal(_keys(store, 0, 0, 1), expected)
+    with KvStore(tmp_path, LAYOUT, 2) as store:
+        np.testing.assert_array_equal(_keys(store, 0, 0, 1), expected)
+
+
 def test_pages_that_are_given_up_are_not_in_a_snapshot(tmp_path, held):
     held.set()
     with _delayed(tmp_path) as store:

@@ -7,6 +7,7 @@ import errno
 import threading
 import time
 
+from . import signals
 from .errors import FlashError
 
 TIMEOUT_S = 60.0
@@ -45,16 +46,17 @@ class Window:
         go : callable
             Must not raise: nobody is there who could know what to do about it.
         """
-        with self._lock:
-            if self._writers:
-                self._held.append((burst, join, go))
-                return
-            self._bursts[burst] = join
-        go()
+        with signals.waiting():  # or writers would wait for a burst that never ends
+            with self._lock:
+                if self._writers:
+                    self._held.append((burst, join, go))
+                    return
+                self._bursts[burst] = join
+            go()
 
     def end(self, burst: object) -> None:
         """The burst has ended; or will not begin, if it has not."""
-        with self._lock:
+        with signals.waiting(), self._lock:
             self._bursts.pop(burst, None)
             self._held = [held for held in self._held if held[0] is not burst]
 
@@ -72,14 +74,19 @@ class Window:
         def join(timeout_s: float) -> str:
             return "" if ended.wait(timeout_s) else "pages that are read for the host"
 
-        self.begin(ended, join, begun.set)
-        try:
-            if not begun.wait(self.timeout_s):
-                raise _late(self.timeout_s, "the end of writes to the drive, to read from it")
-            yield
-        finally:
-            self.end(ended)
-            ended.set()
+        with signals.waiting():
+            self.begin(ended, join, begun.set)
+            try:
+                deadline = time.monotonic() + self.timeout_s
+                while not begun.wait(signals.SLICE_S):
+                    signals.deliver()
+                    if time.monotonic() > deadline:
+                        what = "the end of writes to the drive, to read from it"
+                        raise _late(self.timeout_s, what)
+                yield
+            finally:
+                self.end(ended)
+                ended.set()
 
     @contextlib.contextmanager
     def writing(self):

@@ -2,7 +2,8 @@
 """Writing behind the caller: spills that wait, and the thread that writes them."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import errno
 import threading
 
@@ -130,35 +131,35 @@ class WriteBehind:
         self._change.notify_all()
         raise error
 
-    def forget(self, sequences) -> list[Spill]:
-        """Give up the spills of some sequences, in order; wait for those that are being written.
+    @contextlib.contextmanager
+    def giving_up(self, sequences) -> Iterator[None]:
+        """Inside, nothing of some sequences is being written. Afterwards their spills are given up.
+
+        After an error they are not: they wait to be written as before.
 
         Raises
         ------
         FlashError
             If the drive makes no progress.
         """
-        # Others have their turn while this waits: nothing is given up before it has come to pass.
         self._held.append(sequences)
         try:
             self._wait(
                 lambda: not any(spill.sequence in sequences for spill in self._writing),
                 "pages that are being written",
             )
-            forgotten = []
+            yield
+            given_up = [spill for spill in self._spills if spill.sequence in sequences]
+            self._spills = deque(s for s in self._spills if s.sequence not in sequences)
+            self.waiting_bytes -= sum(spill.nbytes for spill in given_up)
             for sequence in [sequence for sequence in self._failed if sequence in sequences]:
-                forgotten += self._failed.pop(sequence)
+                given_up += self._failed.pop(sequence)
                 self._errors.pop(sequence, None)
-            for spill in [spill for spill in self._spills if spill.sequence in sequences]:
-                self._spills.remove(spill)
-                self.waiting_bytes -= spill.nbytes
-                forgotten.append(spill)
+            for spill in given_up:
+                spill.table.n_waiting -= 1
         finally:
             self._held.remove(sequences)
             self._change.notify_all()
-        for spill in forgotten:
-            spill.table.n_waiting -= 1
-        return sorted(forgotten, key=lambda spill: spill.position)
 
     def hurry(self) -> None:
         """Somebody waits: do not gather more."""

@@ -17,8 +17,7 @@ import numpy as np
 from nearkv_hw import pages
 from nearkv_hw.abi import ABI_VERSION, KvType, PageLayout
 
-from ..io import FlashError, PageId, Read, Window, read_into
-from . import signals
+from ..io import FlashError, PageId, Read, Window, read_into, signals
 from .behind import WriteBehind
 from .home import Home, read_about
 from .journal import (
@@ -40,7 +39,6 @@ TIMEOUT_S = 60.0
 # What a store that is never flushed may come to: pages whose places are not free yet, its journal.
 LIMBO_BYTES = 256 << 20
 LONG_BYTES = 16 << 20
-_SLICE_S = 0.05  # after which a wait looks for signals
 
 
 class KvStore:
@@ -222,7 +220,7 @@ class KvStore:
                 if not self._closed:
                     self._end(errors)
             end = time.monotonic() + self.timeout_s
-            while not self._behind.join(_SLICE_S) and time.monotonic() < end:
+            while not self._behind.join(signals.SLICE_S) and time.monotonic() < end:
                 signals.deliver()
             if self._behind.join(0):  # a thread that hangs in a write needs its files
                 with self._change:
@@ -234,7 +232,8 @@ class KvStore:
         """What `close` does in its turn."""
         with _collecting(errors):
             if self.temporary:
-                self._forget(_Everything())
+                with self._behind.giving_up(_Everything()):
+                    pass
             self._behind.end()
             self._wait(lambda: self._behind.idle, "the last pages")
         errors += self._behind.failed.values()
@@ -415,27 +414,26 @@ class KvStore:
         """
         with self._turn("to drop a sequence"):
             self._known(sequence)
-            self._forget({sequence})
-            tables = self._known(sequence)  # others had their turn meanwhile
-            n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
-            with self._changing():
+            with self._behind.giving_up({sequence}), self._changing():
+                tables = self._known(sequence)  # others had their turn meanwhile
+                n_pages = sum(len(table) for table in tables.values()) * self.n_kv_heads
                 self._record(Kind.DROP, encode_drop(sequence))
                 for table in tables.values():
                     self._space.give_room(table)
                 freed = self._tables.drop(sequence)
-                try:
-                    if erase:
-                        self._sync()  # or a loss of power could bring it back, without its bytes
-                        self._space.erase(freed)
-                except FlashError as error:
-                    raise FlashError(
-                        "the sequence is forgotten, but its pages could not be overwritten",
-                        errno=error.errno, filename=error.filename, offset=error.offset,
-                        remedy="to be sure that nothing is left of it, delete the store and discard "
-                        "the drive's free space (fstrim)",
-                    ) from error  # fmt: skip
-                finally:
-                    self._release(freed)
+            try:
+                if erase:
+                    self._sync()  # or a loss of power could bring it back, without its bytes
+                    self._space.erase(freed)
+            except FlashError as error:
+                raise FlashError(
+                    "the sequence is forgotten, but its pages could not be overwritten",
+                    errno=error.errno, filename=error.filename, offset=error.offset,
+                    remedy="to be sure that nothing is left of it, delete the store and discard the "
+                    "drive's free space (fstrim)",
+                ) from error  # fmt: skip
+            finally:
+                self._release(freed)
             if erase:
                 self._unsafe = True
                 self._sync()
@@ -552,8 +550,7 @@ class KvStore:
                     "nothing was saved in this KV store", filename=self.directories[0],
                     remedy="save it first",
                 )  # fmt: skip
-            self._forget(_Everything())
-            with self._changing():
+            with self._behind.giving_up(_Everything()), self._changing():
                 self._record(Kind.RESTORE, b"")
                 for tables in self._tables.of.values():
                     for table in tables.values():
@@ -733,7 +730,7 @@ class KvStore:
     def _entered(self, what: str) -> Iterator[None]:
         with signals.waiting():
             end = time.monotonic() + self.timeout_s
-            while not self._change.acquire(timeout=min(_SLICE_S, self.timeout_s)):
+            while not self._change.acquire(timeout=min(signals.SLICE_S, self.timeout_s)):
                 signals.deliver()
                 if time.monotonic() >= end:
                     raise self._late(f"another call on this store, {what}")
@@ -751,7 +748,7 @@ class KvStore:
             if left <= 0:
                 raise self._late(what)
             self._behind.hurry()
-            self._change.wait(min(left, _SLICE_S))
+            self._change.wait(min(left, signals.SLICE_S))
             signals.deliver()
             if writer.written_bytes != seen:
                 seen, since = writer.written_bytes, time.monotonic()
@@ -876,15 +873,6 @@ class KvStore:
             before, table = table, self._tables.find(sequence, layer)
             if table is before:  # or somebody has dropped it meanwhile, and begun another
                 return
-
-    def _forget(self, sequences) -> None:
-        """Give up what sequences have that is not written. It was never recorded."""
-        for spill in reversed(self._behind.forget(sequences)):
-            if spill.position < len(spill.table):
-                change = Change(spill.layer, spill.sequence, spill.position, spill.ids[:0])
-                for freed in self._tables.apply([change]):
-                    self._space.give(freed, punch=True)
-        self.epoch += 1
 
     def _settle_all(self) -> None:
         """Wait until nothing waits to be written; raise the first thing that went wrong."""

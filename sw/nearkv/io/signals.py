@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals wait while a store changes something.
+"""Signals wait while something is changed that must not be left half done.
 
 Python calls the handler of a signal between any two steps of the main thread, and most handlers raise:
 KeyboardInterrupt for Ctrl-C, often SystemExit for SIGTERM. Inside a change of a store that would leave
 a lock taken, a file open, or memory and journal at odds. So handlers are called when the change is over,
-which takes as long as the drive takes, or where it waits for something.
+which takes as long as the drive takes, or where it waits for something (`deliver`, every SLICE_S).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ _NUMBERS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
+SLICE_S = 0.05
+
 _main = threading.main_thread()
 _depth = 0  # of `waiting` in the main thread; the others are never interrupted
 _handlers = {}  # that are to be called, by signal
