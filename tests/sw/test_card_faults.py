@@ -728,7 +728,7 @@ def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, nam
         # Locks that another thread has are held for ever in a forked process.
         held, forked = threading.Event(), threading.Event()
         def hold():
-            with attention._turns.turn(), card.tenancy.turn(attention._rings[0]), card._lock:
+            with attention._turns, card.tenancy.turn(attention._rings[0]), card._lock:
                 with card._reader._change:
                     held.set()
                     assert forked.wait(30)

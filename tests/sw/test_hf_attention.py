@@ -324,7 +324,7 @@ def test_an_attention_function_cannot_mix_layers_or_caches(model, cache):
 def test_handles_and_masks_can_be_looked_at_and_nothing_else(cache):
     k, _ = cache.update(torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32), 0)
     assert isinstance(k, Handle)
-    assert (k.shape, k.size(2), k.dim(), k.dtype) == ((1, 2, 3, 32), 3, 4, torch.float16)
+    assert (k.shape, k.size(2), k.dim(), k.dtype) == ((1, 2, 3, 32), 3, 4, torch.float32)
     one = torch.ones(1)
     for use in (
         lambda: k + 1, lambda: one + k, lambda: k[:, 0], lambda: k.clone(), lambda: -k,

@@ -45,8 +45,17 @@ def stored_form(k, v, kv_type: KvType, channels: int) -> tuple[np.ndarray, bool]
         Those of K, then those of V; see `nearkv_hw.pages`.
     finite : bool
         Whether no element is Inf or NaN, or became Inf because it is too large.
+
+    Raises
+    ------
+    ValueError
+        If K and V differ in shape, or have more channels than there are.
     """
     batch, n_heads, n_new, head_dim = k.shape
+    if k.shape != v.shape or head_dim > channels:
+        raise ValueError(
+            f"K {tuple(k.shape)} and V {tuple(v.shape)} do not fit {channels} channels"
+        )
     patterns = np.empty((2, batch, n_heads, n_new, channels), np.uint16)
     library = native.library()
     if library is not None and n_new <= FEW_TOKENS:
@@ -208,19 +217,22 @@ class Tail:
             raise ValueError(f"tails have room for {capacity} tokens, not for {list(tokens)}")
 
 
+def _elements(x: np.ndarray) -> tuple[int, ...]:
+    """What the native part wants to know of an array: where it is, and its strides."""
+    return (address(x), *x.strides[:3])
+
+
 def _floats(x) -> tuple[int, ...] | None:
-    """The same of a numpy array or torch tensor that is float32 on the host, with contiguous channels."""
+    """The same of a numpy array or torch tensor of float32 on the host, with contiguous channels.
+
+    None of any other.
+    """
     if is_torch(x):
         if x.is_cpu and x.is_floating_point() and x.element_size() == 4 and x.stride(3) == 1:
             return (x.data_ptr(), *(4 * step for step in x.stride()[:3]))
     elif x.dtype == np.float32 and x.strides[3] == 4:
         return _elements(x)
     return None
-
-
-def _elements(x: np.ndarray) -> tuple[int, ...]:
-    """What the native part wants to know of an array: where it is, and its strides."""
-    return (address(x), *x.strides[:3])
 
 
 def _seen(past: int, valid: np.ndarray, queries: slice) -> np.ndarray:

@@ -480,16 +480,8 @@ class Layer(CacheLayerMixin):
     # --- what transformers calls --------------------------------------------------------------
 
     def lazy_initialization(self, key_states, value_states) -> None:
-        batch, (size, heads, _, head_dim) = self._batch, key_states.shape
-        if heads != batch.n_kv_heads or key_states.shape != value_states.shape or (
-            head_dim != batch.head_dim
-        ):  # fmt: skip
-            raise ValueError(
-                f"layer {self.index} has K {tuple(key_states.shape)} and V "
-                f"{tuple(value_states.shape)}; the cache was made for {batch.n_kv_heads} kv "
-                f"heads of {batch.head_dim} channels"
-            )
-        batch.set_size(size)
+        batch = self._batch
+        batch.set_size(len(key_states))
         self._make_tail(batch.spill_tokens)
         self.tail_tokens = [0] * self.batch_size
         self.is_initialized = True
@@ -509,6 +501,7 @@ class Layer(CacheLayerMixin):
                 f"layer {self.index} was updated twice without attention; load the model with "
                 'attn_implementation="nearkv", and after an interruption call reset()'
             )
+        self._check_shapes(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != batch.size:
@@ -516,6 +509,14 @@ class Layer(CacheLayerMixin):
         batch.begin(self, key_states.shape[2])
         self._pending = k, v = key_states.detach(), value_states.detach()
         return Handle(k, self), Handle(v, self)
+
+    def _check_shapes(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        batch, (_, heads, _, head_dim) = self._batch, k.shape
+        if heads != batch.n_kv_heads or head_dim != batch.head_dim or k.shape != v.shape:
+            raise ValueError(
+                f"layer {self.index} has K {tuple(k.shape)} and V {tuple(v.shape)}; the cache was "
+                f"made for {batch.n_kv_heads} kv heads of {batch.head_dim} channels"
+            )
 
     def _other_size(self, given: int) -> str:
         times, rest = divmod(given, self.batch_size)

@@ -34,7 +34,7 @@ import google_crc32c
 
 from nearkv_hw.abi import PAGE_ALIGN_BYTES
 
-from ..io import Directory, File, FlashError, shards_of
+from ..io import Directory, File, FlashError, shards_of, signals
 from .journal import END_NAME, NAME, NEW_NAME, Journal
 
 log = logging.getLogger("nearkv")
