@@ -367,7 +367,9 @@ def _kernel(element: ElementTree.Element) -> Kernel:
                 type=it.attrib.get("type", ""),
             )
     if sorted(arguments) != list(range(len(arguments))):
-        raise XclbinError(f"the arguments of kernel {element.attrib['name']} are not numbered 0, 1 ..")
+        raise XclbinError(
+            f"the arguments of kernel {element.attrib['name']} are not numbered 0, 1 .."
+        )
     slaves = [it for it in element.findall("port") if it.attrib["mode"] == "slave"]
     return Kernel(
         name=element.attrib["name"],
@@ -417,17 +419,17 @@ def kernel_element() -> ElementTree.Element:
         workGroupSize="1", interrupt="true", hwControlProtocol="ap_ctrl_hs",
     )  # fmt: skip
 
-    def port(name: str, mode: str, **more: str) -> None:
+    def port(name: str, mode: str, span: str, bits: int) -> None:
         ElementTree.SubElement(
-            kernel, "port", name=name, mode=mode, portType="addressable", base="0x0", **more
-        )
+            kernel, "port", name=name, mode=mode, portType="addressable", base="0x0", range=span,
+            dataWidth=str(bits),
+        )  # fmt: skip
 
     registers = [register for register in abi.REGISTERS if register.writable]
-    port("s_axi_control", "slave", range=hex(abi.CONTROL_BYTES), dataWidth="32")
+    port("s_axi_control", "slave", hex(abi.CONTROL_BYTES), 32)
     for name in dict.fromkeys(it.port for it in registers):
         if name.startswith("m_axi_"):
-            width = str(8 * abi.BEAT_BYTES)
-            port(name, "master", range="0xFFFFFFFFFFFFFFFF", dataWidth=width)
+            port(name, "master", "0xFFFFFFFFFFFFFFFF", 8 * abi.BEAT_BYTES)
     for index, register in enumerate(registers):
         pointer = register.port.startswith("m_axi_")
         nbytes = hex(register.bits // 8)
@@ -459,7 +461,9 @@ def simulated(
         Of the kernels' clock.
     """
     kernel = kernel_element()
-    units = [Unit(KERNEL, f"{KERNEL}_{n + 1}", _UNIT_BASE + n * _UNIT_BYTES) for n in range(len(banks))]
+    units = [
+        Unit(KERNEL, f"{KERNEL}_{n + 1}", _UNIT_BASE + n * _UNIT_BYTES) for n in range(len(banks))
+    ]
     for unit in units:
         instance = ElementTree.SubElement(kernel, "instance", name=unit.name)
         ElementTree.SubElement(
@@ -471,7 +475,9 @@ def simulated(
         ElementTree.SubElement(project, "platform", vendor="xilinx", name=platform),
         "device", name="fpga0", fpgaDevice="",
     )  # fmt: skip
-    core = ElementTree.SubElement(device, "core", name="OCL_REGION_0", target="hw", type="clc_region")
+    core = ElementTree.SubElement(
+        device, "core", name="OCL_REGION_0", target="hw", type="clc_region"
+    )
     clocks = ElementTree.SubElement(core, "kernelClocks")
     ElementTree.SubElement(clocks, "clock", port="KERNEL_CLK", frequency=f"{mhz}MHz")
     core.append(kernel)

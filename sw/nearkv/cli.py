@@ -90,7 +90,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> Parser:
-    from . import bench, generate, plan
+    from . import bench, generate, plan, xclbin, xrt_sim
 
     parser = Parser("nearkv", description="Attention next to storage.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -110,6 +110,17 @@ def _parser() -> Parser:
     add = commands.add_parser("plan", help="what a model would do on a machine, and why")
     plan.add_arguments(add)
     add.set_defaults(run=plan.run)
+    add = commands.add_parser("xclbin", help="what is in an xclbin file")
+    xclbin.add_arguments(add)
+    add.set_defaults(run=xclbin.run)
+    add = commands.add_parser(
+        "xrt-sim",
+        help="run a program with simulated cards behind the real XRT",
+        description="Run a program that was written for XRT, unchanged, with simulated cards behind the "
+        "real XRT library. NEARKV_XCLBIN names the file that it is to load.",
+    )
+    xrt_sim.add_arguments(add)
+    add.set_defaults(run=xrt_sim.run)
     return parser
 
 

@@ -72,7 +72,9 @@ def missing() -> str:
         return "simulated XRT cards need g++; install it with: apt-get install g++"
     version = _version()
     if not version.startswith(_VERSION + "."):
-        return f"simulated XRT cards need XRT {_VERSION} (2022.1), as Debian 12 has; here is {version}"
+        return (
+            f"simulated XRT cards need XRT {_VERSION} (2022.1), as Debian 12 has; here is {version}"
+        )
     return ""
 
 
@@ -115,7 +117,9 @@ def _compile(root: Path) -> None:
         if done.returncode:
             log = root.with_suffix(".log")
             log.write_text(done.stderr)
-            errors = [line for line in done.stderr.splitlines() if "error" in line or "undefined" in line]
+            errors = [
+                line for line in done.stderr.splitlines() if "error" in line or "undefined" in line
+            ]
             first = errors[0] if errors else f"g++ ended with {done.returncode}"
             raise BuildError(f"the XRT driver cannot be compiled: {first} (all of it: {log})")
         part.rename(root)
@@ -195,9 +199,7 @@ class Simulation:
         self._folder.cleanup()
 
 
-def _opener(
-    backend: str, config: str | Config, n_units: int, options: dict
-) -> Callable[[], Any]:
+def _opener(backend: str, config: str | Config, n_units: int, options: dict) -> Callable[[], Any]:
     """Makes backends; their share of the processor's cores is like that of as many cards."""
     if backend not in BACKENDS:
         raise ValueError(f"the backend must be {', '.join(BACKENDS)}, not {backend!r}")

@@ -101,7 +101,9 @@ class _Bank:
         nbytes += -nbytes % _PAGE
         for index, (at, size) in enumerate(self._free):
             if size >= nbytes:
-                self._free[index : index + 1] = [(at + nbytes, size - nbytes)] if size > nbytes else []
+                self._free[index : index + 1] = (
+                    [(at + nbytes, size - nbytes)] if size > nbytes else []
+                )
                 return at
         raise _Refused(errno.ENOMEM, f"no {nbytes} bytes are free in {self.memory.tag}")
 
@@ -266,7 +268,7 @@ class Card:
         return None
 
     def complain(self, what: str) -> None:
-        log.warning("card %d: %s", self.index, what)
+        log.info("card %d: %s", self.index, what)
         self.complaints.append(what)
 
     def load(self, data: bytes, device: _Device) -> None:
@@ -286,7 +288,9 @@ class Card:
                     errno.EINVAL, f"it is for {loaded.platform}, and this card is {self.platform}"
                 )
             if xclbin.KERNEL not in kernels:
-                raise _Refused(errno.EINVAL, f"it has kernels {sorted(kernels)}, not {xclbin.KERNEL}")
+                raise _Refused(
+                    errno.EINVAL, f"it has kernels {sorted(kernels)}, not {xclbin.KERNEL}"
+                )
             for unit in self.units:
                 unit.backend.close()
             self.units = [Unit(self, unit, self._open_backend()) for unit in loaded.units]
@@ -496,7 +500,7 @@ class Server:
                 if left:
                     device.card.complain(f"a program left {' and '.join(left)} open")
 
-    def _open(self, index: int, event: int) -> tuple[_Device, tuple[int, ...]]:
+    def _open(self, index: int, event: int) -> tuple[_Device, tuple]:
         if index >= len(self.cards):
             raise _Refused(errno.ENODEV, f"there is no card {index}, only {len(self.cards)}")
         with self._lock:
@@ -595,7 +599,9 @@ def _execute(image: memoryview, device: _Device) -> int:
     header = image[0]
     extra, count, opcode = (header >> 10) & 3, (header >> 12) & 0x7FF, (header >> 23) & 0x1F
     masks = image[1 : 2 + extra].tolist()
-    chosen = [32 * word + bit for word, mask in enumerate(masks) for bit in range(32) if mask >> bit & 1]
+    chosen = [
+        32 * word + bit for word, mask in enumerate(masks) for bit in range(32) if mask >> bit & 1
+    ]
     units = [index for index in chosen if index < len(device.card.units)]
     if opcode != _START_CU or not units:
         device.card.complain(f"a command with opcode {opcode} for units {chosen}")

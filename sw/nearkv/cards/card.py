@@ -375,6 +375,8 @@ class Card:
                 f"{' and '.join(late)}; its memories must not be used for anything else yet"
             )
         self._released = True
+        self._kv.release()
+        self._job.release()
 
     # --- what state it is in ------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ import time
 from typing import Any, NamedTuple
 import weakref
 
+import numpy as np
+
 from nearkv_hw import abi, xclbin
 from nearkv_hw.config import PRESETS, Config, preset
 
@@ -71,6 +73,7 @@ class Library:
     def __init__(self):
         _check_environment()
         self._lib = _load()
+        self._functions: dict[str, Any] = {}
         handle, integer = ctypes.c_void_p, ctypes.c_int
         size, word = ctypes.c_size_t, ctypes.c_uint32
         uuid = ctypes.c_char_p  # 16 bytes
@@ -99,7 +102,7 @@ class Library:
         for name, (result, arguments) in types.items():
             function = getattr(self._lib, f"xrt{name}")
             function.restype, function.argtypes = result, arguments
-            setattr(self, f"_{name}", function)
+            self._functions[name] = function
         # Of variable arguments; these are what nearkv's kernel has.
         self.set_word = self._lib["xrtRunSetArg"]
         self.set_word.argtypes = [handle, integer, word]
@@ -107,16 +110,16 @@ class Library:
         self.set_buffer.argtypes = [handle, integer, handle]
         self._messages = _keep_messages(self._lib)
 
-    def __getattr__(self, name: str):
-        raise AttributeError(name)
+    def get(self, name: str):
+        """A function that is called as it is."""
+        return self._functions[name]
 
     def call(self, name: str, *arguments) -> int:
         """A function that returns a handle, or 0 for success."""
-        function = getattr(self, f"_{name}")
+        function = self._functions[name]
         ctypes.set_errno(0)
         result = function(*arguments)
-        failed = result is None if function.restype is ctypes.c_void_p else result != 0
-        if failed:
+        if result is None or function.restype is ctypes.c_int and result != 0:
             raise _Refused(f"xrt{name}", ctypes.get_errno(), self.said())
         return result
 
@@ -158,7 +161,9 @@ def _check_environment() -> None:
         )
     remedy = f"source {_INSTALLED}/setup.sh"
     if mode is not None:
-        remedy = "for a simulated card: nearkv xrt-sim -- PROGRAM; for a card: unset XCL_EMULATION_MODE"
+        remedy = (
+            "for a simulated card: nearkv xrt-sim -- PROGRAM; for a card: unset XCL_EMULATION_MODE"
+        )
     root = os.environ.get("XILINX_XRT")
     if not root:
         raise CardError(f"XILINX_XRT is not set, by which XRT finds its driver; {remedy}")
@@ -180,36 +185,47 @@ def _keep_messages(lib: ctypes.CDLL):
     """Let XRT write its messages to a file, which errors quote; None where somebody set it otherwise."""
     if os.environ.get("XRT_INI_PATH") or Path("xrt.ini").exists():
         return None
-    file = tempfile.NamedTemporaryFile("r", prefix="nearkv-xrt-", suffix=".log")  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile("r", prefix="nearkv-xrt-", suffix=".log")
     lib.xrtIniStringSet.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     if lib.xrtIniStringSet(b"Runtime.runtime_log", os.fsencode(file.name)):
         return None  # it has told something already, elsewhere
     return file
 
 
+class _Handle:
+    """Something of XRT's that is closed once: by `close`, or when nobody has it any more.
+
+    What it `needs` is closed later: XRT uses a device that was closed before its buffers.
+    """
+
+    def __init__(self, library: Library, value: int, closer: str, *needs: _Handle):
+        self.value = value
+        self.close = weakref.finalize(self, _close, library, value, closer, os.getpid(), needs)
+
+
+def _close(library: Library, handle: int, closer: str, process: int, needs) -> None:
+    if os.getpid() != process:
+        return  # it is a parent's
+    try:
+        library.call(closer, handle)
+    except _Refused as error:
+        log.warning("%s", error)
+
+
 class Buffer:
     """A buffer on the card, mapped here. It is freed when nobody has it any more."""
 
-    def __init__(self, library: Library, device: int, nbytes: int, flags: int, group: int):
+    def __init__(self, library: Library, device: _Handle, nbytes: int, flags: int, group: int):
         self.nbytes, self.group, self._library = nbytes, group, library
-        self.handle = library.call("BOAlloc", device, nbytes, flags, group)
-        self._free = weakref.finalize(self, _free, library, self.handle, os.getpid())
-        try:
-            self.mapped = library.call("BOMap", self.handle)
-        except _Refused:
-            self._free()
-            raise
-        self.address: int = getattr(library, "_BOAddress")(self.handle)  # noqa: B009
+        value = library.call("BOAlloc", device.value, nbytes, flags, group)
+        self._handle = _Handle(library, value, "BOFree", device)
+        self.handle = value
+        self.mapped = library.call("BOMap", value)
+        self.address: int = library.get("BOAddress")(value)
 
     def sync(self, direction: int, offset: int, nbytes: int) -> None:
         if nbytes:
             self._library.call("BOSync", self.handle, direction, nbytes, offset)
-
-
-def _free(library: Library, handle: int, process: int) -> None:
-    if os.getpid() == process:  # or it is a parent's
-        with contextlib.suppress(_Refused):
-            library.call("BOFree", handle)
 
 
 class _Kv(KvMemory):
@@ -222,16 +238,23 @@ class _Kv(KvMemory):
     def renewed(self) -> KvMemory:
         return self._executor.kv
 
+    def release(self) -> None:
+        self._view = memoryview(b"")  # the buffer goes when the last part of it that is in use goes
+
 
 class _Job(JobMemory):
     """The host's copy of a buffer."""
 
     def __init__(self, executor: Executor, buffer: Buffer):
         super().__init__(buffer.nbytes, address=buffer.mapped, keep=buffer)
-        self._executor, self._buffer = executor, buffer
+        self._executor = executor
+        self._buffer: Buffer | None = buffer
 
     def renewed(self) -> JobMemory:
         return self._executor.job
+
+    def release(self) -> None:
+        self._view, self.bytes, self._buffer = memoryview(b""), np.empty(0, np.uint8), None
 
     def sync_to_device(self, offset: int, nbytes: int) -> None:
         self._sync(_TO_DEVICE, offset, nbytes)
@@ -240,8 +263,11 @@ class _Job(JobMemory):
         self._sync(_FROM_DEVICE, offset, nbytes)
 
     def _sync(self, direction: int, offset: int, nbytes: int) -> None:
+        buffer = self._buffer
+        if buffer is None:
+            raise CardError(f"card {self._executor.name!r} is closed; open it again")
         try:
-            self._buffer.sync(direction, offset, nbytes)
+            buffer.sync(direction, offset, nbytes)
         except _Refused as error:
             raise CardError(
                 f"card {self._executor.name!r}: job memory cannot be copied: {error}; see the kernel's "
@@ -249,12 +275,12 @@ class _Job(JobMemory):
             ) from error  # fmt: skip
 
 
-class _Handles(NamedTuple):
+class _Opened(NamedTuple):
     """What is open of a device."""
 
-    device: int
-    kernel: int
-    run: int
+    device: _Handle
+    kernel: _Handle
+    run: _Handle
 
 
 class Executor:
@@ -303,10 +329,10 @@ class Executor:
     # --- what an executor does -----------------------------------------------------------------------
 
     def attach(self, kv: KvMemory, job: JobMemory) -> None:
-        assert kv is self.kv and job is self.job, "the memories of another card"
+        assert (kv, job) == (self.kv, self.job), "the memories of another card"
 
     def start(self, queue: int, n_jobs: int, summary: int) -> _Run:
-        run = self._handles.run
+        run = self._opened.run.value
         for name, value in (("queue", queue), ("n_jobs", n_jobs), ("summary", summary)):
             if self._library.set_word(run, _INDEX[name], value):
                 raise RuntimeError(f"XRT does not take argument {name}: {self._library.said()}")
@@ -329,6 +355,7 @@ class Executor:
 
     def close(self, timeout_s: float) -> None:
         self._close_device()
+        del self._opened, self.kv, self.job
 
     # --- opening -------------------------------------------------------------------------------------
 
@@ -343,7 +370,9 @@ class Executor:
             raise self._error(f"xclbin {error}", _BUILD) from error
         kernel = kernels.get(xclbin.KERNEL)
         if kernel is None:
-            raise self._error(f"{self._path} has no kernel {xclbin.KERNEL}: {sorted(kernels)}", _BUILD)
+            raise self._error(
+                f"{self._path} has no kernel {xclbin.KERNEL}: {sorted(kernels)}", _BUILD
+            )
         theirs = [(it.name, it.offset, 8 * it.nbytes) for it in kernel.arguments]
         ours = [(it.name, it.offset, it.bits) for it in _ARGUMENTS]
         if theirs != ours:
@@ -361,81 +390,75 @@ class Executor:
         return found, f"{kernel.name}:{{{units[self._engine].name}}}"
 
     def _open_device(self) -> None:
-        call = self._library.call
-        with contextlib.ExitStack() as opened:
-
-            def keep(handle: int, closer: str) -> int:
-                opened.callback(self._closed, closer, handle)
-                return handle
-
-            try:
-                if self._where.isdigit():
-                    device = call("DeviceOpen", int(self._where))
-                else:
-                    device = call("DeviceOpenByBDF", self._where.encode())
-            except _Refused as error:
-                raise self._error(
-                    f"XRT has no device {self._where} ({error})",
-                    "xbutil examine lists those there are",
-                ) from error
-            keep(device, "DeviceClose")
-            try:
-                call("DeviceLoadXclbinFile", device, os.fsencode(self._path))
-            except _Refused as error:
-                raise self._not_loaded(error) from error
-            try:
-                kernel = call(
-                    "PLKernelOpenExclusive", device, self._xclbin.uuid.bytes, self._kernel_name.encode()
-                )
-            except _Refused as error:
-                raise self._error(
-                    f"kernel {self._kernel_name} is in use by another process ({error})",
-                    "end that process (xbutil examine --report dynamic-regions shows the kernel's "
-                    "users), or choose another card",
-                ) from error
-            keep(kernel, "KernelClose")
-            group = self._check_arguments(kernel)
-            self._built = self._check_build(kernel)
+        library, call = self._library, self._library.call
+        try:
+            if self._where.isdigit():
+                value = call("DeviceOpen", int(self._where))
+            else:
+                value = call("DeviceOpenByBDF", self._where.encode())
+        except _Refused as error:
+            raise self._error(
+                f"XRT has no device {self._where} ({error})", "xbutil examine lists those there are"
+            ) from error
+        device = _Handle(library, value, "DeviceClose")
+        try:
+            call("DeviceLoadXclbinFile", value, os.fsencode(self._path))
+        except _Refused as error:
+            raise self._not_loaded(error) from error
+        try:
+            uuid, unit = self._xclbin.uuid.bytes, self._kernel_name.encode()
+            value = call("PLKernelOpenExclusive", value, uuid, unit)
+        except _Refused as error:
+            raise self._error(
+                f"kernel {self._kernel_name} is in use by another process ({error})",
+                "end that process (xbutil examine --report dynamic-regions shows the kernel's users), or "
+                "choose another card",
+            ) from error
+        kernel = _Handle(library, value, "KernelClose", device)
+        try:
+            group = self._check_arguments(value)
+            self._built = self._check_build(value)
             kv, job = self._allocate(device, group)
-            run = keep(call("RunOpen", kernel), "RunClose")
+            run = _Handle(library, call("RunOpen", value), "RunClose", kernel)
             for name, buffer in (("kv", kv), ("job", job)):
-                if self._library.set_buffer(run, _INDEX[name], buffer.handle):
+                if library.set_buffer(run.value, _INDEX[name], buffer.handle):
                     raise self._error(
-                        f"XRT does not take argument {name}: {self._library.said()}", _BUILD
+                        f"XRT does not take argument {name}: {library.said()}", _BUILD
                     )
-            self._handles = _Handles(device, kernel, run)
-            self.kv, self.job = _Kv(self, kv), _Job(self, job)
-            self._close = opened.pop_all()
+        except BaseException:
+            kernel.close()
+            raise
+        self._opened = _Opened(device, kernel, run)
+        self.kv, self.job = _Kv(self, kv), _Job(self, job)
 
     def _close_device(self) -> None:
-        """Close the device; its buffers stay for as long as somebody has them."""
+        """Close the kernel. Its buffers, and the device, stay for as long as somebody has them."""
         with self._lock:
-            self._close.close()
-
-    def _closed(self, closer: str, handle: int) -> None:
-        try:
-            self._library.call(closer, handle)
-        except _Refused as error:
-            log.warning("card %r: %s", self.name, error)
+            self._opened.run.close()
+            self._opened.kernel.close()
 
     def _check_arguments(self, kernel: int) -> int:
         """Argument offsets and banks, as XRT sees them; the bank that both memories go to."""
         for name, index in _INDEX.items():
-            offset = getattr(self._library, "_KernelArgOffset")(kernel, index)  # noqa: B009
+            offset = self._library.get("KernelArgOffset")(kernel, index)
             if offset != _OFFSET[name]:
                 raise self._error(
                     f"XRT has argument {name} at {offset:#x}, not at {_OFFSET[name]:#x}", _BUILD
                 )
         groups = {}
         for name in ("kv", "job"):
-            group = getattr(self._library, "_KernelArgGroupId")(kernel, _INDEX[name])  # noqa: B009
+            group = self._library.get("KernelArgGroupId")(kernel, _INDEX[name])
             if group < 0 or group >= len(self._xclbin.memories):
                 raise self._error(
                     f"argument {name} of {self._path} is connected to no memory bank", _BUILD
                 )
             groups[name] = group
         memory = self._xclbin.memories[groups["kv"]]
-        if memory.type not in (xclbin.MemoryType.DDR4, xclbin.MemoryType.HBM, xclbin.MemoryType.DRAM):
+        if memory.type not in (
+            xclbin.MemoryType.DDR4,
+            xclbin.MemoryType.HBM,
+            xclbin.MemoryType.DRAM,
+        ):
             raise self._error(
                 f"{self._path} connects kv to {memory.tag}, which has no P2P memory", _BUILD
             )
@@ -473,7 +496,7 @@ class Executor:
             ) from error
         return value.value
 
-    def _allocate(self, device: int, group: int) -> tuple[Buffer, Buffer]:
+    def _allocate(self, device: _Handle, group: int) -> tuple[Buffer, Buffer]:
         kv_bytes, job_bytes = self._sizes
         tag = self._xclbin.memories[group].tag
         try:
@@ -501,7 +524,7 @@ class Executor:
                 )  # fmt: skip
         return kv, job
 
-    def _no_p2p(self, device: int, group: int, error: _Refused) -> CardError:
+    def _no_p2p(self, device: _Handle, group: int, error: _Refused) -> CardError:
         """Why a P2P buffer was refused: is P2P off, or memory short?"""
         kv_bytes, _ = self._sizes
         tag = self._xclbin.memories[group].tag
@@ -528,7 +551,7 @@ class Executor:
     def _check_idle(self, timeout_s: float) -> None:
         """RuntimeError if a run is on the card that nobody started."""
         until = time.monotonic() + timeout_s
-        while not self._read_register(self._handles.kernel, "control") & abi.CTRL_IDLE:
+        while not self._read_register(self._opened.kernel.value, "control") & abi.CTRL_IDLE:
             if time.monotonic() > until:
                 raise RuntimeError(
                     f"its kernel still runs, and did not end within {timeout_s:g} s of being opened "
@@ -556,7 +579,7 @@ class _Run:
         if not executor._lock.acquire(timeout=max(0.0, timeout_s)):
             raise TimeoutError("another thread waits for it")
         try:
-            wait_for = getattr(executor._library, "_RunWaitFor")  # noqa: B009
+            wait_for = executor._library.get("RunWaitFor")
             while self._state in (0, _TIMEOUT):
                 left = min(_SLICE_S, until - time.monotonic())
                 if self._state and left <= 0:
@@ -573,7 +596,7 @@ class _Run:
 
     def _describe(self) -> str:
         executor = self._executor
-        state = getattr(executor._library, "_RunState")(self._handle)  # noqa: B009
+        state = executor._library.get("RunState")(self._handle)
         return (
             f"XRT says it is {_STATES.get(state, state)}; if a reset does not help: sudo xbutil reset "
             f"--device {executor._where}"
