@@ -21,6 +21,9 @@ def add_arguments(parser) -> None:
     add("--config", default="smartssd", help="the build that they are (default: %(default)s)")
     add("--engines", type=whole(), default=1, help="compute units of a card (default: %(default)s)")
     add(
+        "--threads", type=whole(), help="of each twin (default: its share of the processor's cores)"
+    )
+    add(
         "--fault", action="append", default=[], metavar="KIND[:SECONDS][@RUN]",
         help="what goes wrong on purpose: hang (a run does not end), wedge (none does any more), error, "
         "late:SECONDS, no-p2p, busy, other-build; without @RUN in every run. May be repeated",
@@ -34,10 +37,12 @@ def run(args) -> int:
         raise ValueError("which program? nearkv xrt-sim [options] -- PROGRAM [its arguments]")
     xrt = importlib.import_module("nearkv_sim.xrt")
     faults = [xrt.Fault.parse(text) for text in args.fault]
+    options = {"threads": args.threads} if args.threads and args.card == "twin" else {}
     try:
         simulation = xrt.Simulation(
-            args.card, args.cards, config=args.config, faults=faults, banks=(0,) * args.engines
-        )
+            args.card, args.cards,
+            config=args.config, faults=faults, banks=(0,) * args.engines, **options,
+        )  # fmt: skip
     except RuntimeError as error:
         raise CardError(f"cards cannot be simulated: {error}") from error
     with simulation:

@@ -9,7 +9,8 @@ accelerator's results from a backend, and device memory that is not the host's.
     with Simulation("twin") as simulation:
         subprocess.run(["./program"], env=os.environ | simulation.environment)
 
-driver.cpp   what XRT loads; server.py  the cards; protocol.py  what they say to each other
+driver.cpp   what XRT loads; server.py  the cards; protocol.py  what they say to each other;
+memory.py    of the cards
 
 Tried with XRT 2022.1 (2.13.466, Debian 12). Another version of XRT has another archive: this one is
 refused by name.
@@ -35,6 +36,7 @@ from nearkv_hw.config import Config, preset
 
 from ..rtl import cache_directory, locked
 from . import protocol
+from .memory import files
 from .server import FAULTS, Card, Fault, Server
 
 __all__ = [
@@ -173,8 +175,10 @@ class Simulation:
         self._folder = tempfile.TemporaryDirectory(prefix="nearkv-xrt-")
         folder = Path(self._folder.name)
         open_backend = _opener(backend, config, n_cards * len(banks), options)
+        nbytes = sum(memory.nbytes for memory in memories)
         self.cards = [
-            Card(index, open_backend, memories=memories, faults=faults) for index in range(n_cards)
+            Card(index, fd, open_backend, memories=memories, faults=faults)
+            for index, fd in enumerate(files(n_cards, nbytes))
         ]
         self.xclbin = folder / "nearkv.xclbin"
         xclbin.simulated(memories=memories, banks=banks).write(self.xclbin)

@@ -24,6 +24,7 @@ import numpy as np
 
 from nearkv_hw import abi, xclbin
 
+from .memory import HUGE_BYTES, map_file
 from .protocol import ANY_UNIT, REPLY, REQUEST, Op
 
 log = logging.getLogger("nearkv.xrt_sim")
@@ -98,12 +99,14 @@ class _Bank:
 
     def allocate(self, nbytes: int) -> int:
         """Offset in the bank."""
+        align = HUGE_BYTES if nbytes >= HUGE_BYTES else _PAGE
         nbytes += -nbytes % _PAGE
-        for index, (at, size) in enumerate(self._free):
-            if size >= nbytes:
-                self._free[index : index + 1] = (
-                    [(at + nbytes, size - nbytes)] if size > nbytes else []
-                )
+        for index, (begin, size) in enumerate(self._free):
+            at = begin + -begin % align
+            left = begin + size - (at + nbytes)
+            if left >= 0:
+                parts = [(begin, at - begin), (at + nbytes, left)]
+                self._free[index : index + 1] = [part for part in parts if part[1]]
                 return at
         raise _Refused(errno.ENOMEM, f"no {nbytes} bytes are free in {self.memory.tag}")
 
@@ -216,6 +219,8 @@ class Card:
     Parameters
     ----------
     index : int
+    fd : int
+        A file for its memory, as large as all its banks together. The card closes it.
     open_backend : callable
         Makes the backend of a compute unit.
     platform : str
@@ -236,6 +241,7 @@ class Card:
     def __init__(
         self,
         index: int,
+        fd: int,
         open_backend: Callable[[], Any],
         *,
         platform: str = xclbin.SMARTSSD,
@@ -254,9 +260,8 @@ class Card:
         for memory in memories:
             self.banks.append(_Bank(memory, end))
             end += memory.nbytes
-        self.fd = os.memfd_create(f"nearkv-card-{index}", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, end)
-        self._map = mmap.mmap(self.fd, end)
+        self.fd = fd
+        self._map = map_file(fd, end)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self.buffers: dict[int, _Buffer] = {}  # of all programs
 

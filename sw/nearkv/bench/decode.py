@@ -15,6 +15,7 @@ and in random turns:
     no ring     the same with one segment: loading, then computing
     threads     nearkv with threads instead of io_uring
     two cards   the same cores and drive, shared by two cards
+    plain twin  where --card is another: nearkv with the card twin
     spilling, spilling in step
                 a page is appended to every head of every layer in each step, 128 times as often as
                 decoding does it: written behind the step's back, or before it goes on
@@ -50,7 +51,7 @@ from nearkv_hw.abi import PageLayout
 from .. import extras
 from ..arguments import existing_directory, whole
 from ..attention import RING_BYTES, SEGMENTS, Figures, PageAttention
-from ..cards import KV_BYTES, open_cards
+from ..cards import KV_BYTES, CardError, open_cards
 from ..io import reader_kind
 from ..io.uring import refusal
 from ..store import DELAYED_BYTES, KvStore
@@ -206,10 +207,13 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     depth = args.depth or reader_kind().DEPTH
     ring_bytes = args.ring_mib << 20
 
-    def cards(n, reader="auto"):
+    number = itertools.count()
+
+    def cards(n, reader="auto", name=args.card):
         made, _ = open_cards(
-            [args.card] * n, kv_bytes=args.kv_mib << 20, reads_in_flight=args.depth, reader=reader
-        )
+            [_numbered(name, next(number)) for _ in range(n)],
+            kv_bytes=args.kv_mib << 20, reads_in_flight=args.depth, reader=reader,
+        )  # fmt: skip
         for card in made:
             opened.enter_context(card)
         return made
@@ -234,10 +238,14 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
             main, store, ahead=False, segments=1, ring_bytes=ring_bytes // args.segments
         ),
     }
-    if not refusal():
-        ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
-    if args.cards == 1:
-        ways["two cards"] = PageAttention(cards(2), store, **ring)
+    # Of cards that have numbers there may be too few.
+    with contextlib.suppress(*[CardError] if ":" in args.card else []):
+        if not refusal():
+            ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
+        if args.cards == 1:
+            ways["two cards"] = PageAttention(cards(2), store, **ring)
+    if args.card != "twin":
+        ways["plain twin"] = PageAttention(cards(args.cards, name="twin"), store, **ring)
     counters = {name: [] for name in ways}
     paths = store.page_files()
     file_bytes = sum(os.path.getsize(path) for path in paths)
@@ -329,11 +337,20 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         "depth": depth,
         "write_amplification": store.write_amplification,
         "of_bound": {name: quartiles_of_ratio(ours, bound) for name, bound in bounds.items()},
+        "of_plain_twin": quartiles_of_ratio(ours, rates["plain twin"])
+        if "plain twin" in rates
+        else None,
         "of_flexgen": quartiles_of_ratio(ours, rates["FlexGen"]) if tuned else None,
         "drive_of_flexgen": quartiles_of_ratio(rates["drive"], rates["FlexGen"]) if tuned else None,
         "flexgen_tuned": tuned,
     }
     return figures, rows
+
+
+def _numbered(name: str, number: int) -> str:
+    """The name of the next card: of xrt:0 it is xrt:1; a twin has no number."""
+    family, _, first = name.partition(":")
+    return f"{family}:{int(first) + number}" if first.isdigit() else name
 
 
 def _card_alone(card, store: KvStore, q, scale: float) -> float:
@@ -414,6 +431,9 @@ def _print(figures: dict, rows: list[dict]) -> None:
         print(f"{row['name']:>16} {row['rate'] / 1e9:6.2f} GB/s  {ours / row['rate']:5.2f}x{share}")
     for name, (low, median, high) in figures["of_bound"].items():
         print(f"of min({name}; twin): {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
+    if figures["of_plain_twin"]:
+        low, median, high = figures["of_plain_twin"]
+        print(f"of a plain twin: {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
     if figures["of_flexgen"]:
         low, median, high = figures["of_flexgen"]
         print(f"of FlexGen's path: {median:.2f}x (goal 4x at 32 k tokens; quartiles {low:.2f} .. "
