@@ -36,7 +36,7 @@ from nearkv_hw.config import Config, preset
 
 from ..rtl import cache_directory, locked
 from . import protocol
-from .memory import files
+from .memory import new_file
 from .server import FAULTS, Card, Fault, Server
 
 __all__ = [
@@ -177,10 +177,10 @@ class Simulation:
         open_backend = _opener(backend, config, n_cards * len(banks), options)
         nbytes = sum(memory.nbytes for memory in memories)
         self.cards = [
-            Card(index, fd, open_backend, memories=memories, faults=faults)
-            for index, fd in enumerate(files(n_cards, nbytes))
+            Card(index, new_file(nbytes), open_backend, memories=memories, faults=faults)
+            for index in range(n_cards)
         ]
-        self.xclbin = folder / "nearkv.xclbin"
+        self.xclbin = folder / "simulated.xclbin"
         xclbin.simulated(memories=memories, banks=banks).write(self.xclbin)
         socket = folder / "cards"
         self._server = Server(self.cards, socket)

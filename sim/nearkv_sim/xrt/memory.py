@@ -3,13 +3,14 @@
 
 A drive fills one page of 2 MiB much faster than 512 of 4 KiB: into a plain memfd, reads were half as fast as
 into a program's own memory. Files of a tmpfs have huge pages if it was mounted so, which a process may do in
-a namespace of its own, usually without being root. The files outlive that process.
+a namespace of its own, usually without being root. What it has mounted lives on in whoever has a file of it.
 
-    python -m nearkv_sim.xrt.memory SOCKET N    sends N such files through a socket that it inherits
+    python nearkv_sim/xrt/memory.py SOCKET    sends such a directory through a socket that it inherits
 """
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import socket
@@ -24,23 +25,32 @@ _NEWNS, _NEWUSER = 0x20000, 0x10000000
 _PRIVATE = 0x4000 | 0x40000
 
 
-def files(n: int, nbytes: int) -> list[int]:
-    """File descriptors of n files of so many bytes, in huge pages where the system lets us."""
-    fds: list[int] = []
+def new_file(nbytes: int) -> int:
+    """File descriptor of a file of so many bytes, in huge pages where the system lets us."""
+    directory = _directory()
+    if directory is None:
+        fd = os.memfd_create("nearkv-card", os.MFD_CLOEXEC)
+    else:
+        fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+@functools.cache
+def _directory() -> int | None:
+    """Of a tmpfs with huge pages, as a file descriptor; once for this process."""
     ours, theirs = socket.socketpair()
     with ours, theirs, contextlib.suppress(OSError, subprocess.SubprocessError):
         subprocess.run(
-            [sys.executable, "-m", __name__, str(theirs.fileno()), str(n)],
+            [sys.executable, "-I", __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()], check=True, timeout=_TIMEOUT_S, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         ours.setblocking(False)
-        _, fds, _, _ = socket.recv_fds(ours, 1, n)
-    if len(fds) != n:
-        fds = [os.memfd_create("nearkv-card", os.MFD_CLOEXEC) for _ in range(n)]
-    for fd in fds:
-        os.set_inheritable(fd, False)
-        os.ftruncate(fd, nbytes)
-    return fds
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        if fds:
+            os.set_inheritable(fds[0], False)
+            return fds[0]
+    return None
 
 
 def map_file(fd: int, nbytes: int) -> mmap.mmap:
@@ -52,7 +62,7 @@ def map_file(fd: int, nbytes: int) -> mmap.mmap:
 
 
 def _main() -> int:
-    theirs, n = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    theirs = socket.socket(fileno=int(sys.argv[1]))
     libc = ctypes.CDLL(None)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(_NEWNS):
@@ -68,8 +78,7 @@ def _main() -> int:
         b"nearkv", place, b"tmpfs", ctypes.c_ulong(0), b"huge=always,mode=700"
     ):
         return 1
-    fds = [os.open(place, os.O_RDWR | os.O_TMPFILE, 0o600) for _ in range(n)]
-    socket.send_fds(theirs, [b"x"], fds)
+    socket.send_fds(theirs, [b"x"], [os.open(place, os.O_RDONLY | os.O_DIRECTORY)])
     return 0
 
 

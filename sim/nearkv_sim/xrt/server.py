@@ -27,7 +27,7 @@ from nearkv_hw import abi, xclbin
 from .memory import HUGE_BYTES, map_file
 from .protocol import ANY_UNIT, REPLY, REQUEST, Op
 
-log = logging.getLogger("nearkv.xrt_sim")
+log = logging.getLogger("nearkv-xrt-sim")
 
 _PAGE = mmap.PAGESIZE
 _BANK = 0xFFFF  # of a buffer's flags

@@ -59,8 +59,9 @@ def _xrt(name, unit, *, config=None, kv_bytes=KV_BYTES, job_bytes=JOB_BYTES, rea
     from . import xrt
 
     executor = xrt.open_executor(
-        name, unit, config=config, kv_bytes=kv_bytes, job_bytes=job_bytes, path=xclbin
-    )
+        name, unit,
+        config=config, kv_bytes=kv_bytes, job_bytes=job_bytes, timeout_s=timeout_s, path=xclbin,
+    )  # fmt: skip
     try:
         return Card(
             name, executor.kv, executor.job, executor,

@@ -298,6 +298,8 @@ class Executor:
     config : Config or None
         The build that must be on it. None: any that this version of nearkv knows.
     kv_bytes, job_bytes : int
+    timeout_s : float
+        How long a run of somebody else may still be on the card.
 
     Raises
     ------
@@ -314,14 +316,16 @@ class Executor:
         config: Config | None,
         kv_bytes: int,
         job_bytes: int,
+        timeout_s: float,
     ):
         self.name, self._path, self._config = name, path, config
         self._where, _, engine = unit.partition("/")
         self._engine = int(engine or 0)
-        self._sizes = kv_bytes, job_bytes
+        self._sizes, self._timeout_s = (kv_bytes, job_bytes), timeout_s
         self._xclbin, self._kernel_name = self._look_into_xclbin()
         self._library = library()
         self._lock = threading.Lock()  # of who waits for a run
+        self._run: _Run | None = None  # the last one
         self._open_device()
         self.rows, self.max_head_dim = self._built.rows, self._built.max_head_dim
         self.config_hash = self._built.hash32
@@ -340,18 +344,19 @@ class Executor:
             self._library.call("RunStart", run)
         except _Refused as error:
             raise RuntimeError(f"the kernel cannot be started: {error}") from error
-        return _Run(self, run)
+        self._run = _Run(self, run)
+        return self._run
 
     def stop(self) -> None:
         """Nothing: XRT cannot end a run."""
 
     def reset(self, timeout_s: float) -> None:
         self._close_device()
+        self._timeout_s = timeout_s
         try:
             self._open_device()
         except CardError as error:
             raise RuntimeError(str(error)) from error
-        self._check_idle(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         self._close_device()
@@ -418,6 +423,7 @@ class Executor:
         try:
             group = self._check_arguments(value)
             self._built = self._check_build(value)
+            self._check_idle(value)
             kv, job = self._allocate(device, group)
             run = _Handle(library, call("RunOpen", value), "RunClose", kernel)
             for name, buffer in (("kv", kv), ("job", job)):
@@ -433,6 +439,8 @@ class Executor:
 
     def _close_device(self) -> None:
         """Close the kernel. Its buffers, and the device, stay for as long as somebody has them."""
+        if self._run is not None:
+            self._run.given_up = True
         with self._lock:
             self._opened.run.close()
             self._opened.kernel.close()
@@ -548,14 +556,14 @@ class Executor:
             "xbutil examine shows the card's platform, and whether another process uses the card",
         )
 
-    def _check_idle(self, timeout_s: float) -> None:
-        """RuntimeError if a run is on the card that nobody started."""
-        until = time.monotonic() + timeout_s
-        while not self._read_register(self._opened.kernel.value, "control") & abi.CTRL_IDLE:
+    def _check_idle(self, kernel: int) -> None:
+        """CardError if a run is on the card that nobody waits for any more."""
+        until = time.monotonic() + self._timeout_s
+        while not self._read_register(kernel, "control") & abi.CTRL_IDLE:
             if time.monotonic() > until:
-                raise RuntimeError(
-                    f"its kernel still runs, and did not end within {timeout_s:g} s of being opened "
-                    f"again; sudo xbutil reset --device {self._where}"
+                raise self._error(
+                    f"its kernel still runs, and has not ended within {self._timeout_s:g} s",
+                    f"sudo xbutil reset --device {self._where}",
                 )
             time.sleep(0.01)
 
@@ -572,22 +580,22 @@ class _Run:
     def __init__(self, executor: Executor, handle: int):
         self._executor, self._handle = executor, handle
         self._state = 0
+        self.given_up = False  # its handle is closed
 
     def wait(self, timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
-        executor = self._executor
-        if not executor._lock.acquire(timeout=max(0.0, timeout_s)):
-            raise TimeoutError("another thread waits for it")
-        try:
-            wait_for = executor._library.get("RunWaitFor")
-            while self._state in (0, _TIMEOUT):
-                left = min(_SLICE_S, until - time.monotonic())
-                if self._state and left <= 0:
-                    raise TimeoutError(self._describe())
+        while self._state in (0, _TIMEOUT):
+            left = until - time.monotonic()
+            if self._state and left <= 0:
+                raise TimeoutError(self._describe())
+            with self._executor._lock:
+                if self.given_up:
+                    raise RuntimeError("it was given up when the card was reset")
+                wait_for = self._executor._library.get("RunWaitFor")
                 # 0 would be for ever.
-                self._state = wait_for(self._handle, max(1, math.ceil(1000 * left)))
-        finally:
-            executor._lock.release()
+                milliseconds = max(1, math.ceil(1000 * min(_SLICE_S, left)))
+                if self._state in (0, _TIMEOUT):  # nobody has seen its end
+                    self._state = wait_for(self._handle, milliseconds)
         if self._state != _COMPLETED:
             name = _STATES.get(self._state, str(self._state))
             raise RuntimeError(
@@ -621,6 +629,7 @@ def open_executor(
     config: str | Config | None,
     kv_bytes: int,
     job_bytes: int,
+    timeout_s: float,
     path: str | os.PathLike | None,
 ) -> Executor:
     """An executor, by the unit's name: `Executor` says how it is built."""
@@ -631,4 +640,4 @@ def open_executor(
             "compute unit"
         )
     config = preset(config) if isinstance(config, str) else config
-    return Executor(name, unit, find_xclbin(name, path), config, kv_bytes, job_bytes)
+    return Executor(name, unit, find_xclbin(name, path), config, kv_bytes, job_bytes, timeout_s)
