@@ -30,6 +30,7 @@ from .protocol import ANY_UNIT, REPLY, REQUEST, Op
 log = logging.getLogger("nearkv-xrt-sim")
 
 _PAGE = mmap.PAGESIZE
+_READY_S = 60.0  # for the second connection of a program, which it has made when it sends anything
 _BANK = 0xFFFF  # of a buffer's flags
 _P2P = 1 << 30
 
@@ -372,6 +373,7 @@ class _Device:
         self.gone = threading.Event()  # its commands are given up
         self.mine: set[int] = set()  # numbers of its buffers
         self.commands: threading.Thread | None = None
+        self.ready = threading.Event()  # `commands` is there
         self.command_images: dict[int, memoryview] = {}
 
     def abort(self) -> None:
@@ -474,6 +476,7 @@ class Server:
                     commands_of = self._devices.get(a)
                     if commands_of is not None:
                         commands_of.commands = threading.current_thread()
+                        commands_of.ready.set()
                         _carry_out(connection, commands_of)
                     return
                 try:
@@ -516,6 +519,7 @@ class Server:
     def _answer(self, device: _Device, op, a, b, c, text, fd) -> tuple[int, ...]:
         card = device.card
         if op == Op.LOAD:
+            device.ready.wait(_READY_S)
             card.load(os.pread(fd, b, 0), device)
         elif op == Op.OPEN_CONTEXT:
             self._open_context(device, a, bool(b))
