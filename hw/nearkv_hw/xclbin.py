@@ -308,7 +308,12 @@ class Xclbin:
     def connections(self) -> list[Connection]:
         """Which argument of which unit reaches which bank; `memory` counts as in `memories`."""
         data = self.section(Kind.GROUP_CONNECTIVITY, Kind.CONNECTIVITY)
-        return [Connection(*it) for it in _array(data, _CONNECTIONS, _CONNECTION, "connections")]
+        found = [Connection(*it) for it in _array(data, _CONNECTIONS, _CONNECTION, "connections")]
+        n_memories = len(self.memories)
+        for it in found:
+            if not 0 <= it.memory < n_memories:
+                raise XclbinError(f"a connection to memory bank {it.memory} of {n_memories}")
+        return found
 
     @property
     def clocks(self) -> list[Clock]:
@@ -327,7 +332,7 @@ class Xclbin:
         try:
             root = ElementTree.fromstring(data.rstrip(b"\0"))
             return [_kernel(it) for it in root.findall("platform/device/core/kernel")]
-        except (ElementTree.ParseError, KeyError, ValueError) as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
             raise XclbinError(f"section EMBEDDED_METADATA cannot be understood: {error}") from error
 
     def banks_of(self, unit: Unit, argument: int) -> list[int]:
