@@ -110,6 +110,17 @@ def test_a_forgotten_copy_shows(simulate, monkeypatch, direction):
         nearkv.attend(*_inputs(), card=card)
 
 
+def test_a_card_knows_where_it_is_on_pcie(simulate):
+    (simulated,) = simulate().cards
+    with open_card("xrt:0", **SMALL) as card:
+        assert card.pci_address is None
+    simulated.pci_slot = 0x1_05_00 | 0x1F << 3 | 1
+    with open_card("xrt:0", **SMALL) as card:
+        assert card.pci_address == "0001:05:1f.1"
+    simulated.faults.append(Fault("no-p2p"))
+    _refused("sudo xbutil configure --device 0001:05:1f.1 --p2p enable")
+
+
 def test_two_cards_in_one_process_are_two_cards(simulate):
     simulation = simulate(n_cards=2)
     with open_card("xrt:0", **SMALL) as first, open_card("xrt:1", **SMALL) as second:

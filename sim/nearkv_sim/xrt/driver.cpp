@@ -136,6 +136,7 @@ struct Buffer {
 struct Device {
     int control = -1, commands = -1, event = -1, memory = -1;
     char name[65] = {};
+    unsigned slot = 0;  // on PCIe
     std::mutex mutex;  // of `buffers`, and of what is asked for by `control`
     std::map<unsigned, std::shared_ptr<Buffer>> buffers;
     std::shared_ptr<xrt_core::device> core;
@@ -279,6 +280,7 @@ xclDeviceHandle xclOpen(unsigned index, const char*, xclVerbosityLevel) {
         return nullptr;
     }
     memcpy(device->name, reply.text, sizeof reply.text);
+    device->slot = reply.b;
     // Tell the card whose commands come by the other connection.
     Request request{OP_COMMANDS, reply.a, 0, 0, {}};
     if (send_to(device->commands, &request, sizeof request)) return nullptr;
@@ -296,6 +298,7 @@ int xclGetDeviceInfo2(xclDeviceHandle handle, xclDeviceInfo2* info) {
     info->mDMAThreads = 2;
     info->mDataAlignment = 4096;
     info->mVendorId = 0x10ee;
+    info->mPciSlot = device_of(handle)->slot;
     memcpy(info->mName, device_of(handle)->name, sizeof device_of(handle)->name);
     return 0;
 }

@@ -19,7 +19,7 @@ CARDS = "NEARKV_XRT_SIM_CARDS"  # how many
 class Op(enum.IntEnum):
     """`a`, `b`, `c` of the request -> of the reply."""
 
-    OPEN = 1  # card; with an eventfd -> number of the device; with the card's memory
+    OPEN = 1  # card; with an eventfd -> number of the device, slot; with the card's memory
     COMMANDS = 2  # number of the device -> nothing: what follows here are its commands
     LOAD = 3  # -, bytes; with an xclbin
     OPEN_CONTEXT = 4  # unit, shared

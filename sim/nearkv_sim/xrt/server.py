@@ -232,6 +232,8 @@ class Card:
 
     Attributes
     ----------
+    pci_slot : int
+        Where it says that it is on PCIe: domain, bus (8 bits), device (5), function (3); 0: nowhere.
     loaded : Xclbin or None
     units : list of Unit
         Of the xclbin that is loaded.
@@ -251,6 +253,7 @@ class Card:
     ):
         self.index, self.platform, self.faults = index, platform, list(faults)
         self._open_backend = open_backend
+        self.pci_slot = 0
         self.loaded: xclbin.Xclbin | None = None
         self.units: list[Unit] = []
         self.complaints: list[str] = []
@@ -514,7 +517,7 @@ class Server:
         with self._lock:
             number = next(self._numbers)
             device = self._devices[number] = _Device(self.cards[index], number, event)
-        return device, (0, number, 0, 0, self.cards[index].platform)
+        return device, (0, number, self.cards[index].pci_slot, 0, self.cards[index].platform)
 
     def _answer(self, device: _Device, op, a, b, c, text, fd) -> tuple[int, ...]:
         card = device.card

@@ -66,6 +66,7 @@ def _xrt(name, unit, *, config=None, kv_bytes=KV_BYTES, job_bytes=JOB_BYTES, rea
         return Card(
             name, executor.kv, executor.job, executor,
             reads_in_flight=reads_in_flight, reader=reader, timeout_s=timeout_s,
+            pci_address=executor.pci_address,
         )  # fmt: skip
     except BaseException:
         executor.close(timeout_s)

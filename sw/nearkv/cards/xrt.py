@@ -123,6 +123,18 @@ class Library:
             raise _Refused(f"xrt{name}", ctypes.get_errno(), self.said())
         return result
 
+    def pci_address(self, device: int) -> str | None:
+        """Where a device is on PCIe: "0000:04:00.1"; None of one that is nowhere."""
+        self._lib.xrtDeviceToXclDevice.restype = ctypes.c_void_p
+        low_level = self._lib.xrtDeviceToXclDevice(ctypes.c_void_p(device))
+        info = _DeviceInfo()
+        # Of the driver, which XRT has loaded by now, for everybody.
+        ask = getattr(ctypes.CDLL(None), "xclGetDeviceInfo2", None)
+        if ask is None or ask(ctypes.c_void_p(low_level), ctypes.byref(info)) or not info.pci_slot:
+            return None
+        slot = info.pci_slot
+        return f"{slot >> 16:04x}:{slot >> 8 & 0xFF:02x}:{slot >> 3 & 0x1F:02x}.{slot & 7}"
+
     def said(self) -> str:
         """The last error that XRT has told since the last question; "" where it tells others."""
         if self._messages is None:
@@ -275,6 +287,19 @@ class _Job(JobMemory):
             ) from error  # fmt: skip
 
 
+class _DeviceInfo(ctypes.Structure):
+    """The beginning of xclDeviceInfo2. Ref: xrt.h"""
+
+    _short, _long = ctypes.c_ushort, ctypes.c_ulonglong
+    _fields_ = [
+        ("magic", ctypes.c_uint), ("name", ctypes.c_char * 256), ("ids", _short * 7),
+        ("memory", ctypes.c_size_t * 4), ("clocks", _short * 13), ("current", ctypes.c_float),
+        ("clocks_and_fan", _short * 2), ("calibrated", ctypes.c_bool), ("firmware", _long * 2),
+        ("rails", _short * 2), ("currents", _long * 2), ("sensors", _short * 21), ("driver", _long),
+        ("pci_slot", ctypes.c_uint), ("rest", ctypes.c_byte * 1024),
+    ]  # fmt: skip
+
+
 class _Opened(NamedTuple):
     """What is open of a device."""
 
@@ -320,6 +345,7 @@ class Executor:
     ):
         self.name, self._path, self._config = name, path, config
         self._where, _, engine = unit.partition("/")
+        self.pci_address: str | None = None
         self._engine = int(engine or 0)
         self._sizes, self._timeout_s = (kv_bytes, job_bytes), timeout_s
         self._xclbin, self._kernel_name = self._look_into_xclbin()
@@ -329,6 +355,11 @@ class Executor:
         self._open_device()
         self.rows, self.max_head_dim = self._built.rows, self._built.max_head_dim
         self.config_hash = self._built.hash32
+
+    @property
+    def _bdf(self) -> str:
+        """As xbutil wants it."""
+        return self.pci_address or self._where
 
     # --- what an executor does -----------------------------------------------------------------------
 
@@ -406,6 +437,7 @@ class Executor:
                 f"XRT has no device {self._where} ({error})", "xbutil examine lists those there are"
             ) from error
         device = _Handle(library, value, "DeviceClose")
+        self.pci_address = library.pci_address(value)
         try:
             call("DeviceLoadXclbinFile", value, os.fsencode(self._path))
         except _Refused as error:
@@ -500,7 +532,7 @@ class Executor:
         except _Refused as error:
             raise self._error(
                 f"register {name} cannot be read: {error}",
-                f"reset the card (sudo xbutil reset --device {self._where})",
+                f"reset the card (sudo xbutil reset --device {self._bdf})",
             ) from error
         return value.value
 
@@ -545,7 +577,7 @@ class Executor:
             )
         return self._error(
             f"P2P is off: {tag} gives normal memory, and no P2P memory ({error})",
-            f"sudo xbutil configure --device {self._where} --p2p enable, then reboot warm; in the BIOS, "
+            f"sudo xbutil configure --device {self._bdf} --p2p enable, then reboot warm; in the BIOS, "
             "'Above 4G decoding' must be on",
         )
 
@@ -563,7 +595,7 @@ class Executor:
             if time.monotonic() > until:
                 raise self._error(
                     f"its kernel still runs, and has not ended within {self._timeout_s:g} s",
-                    f"sudo xbutil reset --device {self._where}",
+                    f"sudo xbutil reset --device {self._bdf}",
                 )
             time.sleep(0.01)
 
@@ -607,7 +639,7 @@ class _Run:
         state = executor._library.get("RunState")(self._handle)
         return (
             f"XRT says it is {_STATES.get(state, state)}; if a reset does not help: sudo xbutil reset "
-            f"--device {executor._where}"
+            f"--device {executor._bdf}"
         )
 
 
