@@ -117,7 +117,7 @@ class Truth:
         other = Truth(self.delayed)
         other.tables, other.kept = _copy(self.tables), self.kept  # `kept` is never changed in place
         other.written, other.next_key = dict(self.written), self.next_key
-        other.vague = set(self.vague)
+        other.vague, other.unread = set(self.vague), set(self.unread)
         return other
 
     @property
