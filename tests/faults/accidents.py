@@ -297,7 +297,7 @@ class Power(_Accident):
             found = verify(self.setting, root, self.truths[barrier : begun + 1], refusals=refusals)
         except Refused as error:
             raise Failure(f"cannot be opened any more: {error}") from error
-        safe = self.truths[barrier].keys()
+        safe = self.truths[barrier].safe_keys()
         lost = found.unread & safe
         if lost:
             raise Failure(f"pages {sorted(lost)} were flushed and cannot be read: {refusals[0]}")
