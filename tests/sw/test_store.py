@@ -1432,19 +1432,24 @@ def _raised_at_line(number, n):
 
 
 def test_a_process_that_was_forked_in_the_middle_of_a_change_hears_its_signals(tmp_path):
-    store = KvStore(tmp_path, LAYOUT, 2)
-    with store._turn("to be in the middle of it"):
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(20)
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                os._exit(0)
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
-    store.close()
+    # What is started in the background of a script ignores SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        store = KvStore(tmp_path, LAYOUT, 2)
+        with store._turn("to be in the middle of it"):
+            child = os.fork()
+            if not child:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except KeyboardInterrupt:
+                    os._exit(0)
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        store.close()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_a_store_that_was_forgotten_leaves_its_lock(tmp_path):
