@@ -205,18 +205,24 @@ class Ring:
         sums = Sums(self.store.layout, plan.query.n_jobs, plan.query.width)
         try:
             for run in plan.runs:
-                self._load()
                 if not self._loading or self._same_buffer(run):
+                    self._load()
                     self._add(self._end(), sums)
                     self._load()
                 loading = self._loading[0]
+                # Whoever is the slower, drive or card, is given work first.
+                arrived = loading.load.arrived
+                if not arrived:
+                    self._load()
                 image = run.image(loading.segment * self._segment_bytes, plan.stored, q)
                 self.card.write_job(run.queue, image)
                 ended = self._end()
-                self._load()
+                if not arrived:
+                    self._load()
                 self._arrive(loading)
                 self._start(loading)
-                self._add(ended, sums)  # while the card works
+                self._load()  # this and what follows while the card works
+                self._add(ended, sums)
             ended = self._end()
             self._load()
             self._add(ended, sums)

@@ -12,8 +12,9 @@ import contextlib
 import signal
 import threading
 
+# The same functions without enums, which take ten times as long: decoding comes here.
 try:
-    import _signal as quick  # the same without enums, which take ten times as long: decoding comes here
+    import _signal as quick  # pyright: ignore[reportMissingImports]
 except ImportError:  # another Python
     quick = signal
 
