@@ -202,11 +202,12 @@ def run_stage(stage: str, command: list[str], folder: Path, log: Path, expected:
         _end(process)
     if status == 0 and expected.is_file() and expected.stat().st_size:
         return
-    last = kept[-1] if kept else next(
-        (line for line in reversed(log.read_text().splitlines()) if line.strip()), "nothing printed"
-    )  # fmt: skip
+    if not kept:
+        kept = [line for line in log.read_text().splitlines() if line.strip()][-1:]
     how = f"ended with status {status}" if status else f"did not write {expected.name}"
-    raise BuildError(f"{stage}: {command[0]} {how}: {last}\n  log: {log}")
+    # The first error is often the cause, the last one what became of it.
+    said = "\n  ".join(dict.fromkeys(kept[:1] + kept[-1:])) or "nothing was printed"
+    raise BuildError(f"{stage}: {command[0]} {how}:\n  {said}\n  log: {log}")
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -294,9 +295,20 @@ def read_clock_mhz(text: str) -> float | None:
         name = block.split(None, 1)[0] if block.split() else ""
         match = re.search(r"Achieved Freq:\s*([\d.]+)\s*MHz", block)
         # Clock 0 of the platforms here: ulp_ucs_aclk_kernel_00, blp_s_aclk_kernel_ref_clk_00, ...
-        if match and name.endswith("_00"):
+        if match and name.endswith("_00") and "SCALABLE" in block:
             return float(match[1])
     return None
+
+
+def _read(path: Path | None, reader):
+    """What a report says; None, and a note, if it is not there or not understood."""
+    if path is None:
+        return None
+    try:
+        return reader(path.read_text())
+    except ValueError as error:
+        say(f"  note: {path} is not understood: {error}")
+        return None
 
 
 def _report(folder: Path, *patterns: str) -> Path | None:
@@ -308,15 +320,6 @@ def _report(folder: Path, *patterns: str) -> Path | None:
         if found:
             return max(found, key=lambda path: path.stat().st_mtime)
     return None
-
-
-def _read_report(path: Path | None, what: str, folder: Path, reader):
-    if path is None:
-        raise BuildError(f"reports: v++ left no {what} report in {folder / recipe.REPORTS}")
-    try:
-        return reader(path.read_text())
-    except ValueError as error:
-        raise BuildError(f"reports: {path} is not understood: {error}") from error
 
 
 # --- manifest -----------------------------------------------------------------------------------
@@ -351,12 +354,16 @@ def _results(board: Board, target: str, folder: Path, made: recipe.Recipe) -> di
     clocks: dict = {"requested_mhz": board.kernel_mhz}
     if target != "hw":
         return {"clocks": clocks}
-    timing = _read_report(
+    timing = _read(
         _report(folder, "*timing_summary_postroute_physopted.rpt", "*timing_summary_routed.rpt"),
-        "timing", folder, read_timing,
-    )  # fmt: skip
-    used = _read_report(_report(folder, "*kernel_util_routed.rpt"), "utilisation", folder,
-                        read_utilisation)  # fmt: skip
+        read_timing,
+    )
+    if timing is None:
+        raise BuildError(
+            f"reports: v++ left no timing report that can be read in {folder / recipe.REPORTS}; whether "
+            f"{folder / made.xclbin} keeps its timing is not known, so it is not used"
+        )
+    used = _read(_report(folder, "*kernel_util_routed.rpt"), read_utilisation)
     info = folder / f"{made.xclbin}.info"
     achieved = read_clock_mhz(info.read_text()) if info.is_file() else None
     clocks["achieved_mhz"] = achieved
@@ -492,7 +499,9 @@ def _tell(manifest: dict, xclbin: Path, path: Path) -> None:
         say(f"  clock: {clocks['requested_mhz']} MHz asked, "
             f"{f'{came:g} MHz' if came is not None else 'not told'}; "
             f"worst slack: setup {timing['wns_ns']:g} ns, hold {timing['whs_ns']:g} ns")  # fmt: skip
-        for row, values in manifest["utilisation"].items():
+        if manifest["utilisation"] is None:
+            say("  note: v++ left no report of utilisation; the manifest has none")
+        for row, values in (manifest["utilisation"] or {}).items():
             if row.startswith(NAME):
                 say(f"  {row}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
     say(f"{xclbin}\n{path}")

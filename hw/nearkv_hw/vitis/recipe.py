@@ -21,8 +21,19 @@ from .. import abi
 from ..config import Config
 from .boards import Board
 from .interface import (
-    CLOCK, CONTROL, INTERRUPT, LIBRARY, NAME, PROTOCOL, RESET, VENDOR, VERSION, VLNV, Interface,
-    Kernel, arguments,
+    CLOCK,
+    CONTROL,
+    INTERRUPT,
+    LIBRARY,
+    NAME,
+    PROTOCOL,
+    RESET,
+    VENDOR,
+    VERSION,
+    VLNV,
+    Interface,
+    Kernel,
+    arguments,
 )  # fmt: skip
 
 TARGETS = ("hw", "hw_emu")
