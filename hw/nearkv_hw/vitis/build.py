@@ -17,19 +17,19 @@ Without Vitis it does 2 and 3, says what is missing and how to get it, and fails
 """
 
 import argparse
+import contextlib
 from dataclasses import dataclass
 import hashlib
 import json
 import os
 from pathlib import Path
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from typing import TextIO
 
 from .. import number
 from ..config import Config, preset
@@ -46,6 +46,7 @@ _PROGRESS = re.compile(
     r"|Phase \d+ .*|Starting \w+ (?:Placer|Routing|Placement|Optimization).*"
 )
 _ERROR = re.compile(r"\b(?:ERROR|FATAL)\b")
+_POLL_S = 0.2
 _PLATFORMS = Path("/opt/xilinx/platforms")
 
 
@@ -159,54 +160,51 @@ def run_stage(stage: str, command: list[str], folder: Path, log: Path, expected:
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"  {' '.join(command)}")
     started = time.monotonic()
-    lines: queue.Queue[str | None] = queue.Queue()
-    kept: list[str] = []  # of the last lines, and all errors
-    try:
-        process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-    except OSError as error:
-        raise BuildError(f"{command[0]} does not start: {error}") from error
-    assert process.stdout is not None
-    output = process.stdout
+    errors: list[str] = []
+    begun = ""  # a line whose end is still to come
 
-    def read():
-        for line in output:
-            lines.put(line.rstrip())
-        lines.put(None)
+    def follow(lines: TextIO) -> None:
+        """Tell how far it is; keep its errors."""
+        nonlocal begun
+        *whole, begun = (begun + lines.read()).split("\n")
+        for line in whole:
+            if _ERROR.search(line):
+                errors.append(line.strip())
+            elif match := _PROGRESS.search(line):
+                say(f"  [{(time.monotonic() - started) / 60:5.0f} min] {match[0]}")
 
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        with log.open("w") as file:
-            while True:
-                left = timeout_s - (time.monotonic() - started)
-                try:
-                    line = lines.get(timeout=max(left, 0))
-                except queue.Empty:
+    # Into a file, not through a pipe: a pipe stays open as long as any process that the tool leaves
+    # behind.
+    with log.open("w") as file, log.open(errors="replace") as lines:
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise BuildError(f"{command[0]} does not start: {error}") from error
+        try:
+            status = None
+            while status is None:
+                if time.monotonic() - started > timeout_s:
                     raise BuildError(
                         f"{stage}: {command[0]} has not ended after {timeout_s / 3600:g} hours; more "
                         f"time with --timeout-hours. Log: {log}"
-                    ) from None
-                if line is None:
-                    break
-                file.write(line + "\n")
-                file.flush()
-                if _ERROR.search(line):
-                    kept.append(line)
-                elif match := _PROGRESS.search(line):
-                    minutes = (time.monotonic() - started) / 60
-                    say(f"  [{minutes:5.0f} min] {match[0]}")
-        status = process.wait()
-    finally:
-        _end(process)
+                    )
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout=_POLL_S)
+                follow(lines)
+        finally:
+            _end(process)
     if status == 0 and expected.is_file() and expected.stat().st_size:
         return
-    if not kept:
-        kept = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+    if not errors:
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][
+            -1:
+        ]
     how = f"ended with status {status}" if status else f"did not write {expected.name}"
     # The first error is often the cause, the last one what became of it.
-    said = "\n  ".join(dict.fromkeys(kept[:1] + kept[-1:])) or "nothing was printed"
+    said = "\n  ".join(dict.fromkeys(errors[:1] + errors[-1:])) or "nothing was printed"
     raise BuildError(f"{stage}: {command[0]} {how}:\n  {said}\n  log: {log}")
 
 
