@@ -45,7 +45,7 @@ _PROGRESS = re.compile(
     r"Run vpl: Step \w+: \w+|Finished \w+ of \w+ tasks?.*|(?:Block|Top)-level synthesis in progress.*"
     r"|Phase \d+ .*|Starting \w+ (?:Placer|Routing|Placement|Optimization).*"
 )
-_ERROR = re.compile(r"\b(?:ERROR|FATAL)\b")
+_ERROR = re.compile(r"^\s*(?:\[[\d:]+\]\s*)?(?:ERROR|FATAL)\b")
 _POLL_S = 0.2
 _PLATFORMS = Path("/opt/xilinx/platforms")
 
@@ -161,17 +161,18 @@ def run_stage(stage: str, command: list[str], folder: Path, log: Path, expected:
     say(f"  {' '.join(command)}")
     started = time.monotonic()
     errors: list[str] = []
-    begun = ""  # a line whose end is still to come
+    begun = told = ""  # a line whose end is still to come; what was said last
 
     def follow(lines: TextIO) -> None:
         """Tell how far it is; keep its errors."""
-        nonlocal begun
+        nonlocal begun, told
         *whole, begun = (begun + lines.read()).split("\n")
         for line in whole:
             if _ERROR.search(line):
                 errors.append(line.strip())
-            elif match := _PROGRESS.search(line):
-                say(f"  [{(time.monotonic() - started) / 60:5.0f} min] {match[0]}")
+            elif (match := _PROGRESS.search(line)) and match[0] != told:
+                told = match[0]
+                say(f"  [{(time.monotonic() - started) / 60:5.0f} min] {told}")
 
     # Into a file, not through a pipe: a pipe stays open as long as any process that the tool leaves
     # behind.
@@ -209,14 +210,13 @@ def run_stage(stage: str, command: list[str], folder: Path, log: Path, expected:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """No tool outlives the build, nor do the processes it started."""
-    if process.poll() is None:
-        try:
-            os.killpg(process.pid, signal.SIGTERM)
+    """A tool that still runs is ended with all that it started."""
+    for what in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, what)
             process.wait(timeout=20)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            process.kill()
-            process.wait()
 
 
 # --- reports ------------------------------------------------------------------------------------

@@ -194,12 +194,6 @@ class Interface:
     def buses(self) -> tuple[Bus, ...]:
         return (self.control, *self.masters)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All bus interfaces that the packaged IP has, clock and reset included."""
-        signals = (CLOCK, RESET, INTERRUPT) if self.interrupt else (CLOCK, RESET)
-        return (*(bus.name for bus in self.buses), *signals)
-
     @classmethod
     def of(cls, ports: dict[str, Port]) -> "Interface":
         """Group the ports of a kernel.

@@ -51,7 +51,7 @@ def with_interrupt(text) -> str:
         return text
     first = text.index("output m_axi_")
     text = text[:first] + "output interrupt;\n  " + text[first:]
-    return text.replace("module nearkv(ap_rst_n,", "module nearkv(ap_rst_n, interrupt,", 1)
+    return text.replace("module nearkv(", "module nearkv(interrupt, ", 1)
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, no_tools, tiny_builds
 # --- with stand-ins ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CARDS)
 def test_with_the_tools_it_runs_to_the_manifest(name, run, stand_ins, tiny_builds):
     status, said, work, results = run(name)
@@ -276,6 +277,7 @@ def test_a_missing_linker_or_platform_is_named(run, stand_ins, tiny_builds, tmp_
     assert "Missing: v++ of Vitis" in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment, messages",
     [
@@ -315,6 +317,7 @@ def test_a_clock_that_was_lowered_is_told(run, stand_ins, tiny_builds, monkeypat
     assert "250 MHz asked, 221.5 MHz" in said.out
 
 
+@pytest.mark.slow
 def test_what_an_earlier_build_left_is_never_taken_for_this_one(
     run, stand_ins, tiny_builds, monkeypatch
 ):
@@ -329,6 +332,7 @@ def test_what_an_earlier_build_left_is_never_taken_for_this_one(
     assert not list((work / "reports").rglob("*.rpt"))
 
 
+@pytest.mark.slow
 def test_a_tool_that_does_not_end_is_ended(tmp_path):
     script = "import os, time; print('ERROR-free', os.getpid(), flush=True); time.sleep(3600)"
     with pytest.raises(build.BuildError, match=r"has not ended after .* --timeout-hours.* Log: "):
@@ -337,6 +341,28 @@ def test_a_tool_that_does_not_end_is_ended(tmp_path):
     words = (tmp_path / "log").read_text().split()
     if words:  # else it was ended before it could say
         assert not Path(f"/proc/{words[1]}").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_ends_its_tool(run, stand_ins, tiny_builds, monkeypatch):
+    monkeypatch.setenv("STANDIN_FAIL", "hang")
+    started, say, popen = [], build.say, build.subprocess.Popen
+
+    def interrupt(text):
+        if "Step impl: Completed" in text:
+            raise KeyboardInterrupt
+        say(text)
+
+    def start(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(build, "say", interrupt)
+    monkeypatch.setattr(build.subprocess, "Popen", start)
+    status, said, _, _ = run()
+    assert status == 130
+    assert "interrupted" in said.err
+    assert all(process.poll() is not None for process in started)
 
 
 def test_a_tool_that_cannot_start_is_named(tmp_path):
@@ -367,8 +393,10 @@ def package(folder: Path, text: str, board, change=("", "", "")) -> recipe.Recip
 
 
 TCL, XML, VERILOG = recipe.PACKAGE, recipe.KERNEL_XML, recipe.VERILOG
+XDC = recipe.CONSTRAINTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, old, new, message",
     [
@@ -427,6 +455,9 @@ TCL, XML, VERILOG = recipe.PACKAGE, recipe.KERNEL_XML, recipe.VERILOG
         (XML, 'name="summary"', 'name="total"', "no register 'total'"),
         (XML, 'vlnv="nearkv:', 'vlnv="other:', "the VLNV"),
         (XML, 'interrupt="', 'interrupt="not ', "interrupt is"),
+        (XDC, "-period 4.000", "-periods 4.000", "unknown option '-periods'"),
+        (XDC, "-period 4.000", "-period fast", "'fast' is no period"),
+        (XDC, "get_ports ap_clk", "get_ports clk", "no port 'clk'"),
         (VERILOG, "  output m_axi_kv_arvalid;\n", "  output m_axi_kv_arwalid;\n",
          "'arvalid' is not there"),
         (VERILOG, "  input ap_rst_n;\n", "  input ap_reset;\n", "there is no port 'ap_rst_n'"),
@@ -456,6 +487,7 @@ def test_what_is_not_broken_packages(text, board, stand_ins, tmp_path):
 LINK = recipe.LINK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old, new, message",
     [
@@ -502,6 +534,7 @@ def link(folder: Path, made: recipe.Recipe, change=("", "")) -> None:
     build.run_stage("link", command, folder, folder / "link.log", folder / made.xclbin, 600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old, new, message",
     [
