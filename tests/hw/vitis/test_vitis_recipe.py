@@ -282,6 +282,22 @@ def test_every_engine_is_connected_to_its_own_memory(name, text):
     assert [unit["shard"] for unit in made.host["compute_units"]] == list(range(len(memory)))
 
 
+@pytest.mark.parametrize("name", CARDS)
+def test_the_host_is_told_what_kernel_xml_says(name, text):
+    made = recipe.make(boards.load(name), "hw", Interface.of(read_ports(text)), preset("tiny"))
+    kernel = Kernel.from_xml(made.files["kernel.xml"])
+    assert [
+        (a["index"], a["name"], a["kind"] == "buffer", a["port"], a["bytes"], a["offset"])
+        for a in made.host["arguments"]
+    ] == [
+        (i, a.name, a.pointer, a.port, a.size, a.offset) for i, a in enumerate(kernel.arguments)
+    ]  # fmt: skip
+    assert made.host["constants"] == {r.name: r.offset for r in abi.REGISTERS if not r.writable}
+    units = made.host["compute_units"]
+    assert sum(unit["memory_bytes"] for unit in units) == CARDS[name][2] << 30
+    assert [unit["xrt_name"] for unit in units] == [f"nearkv:{{{unit['name']}}}" for unit in units]
+
+
 def test_emulation_is_linked_without_steps_of_implementation(text, board):
     interface = Interface.of(read_ports(text))
     hw, emulated = (recipe.make(board, t, interface, preset("tiny")) for t in recipe.TARGETS)
