@@ -89,7 +89,9 @@ def find_tools(board: Board, target: str) -> Tools:
     for tool in names:
         if shutil.which(tool) is None:
             return Tools(
-                versions, None, f"{tool} of Vitis {oldest} to {newest} is not on PATH; {get}"
+                versions,
+                None,
+                f"{tool} of Vitis {oldest} to {newest} is not on PATH\n  to get it: {get}",
             )
         if tool == "emconfigutil":  # comes with v++
             continue
@@ -109,8 +111,8 @@ def find_tools(board: Board, target: str) -> Tools:
     if platform is None:
         return Tools(
             versions, None,
-            f"the platform {board.platform} is in none of {', '.join(map(str, _platform_folders()))}; "
-            "install its development package (the card's page on https://www.xilinx.com, "
+            f"the platform {board.platform} is in none of {', '.join(map(str, _platform_folders()))}\n"
+            "  to get it: install its development package (the card's page on https://www.xilinx.com, "
             "'Getting Started'), or name its folder in PLATFORM_REPO_PATHS",
         )  # fmt: skip
     return Tools(versions, platform, None)
@@ -450,7 +452,8 @@ def build(board: Board, target: str, work: Path, results: Path, timeout_s: float
 
     if tools.missing:
         raise BuildError(
-            f"all that comes before the vendor's tools is made and checked. Missing: {tools.missing}\n"
+            f"all that comes before the vendor's tools is made and checked\n"
+            f"  missing: {tools.missing}\n"
             f"  then: make bitstream BOARD={board.name} TARGET={target}"
         )
     assert tools.platform is not None

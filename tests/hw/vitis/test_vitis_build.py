@@ -51,10 +51,10 @@ def test_without_vitis_all_is_made_and_the_missing_thing_is_named(name, run, no_
     status, said, work, results = run(name)
     assert status == 1
     newest = boards.load(name).vitis[1]
-    for text in ("Missing: vivado", f"install Vitis {newest}", f"Vitis/{newest}/settings64.sh",
+    for text in ("missing: vivado", f"install Vitis {newest}", f"Vitis/{newest}/settings64.sh",
                  f"make bitstream BOARD={name} TARGET=hw"):  # fmt: skip
         assert text in said.err
-    assert said.err.count("Missing") == 1
+    assert said.err.count("missing") == 1
     assert "Traceback" not in said.err + said.out
     text = (work / recipe.VERILOG).read_text()
     kernel = Kernel.from_xml((work / recipe.KERNEL_XML).read_text())
@@ -76,7 +76,7 @@ def test_the_command_needs_nothing_but_its_board(tmp_path):
         env={"PATH": "", "PYTHONPATH": str(Path(build.__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "Missing: vivado" in done.stderr
+    assert "missing: vivado" in done.stderr
     assert "Traceback" not in done.stderr
     made = json.loads((tmp_path / "bitstreams/smartssd/recipe.json").read_text())
     assert made["compute_units"][0]["memory"] == "bank0"
@@ -268,13 +268,13 @@ def test_a_missing_linker_or_platform_is_named(run, stand_ins, tiny_builds, tmp_
     (path / f"{path.name}.xpfm").unlink()
     status, said, work, _ = run()
     assert status == 1
-    assert f"Missing: the platform {path.name} is in none of {tmp_path / 'platforms'}" in said.err
+    assert f"missing: the platform {path.name} is in none of {tmp_path / 'platforms'}" in said.err
     assert "PLATFORM_REPO_PATHS" in said.err
     assert not (work / recipe.XO).exists()
     (tmp_path / "bin" / "v++").unlink()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     status, said, _, _ = run()
-    assert "Missing: v++ of Vitis" in said.err
+    assert "missing: v++ of Vitis" in said.err
 
 
 @pytest.mark.slow
