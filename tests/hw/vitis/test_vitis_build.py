@@ -16,6 +16,8 @@ from nearkv_hw.vitis.interface import Interface, Kernel, read_ports
 
 from .conftest import CARDS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path, capsys):
