@@ -1452,6 +1452,19 @@ def test_a_process_that_was_forked_in_the_middle_of_a_change_hears_its_signals(t
         signal.signal(signal.SIGINT, handler)
 
 
+def test_a_process_that_was_forked_while_a_file_was_closed_closes_the_rest(tmp_path):
+    store = KvStore(tmp_path, LAYOUT, 2)
+    child = os.fork()
+    if not child:
+        # As another thread leaves it in the middle of `close`. The hook has closed all here already.
+        file = store._home.files[0]
+        file.fd = 1 << 20
+        store._home.close()
+        os._exit(0 if file.fd < 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    store.close()
+
+
 def test_a_store_that_was_forgotten_leaves_its_lock(tmp_path):
     store = KvStore(tmp_path, LAYOUT, 2)
     store.append(0, 0, *_kv(32))
