@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run quick test test-model sim bench faults mutants lint types verilog check-verilog record-verilog \
-	formal footprint abi-page clean
+	formal bitstream footprint abi-page clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (default)
@@ -107,6 +107,9 @@ record-verilog: setup ## record the Verilog's hashes in tests/data, after a chan
 	for config in tiny smartssd; do \
 	$(BIN)/python -m nearkv_hw.emit --config $$config -o build/ || exit 1; done
 	cd build && sha256sum nearkv_tiny.v nearkv_smartssd.v > ../tests/data/verilog.sha256
+
+bitstream: setup ## BOARD=smartssd, u50, u55c, u200, u250 or u280 [TARGET=hw_emu]: the xclbin, by Vitis
+	$(BIN)/python -m nearkv_hw.vitis --board '$(BOARD)' --target '$(or $(TARGET),hw)' $(BITSTREAM_ARGS)
 
 footprint: $(PROOFS) ## cells and logic depth on UltraScale+, against the record (minutes)
 	$(BIN)/python -m nearkv_hw.footprint -o build/footprint --check tests/data/footprint.json

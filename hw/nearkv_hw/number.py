@@ -20,6 +20,8 @@ tokens in a block, of tiles in a job, and of partials in a merge changes no bit.
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import cache
+import hashlib
+import json
 import math
 
 import numpy as np
@@ -206,6 +208,23 @@ def exp2(fraction: np.ndarray) -> np.ndarray:
     value = a0[segment] + ((slope * u) >> EXP2_U_BITS)
     drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
     return (value + (1 << (drop - 1))) >> drop
+
+
+def contract_hash() -> str:
+    """Identity of this arithmetic: SHA-256 over the constants above and over what the functions give
+    for fixed inputs. In the manifest of a bitstream; two builds with one hash round alike."""
+    constants = {name: value for name, value in globals().items()
+                 if name.isupper() and isinstance(value, int)}  # fmt: skip
+    formats = {int(kv_type): (form.exponent_bits, form.mantissa_bits, form.unit)
+               for kv_type, form in KV_FORMATS.items()}  # fmt: skip
+    scales = [
+        score_scale(1 / math.sqrt(d), kv_type) for d in (32, 96, 256) for kv_type in KV_FORMATS
+    ]
+    digest = hashlib.sha256(json.dumps([constants, formats, scales], sort_keys=True).encode())
+    probe = np.ldexp(np.arange(-31.0, 32.0).reshape(3, 21) / 37, np.arange(-10, 11))
+    for values in (*quantize_q(probe), exp2(np.arange(0, 1 << SCORE_FRAC_BITS, 4093))):
+        digest.update(values.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

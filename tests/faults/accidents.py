@@ -297,7 +297,7 @@ class Power(_Accident):
             found = verify(self.setting, root, self.truths[barrier : begun + 1], refusals=refusals)
         except Refused as error:
             raise Failure(f"cannot be opened any more: {error}") from error
-        safe = self.truths[barrier].keys()
+        safe = self.truths[barrier].safe_keys()
         lost = found.unread & safe
         if lost:
             raise Failure(f"pages {sorted(lost)} were flushed and cannot be read: {refusals[0]}")
@@ -356,6 +356,7 @@ class Errors(_Accident):
         truth, refusals = Truth(setting.delayed), []
         runner = Runner(setting, root)
         self.owing: Truth | None = None
+        self.unsure = False  # what waited to be written when a store could not be closed may be gone
         for _ in range(length):
             op = self.next_op(rng, truth) if runner.store is not None else Op("open")
             try:
@@ -364,6 +365,9 @@ class Errors(_Accident):
                 refusals.append(check_error(error, root))
                 truth = self.after_error(op, truth, runner, rng, refusals)
             else:
+                if op.name == "open" and self.unsure:
+                    assert runner.store is not None
+                    truth, self.unsure = matches(runner.store, self.possible(truth), root), False
                 truth.apply(op)
                 if op.name not in ("read", "flush"):
                     self.owing = None
@@ -388,6 +392,10 @@ class Errors(_Accident):
         verify(setting, root, truths, rng=rng, clean=clean)
         if refusals:
             raise Refused(refusals[0])
+
+    def possible(self, truth: Truth) -> list[Truth]:
+        """The truth, and the one in which a `save` that raised is there."""
+        return [truth, self.owing] if self.owing else [truth]
 
     def next_op(self, rng, truth) -> Op:
         return draw(rng, truth)
@@ -416,6 +424,7 @@ class Errors(_Accident):
             else:
                 self.owing = done
         if truth.written and not self.retries:
+            self.unsure = self.unsure or op.name == "open"
             return truth
         if len(truths) == 1 and rng.random() < 0.5 and op.name != "open":
             return truth

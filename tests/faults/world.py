@@ -117,16 +117,19 @@ class Truth:
         other = Truth(self.delayed)
         other.tables, other.kept = _copy(self.tables), self.kept  # `kept` is never changed in place
         other.written, other.next_key = dict(self.written), self.next_key
-        other.vague = set(self.vague)
+        other.vague, other.unread = set(self.vague), set(self.unread)
         return other
 
     @property
     def n_pages(self) -> int:
         return sum(len(table) for of in self.tables.values() for table in of.values())
 
-    def keys(self) -> set[int]:
-        """Of all pages, the snapshot's too."""
-        everything = [self.tables, self.kept[1] if self.kept else {}]
+    def safe_keys(self) -> set[int]:
+        """Of all pages that are known to be written, the snapshot's too."""
+        tables = _copy(self.tables)
+        for (sequence, layer), n_pages in self.written.items():
+            del tables[sequence][layer][n_pages:]
+        everything = [tables, self.kept[1] if self.kept else {}]
         return {
             page.key
             for tables in everything

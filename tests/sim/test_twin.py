@@ -542,6 +542,40 @@ def test_a_run_that_takes_too_long_ends_and_the_card_lives_on(open_twin, threads
     np.testing.assert_array_equal(got, memories.execute(ModelCard(CONFIG)))
 
 
+@pytest.mark.parametrize("threads", THREADS)
+def test_a_run_that_has_begun_is_finished_given_up_or_closed(threads):
+    rng = np.random.default_rng(31)
+    first, second = (
+        workload.place([small(rng, n_tokens=n) for _ in range(3)], rng) for n in (3000, 2000)
+    )
+    want = [memories.execute(ModelCard(CONFIG)) for memories in (first, second)]
+    card = TwinCard(CONFIG, threads=threads, alone_bytes=0)
+
+    def arguments(memories):
+        job = memories.job.copy()
+        return memories.kv, job, memories.queue, memories.n_jobs
+
+    for memories, other, expected in ((first, second, want[0]), (second, first, want[1])) * 3:
+        run = arguments(memories)
+        card.begin(*arguments(other))  # which nobody waits for
+        card.begin(*run)
+        card.execute(*run, memories.summary)
+        np.testing.assert_array_equal(run[1], expected)
+        card.begin(*arguments(other))  # not what is executed
+        run = arguments(memories)
+        card.execute(*run, memories.summary)
+        np.testing.assert_array_equal(run[1], expected)
+    kv, job, queue, n_jobs = arguments(first)
+    card.begin(kv, job, len(job), n_jobs)
+    with pytest.raises(ValueError, match="queue"):
+        card.execute(kv, job, len(job), n_jobs, first.summary)
+    card.begin(*arguments(first))
+    card.close()
+    card.begin(*arguments(first))
+    with pytest.raises(ValueError, match="closed"):
+        card.execute(*arguments(first), first.summary)
+
+
 def test_other_python_threads_run_during_a_slice(monkeypatch):
     """One of them closes the card: a slice that held the interpreter's lock would end first."""
     monkeypatch.setattr(twin, "_SLICE_S", 600.0)

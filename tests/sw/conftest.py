@@ -322,6 +322,7 @@ def open_board():
 
 @pytest.fixture
 def drive(monkeypatch):
+    uring.refusal()  # found out by a read, once; it is none of the test's
     return Drive(monkeypatch)
 
 

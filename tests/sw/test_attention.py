@@ -428,3 +428,32 @@ def test_the_rtl_card_gives_the_bits_of_the_model_card(rtl_card, tmp_path):
             _flip(path, offset)
             with pytest.raises(CardError, match="page 1 of layer 0, sequence 0, kv head 1"):
                 _attend(PageAttention(rtl_card, store), 0, [0], q, 0.125)
+
+
+@pytest.mark.parametrize("n_cards", [1, 2])
+def test_the_host_does_its_own_part_while_the_cards_work(tmp_path, n_cards):
+    kv = np.random.default_rng(3).standard_normal((2, 4, 640, 64)).astype(np.float16)
+    q = np.ones((1, 4, 2, 64))
+    cards = [nearkv.open_card("model") for _ in range(n_cards)]
+    with KvStore(tmp_path, PageLayout(64, 32), 4, temporary=True, n_shards=n_cards) as store:
+        store.append(0, 0, *kv)
+        attention = PageAttention(cards, store)
+        calls = []
+
+        def meanwhile():
+            calls.append(cards[0]._run is not None and not cards[0]._run._ended)
+
+        def fail():
+            raise ArithmeticError("of the host's part")
+
+        whole = attention.attend(0, [0], q, 1.0, [20])
+        with pytest.raises(ArithmeticError):
+            attention.attend(0, [0], q, 1.0, [20], fail)
+        again = attention.attend(0, [0], q, 1.0, [20], meanwhile)
+        np.testing.assert_array_equal(again.sums.limbs, whole.sums.limbs)
+        assert len(calls) == 1
+        if n_cards == 1:  # with several it is done beside the threads that drive them
+            assert calls == [True]
+        attention.close()
+    for card in cards:
+        card.close()

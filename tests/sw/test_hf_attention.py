@@ -340,6 +340,19 @@ def test_handles_and_masks_can_be_looked_at_and_nothing_else(cache):
         padding[:, None, None, :2]
 
 
+@pytest.mark.parametrize("shapes", [((1, 2, 3, 48),) * 2, ((1, 3, 3, 32),) * 2,
+                                    ((1, 2, 3, 32), (1, 2, 2, 32))])  # fmt: skip
+def test_k_and_v_of_other_shapes_are_refused_whenever_they_come(cache, shapes):
+    k, v = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="made for 2 kv heads of 32 channels"):
+        cache.update(k, v, 0)  # the first
+    x = torch.zeros(1, 2, 5, 32)
+    cache.fill([(x, x)] * len(cache.layers))
+    with pytest.raises(ValueError, match="made for 2 kv heads of 32 channels"):
+        cache.update(k, v, 0)  # a later one
+    assert cache.get_seq_length() == 5
+
+
 def test_layers_have_no_tensors_and_say_so(cache):
     for name in ("keys", "values"):
         with pytest.raises(AttributeError, match="lie on flash"):

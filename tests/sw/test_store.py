@@ -1432,17 +1432,35 @@ def _raised_at_line(number, n):
 
 
 def test_a_process_that_was_forked_in_the_middle_of_a_change_hears_its_signals(tmp_path):
+    # What is started in the background of a script ignores SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        store = KvStore(tmp_path, LAYOUT, 2)
+        with store._turn("to be in the middle of it"):
+            child = os.fork()
+            if not child:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except KeyboardInterrupt:
+                    os._exit(0)
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        store.close()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_a_process_that_was_forked_while_a_file_was_closed_closes_the_rest(tmp_path):
     store = KvStore(tmp_path, LAYOUT, 2)
-    with store._turn("to be in the middle of it"):
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(20)
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                os._exit(0)
-            os._exit(1)
+    child = os.fork()
+    if not child:
+        # As another thread leaves it in the middle of `close`. The hook has closed all here already.
+        file = store._home.files[0]
+        file.fd = 1 << 20
+        store._home.close()
+        os._exit(0 if file.fd < 0 else 1)
     assert os.waitpid(child, 0)[1] == 0
     store.close()
 

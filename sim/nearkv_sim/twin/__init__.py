@@ -6,6 +6,7 @@ the package is installed. Their constants are generated here from `nearkv_hw.abi
 `nearkv_hw.number`; nothing is written down twice. Which instructions are used is decided at run time.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -29,8 +30,10 @@ HEADERS = ("twin.h", "twin_kernel.h")
 
 # Python sees Ctrl-C and the clock between slices.
 _SLICE_S = 0.1
-# Of K and V: when another thread has woken up, one has done much of it.
-ALONE_BYTES = 1 << 20
+# Of K and V: when another thread has woken up, one has done it.
+ALONE_BYTES = 256 << 10
+
+_OUTSIDE = "queue and summary must lie in job memory"
 
 
 class TwinError(RuntimeError):
@@ -85,6 +88,7 @@ class TwinCard:
         if not self._handle:
             raise TwinError(f"no memory, or {threads} threads cannot be started")
         self._memories: tuple = (None, None)  # of the last run, and where they are
+        self._begun: tuple | None = None  # the run that `execute` finds under way
         self._lifetime = Lifetime(
             free=functools.partial(self._library.twin_close, self._handle),
             stop=functools.partial(self._library.twin_stop, self._handle),
@@ -104,6 +108,17 @@ class TwinCard:
     def __del__(self):
         if hasattr(self, "_lifetime"):
             self._lifetime.abandon()
+
+    def begin(self, kv, job, queue, n_jobs) -> None:
+        """Let the other threads begin with what `execute` of the same arguments will finish.
+
+        What is wrong with them is raised then. Until then nothing may write to the memories.
+        """
+        with contextlib.suppress(ValueError, RuntimeError), self._lifetime:
+            self._begun = None
+            self._start(kv, job, queue, n_jobs)
+            self._library.twin_begin(self._handle)
+            self._begun = (id(kv), id(job), queue, n_jobs)
 
     def execute(self, kv, job, queue, n_jobs, summary, timeout_s=None) -> None:
         """Run `n_jobs` jobs from offset `queue`; write partials and the summary into `job`.
@@ -133,20 +148,26 @@ class TwinCard:
         with self._lifetime:
             self._execute(kv, job, queue, n_jobs, summary, timeout_s)
 
-    def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
-        if kv is not self._memories[0] or job is not self._memories[1]:
-            self._memories = kv, job, *_checked(kv, job)
-        if min(queue, n_jobs, summary) < 0 or (
-            max(queue + n_jobs * abi.JOB.bytes, summary + abi.SUMMARY.bytes) > len(job)
-        ):
-            raise ValueError("queue and summary must lie in job memory")
-        # A queue or a summary that is not aligned to beats: as the hardware takes it.
-        error = Status.BUS_ERROR if queue % abi.BEAT_BYTES else Status(0)
-        summary -= summary % abi.BEAT_BYTES
-        n_jobs = 0 if error else n_jobs
-        begin = time.monotonic()
-        if self._library.twin_start(self._handle, *self._memories[2:], queue, n_jobs):
+    def _start(self, kv, job, queue, n_jobs) -> None:
+        memories = self._memories
+        if kv is not memories[0] or job is not memories[1]:
+            memories = kv, job, *_checked(kv, job)
+        if min(queue, n_jobs) < 0 or queue + n_jobs * abi.JOB.bytes > len(job):
+            raise ValueError(_OUTSIDE)
+        # A queue that is not aligned to beats: as the hardware takes it.
+        n_jobs = 0 if queue % abi.BEAT_BYTES else n_jobs
+        failed = self._library.twin_start(self._handle, *memories[2:], queue, n_jobs)
+        self._memories = memories  # not before: threads were at work on the others
+        if failed:
             raise ValueError(self._library.twin_error(self._handle).decode())
+
+    def _execute(self, kv, job, queue, n_jobs, summary, timeout_s) -> None:
+        begin = time.monotonic()
+        if summary < 0 or summary + abi.SUMMARY.bytes > len(job):
+            raise ValueError(_OUTSIDE)
+        begun, self._begun = self._begun, None
+        if begun != (id(kv), id(job), queue, n_jobs):
+            self._start(kv, job, queue, n_jobs)
         left = _SLICE_S if timeout_s is None else timeout_s
         while not self._library.twin_run(self._handle, max(0.0, min(left, _SLICE_S))):
             self._lifetime.check()
@@ -154,6 +175,8 @@ class TwinCard:
                 left = timeout_s - (time.monotonic() - begin)
                 if left <= 0:
                     raise TimeoutError(f"the path {self.path} on {self.threads} threads")
+        error = Status.BUS_ERROR if queue % abi.BEAT_BYTES else Status(0)
+        summary -= summary % abi.BEAT_BYTES
         self._library.twin_summary(self._handle, summary, self._config_hash, error)
 
 
@@ -202,6 +225,7 @@ def load() -> ctypes.CDLL:
         "close": (None, [pointer]),
         "error": (ctypes.c_char_p, [pointer]),
         "start": (ctypes.c_int, [pointer, pointer, u64, pointer, u64, u64, u64]),
+        "begin": (None, [pointer]),
         "run": (ctypes.c_int, [pointer, ctypes.c_double]),
         "stop": (None, [pointer]),
         "summary": (None, [pointer, u64, ctypes.c_uint32, ctypes.c_uint32]),

@@ -185,11 +185,15 @@ class Card {
         }
     }
 
-    ~Card() { join(); }
+    ~Card() {
+        stop();  // a queue may have begun that nobody runs to its end
+        join();
+    }
 
     // Take a queue in; nothing is computed yet. Throws if a record leaves job memory.
     void start(const uint8_t* kv, uint64_t kv_bytes, uint8_t* job, uint64_t job_bytes, uint64_t queue,
                uint64_t n_jobs) {
+        give_up();
         kv_ = kv, kv_bytes_ = kv_bytes, job_ = job, job_bytes_ = job_bytes;
         jobs_.clear();
         units_.clear();
@@ -224,14 +228,16 @@ class Card {
         units_left_ = units_.size();
     }
 
+    // Let the other threads begin with the queue, before `run` does.
+    void begin() {
+        deadline_ = Clock::time_point::max();
+        call_help();
+    }
+
     // Compute for some time, or until `stop`. True if the queue is finished.
     bool run(double seconds) {
         deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-        if (help_) {
-            std::lock_guard<std::mutex> hold(lock_);
-            open_ = true, round_++;
-            wake_.notify_all();
-        }
+        call_help();
         work(*workers_[0]);
         // Nobody waits for threads that have not woken up by now: they find that it is over.
         std::unique_lock<std::mutex> hold(lock_);
@@ -258,6 +264,23 @@ class Card {
     std::string error;
 
   private:
+    // Wake the others, which takes as long as they need for a small queue.
+    void call_help() {
+        if (!help_) return;
+        std::lock_guard<std::mutex> hold(lock_);
+        if (open_) return;
+        open_ = true, round_++;
+        wake_.notify_all();
+    }
+
+    // Forget a queue that has begun and that nobody runs to its end.
+    void give_up() {
+        std::unique_lock<std::mutex> hold(lock_);
+        open_ = false;
+        deadline_ = Clock::time_point::min();
+        idle_.wait(hold, [this] { return busy_ == 0; });
+    }
+
     void join() {
         {
             std::lock_guard<std::mutex> hold(lock_);
@@ -284,7 +307,7 @@ class Card {
 
     void work(Worker& worker) {
         DefaultArithmetic during;
-        while (!stopping_ && Clock::now() < deadline_) {
+        while (!stopping_ && Clock::now() < deadline_.load()) {
             size_t i = next_unit_.fetch_add(1);
             if (i >= units_.size()) {
                 next_unit_ = units_.size();
@@ -481,7 +504,7 @@ class Card {
     std::vector<Unit> units_;
     std::atomic<size_t> next_unit_{0}, units_left_{0};
     std::atomic<bool> stopping_{false};
-    Clock::time_point deadline_;
+    std::atomic<Clock::time_point> deadline_{};
 
     std::vector<std::unique_ptr<Worker>> workers_;  // the first belongs to the caller of run()
     std::vector<std::thread> threads_;
@@ -546,6 +569,9 @@ int twin_start(void* card, const uint8_t* kv, uint64_t kv_bytes, uint8_t* job, u
     static_cast<Card*>(card)->error = problem.what();
     return -1;
 }
+
+// Let other threads begin with the queue that was started.
+void twin_begin(void* card) { static_cast<Card*>(card)->begin(); }
 
 // 1 when the queue is finished, 0 after so many seconds or after twin_stop.
 int twin_run(void* card, double seconds) { return static_cast<Card*>(card)->run(seconds); }

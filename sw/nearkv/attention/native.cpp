@@ -165,21 +165,6 @@ struct Head {
     }
 };
 
-// partial.Partial.combine
-void combine(const int64_t* limbs, const int64_t* top, int64_t n_heads, int64_t head_dim, int64_t unit,
-             const double* other_out, const double* other_lse, float* out) {
-    for (int64_t i = 0; i < n_heads; i++, limbs += (2 + head_dim) * N_LIMBS, top += 2 + head_dim) {
-        const Head head(limbs, top);
-        double largest = larger(other_lse[i], head.lse_log2);
-        if (largest == -INFINITY) largest = 0;
-        const double mine = exp2_of(head.lse_log2 - largest), its = exp2_of(other_lse[i] - largest);
-        const double total = mine + its;
-        for (int64_t c = 0; c < head_dim; c++, other_out++) {
-            const double sum = head.out(c, unit) * mine + *other_out * its;
-            *out++ = float(total == 0 ? 0 : sum / total);
-        }
-    }
-}
 
 // --- tail and new tokens ----------------------------------------------------------------------
 
@@ -384,27 +369,33 @@ void native_normalise(const int64_t* limbs, const int64_t* top, int64_t n_heads,
     }
 }
 
+// partial.Partial.combine
 void native_combine(const int64_t* limbs, const int64_t* top, int64_t n_heads, int64_t head_dim, int64_t unit,
                     const double* other_out, const double* other_lse, float* out) {
-    combine(limbs, top, n_heads, head_dim, unit, other_out, other_lse, out);
+    for (int64_t i = 0; i < n_heads; i++, limbs += (2 + head_dim) * N_LIMBS, top += 2 + head_dim) {
+        const Head head(limbs, top);
+        double largest = larger(other_lse[i], head.lse_log2);
+        if (largest == -INFINITY) largest = 0;
+        const double mine = exp2_of(head.lse_log2 - largest), its = exp2_of(other_lse[i] - largest);
+        const double total = mine + its;
+        for (int64_t c = 0; c < head_dim; c++, other_out++) {
+            const double sum = head.out(c, unit) * mine + *other_out * its;
+            *out++ = float(total == 0 ? 0 : sum / total);
+        }
+    }
 }
 
-// tail.attend: elements as Elements has them. With sums, their combination with the result goes to `both`; without
-// sums the result, if there is `both`.
+// tail.attend: elements as Elements has them.
 void native_attend(const float* q, const uint8_t* tail_k, int64_t tk0, int64_t tk1, int64_t tk2, const uint8_t* tail_v,
                    int64_t tv0, int64_t tv1, int64_t tv2, const uint8_t* k, int64_t k0, int64_t k1, int64_t k2,
                    const uint8_t* v, int64_t v0, int64_t v1, int64_t v2, const int64_t* tail_tokens,
                    const uint8_t* valid, int64_t batch, int64_t heads, int64_t group, int64_t n_new, int64_t head_dim,
-                   int64_t kv_type, double scale, double* scratch, double* out, double* lse_log2, const int64_t* limbs,
-                   const int64_t* top, int64_t unit, float* both) {
+                   int64_t kv_type, double scale, double* scratch, double* out, double* lse_log2) {
     int64_t most = 0;
     for (int64_t b = 0; b < batch; b++) most = std::max(most, tail_tokens[b] + n_new);
     const Tail tail = {q, {tail_k, tk0, tk1, tk2}, {tail_v, tv0, tv1, tv2}, {k, k0, k1, k2}, {v, v0, v1, v2},
                        tail_tokens, valid, batch, heads, group, n_new, head_dim, most, scale, scratch, out, lse_log2};
     kv_type == KV_BF16 ? attend_bf16(tail) : attend_fp16(tail);
-    const int64_t n_heads = batch * heads * group * n_new;
-    if (limbs) combine(limbs, top, n_heads, head_dim, unit, out, lse_log2, both);
-    else if (both) std::copy_n(out, n_heads * head_dim, both);
 }
 
 }  // extern "C"

@@ -77,8 +77,7 @@ def declare(native: ctypes.CDLL) -> None:
         "combine": (None, [pointer, pointer, *[integer] * 3, *[pointer] * 3]),
         "attend": (
             None,
-            [pointer, *elements * 4, pointer, pointer, *[integer] * 6, real, *[pointer] * 3]
-            + [pointer, pointer, integer, pointer],
+            [pointer, *elements * 4, pointer, pointer, *[integer] * 6, real, *[pointer] * 3],
         ),
     }
     for name, (result, arguments) in types.items():

@@ -8,7 +8,7 @@ slowest is never waited for in vain.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import logging
 import time
@@ -131,13 +131,21 @@ class Ring:
         self._on_card: _OnCard | None = None
         self._coming: Iterator[tuple[Plan, Run]] = iter(())  # to be loaded when segments are free
 
-    def attend(self, plan: Plan, following: Plan | None, q: np.ndarray) -> Partial:
+    def attend(
+        self,
+        plan: Plan,
+        following: Plan | None,
+        q: np.ndarray,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Partial:
         """Carry out a plan and begin to load what follows.
 
         Parameters
         ----------
         q : real (n_jobs, width, head_dim)
             The queries of the call.
+        meanwhile : callable
+            Called while the card carries out the last run.
 
         Returns
         -------
@@ -145,7 +153,7 @@ class Ring:
         """
         with self.card.tenancy.turn(self):
             begin, loaded = time.perf_counter(), self.figures.kv_bytes
-            partial = self._attend_twice(plan, following, q)
+            partial = self._attend_twice(plan, following, q, meanwhile)
             loaded = self.figures.kv_bytes - loaded
             self.rate = loaded / (time.perf_counter() - begin)
             return partial
@@ -179,23 +187,23 @@ class Ring:
             self.figures.wasted_bytes += loading.load.nbytes
             self._free.append(loading.segment)
 
-    def _attend_twice(self, plan, following, q) -> Partial:
+    def _attend_twice(self, plan, following, q, meanwhile) -> Partial:
         """Attend; once more if the card did not answer."""
         try:
-            return self._attend(plan, following, q)
+            return self._attend(plan, following, q, meanwhile)
         except CardError as error:
             if not error.recoverable:
                 raise
             log.warning("%s; the card is reset and the work done again", error)
             self._reset()
         try:
-            return self._attend(plan, None, q)
+            return self._attend(plan, None, q, meanwhile)
         except CardError as error:
             if error.recoverable:
                 self._reset()  # others may have better luck
             raise
 
-    def _attend(self, plan: Plan, following: Plan | None, q: np.ndarray) -> Partial:
+    def _attend(self, plan: Plan, following: Plan | None, q: np.ndarray, meanwhile) -> Partial:
         if any(loading.plan is not plan for loading in self._loading):
             self.leave()  # the guess was wrong
         coming = [(plan, run) for run in plan.runs[len(self._loading) :]]
@@ -205,18 +213,25 @@ class Ring:
         sums = Sums(self.store.layout, plan.query.n_jobs, plan.query.width)
         try:
             for run in plan.runs:
-                self._load()
                 if not self._loading or self._same_buffer(run):
+                    self._load()
                     self._add(self._end(), sums)
                     self._load()
                 loading = self._loading[0]
+                # Whoever is the slower, drive or card, is given work first.
+                arrived = loading.load.arrived
+                if not arrived:
+                    self._load()
                 image = run.image(loading.segment * self._segment_bytes, plan.stored, q)
                 self.card.write_job(run.queue, image)
                 ended = self._end()
-                self._load()
+                if not arrived:
+                    self._load()
                 self._arrive(loading)
                 self._start(loading)
-                self._add(ended, sums)  # while the card works
+                self._load()  # this and what follows while the card works
+                self._add(ended, sums)
+            meanwhile()
             ended = self._end()
             self._load()
             self._add(ended, sums)

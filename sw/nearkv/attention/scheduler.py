@@ -13,8 +13,8 @@ Each card also fetches what the next call will want, which is the next layer's p
 model always come in the same order: before the query is known.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 import os
 import time
 
@@ -106,6 +106,7 @@ class PageAttention:
         q: np.ndarray,
         scale: float,
         n_pages: Sequence[int],
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> Partial:
         """Attend to stored pages.
 
@@ -120,6 +121,9 @@ class PageAttention:
         n_pages : (n_sequences,) ints
             How many pages of each sequence, from its first. A sequence that has fewer is an error, so
             that a context never is shorter than the caller thinks.
+        meanwhile : callable
+            What the host has to do itself, called while the cards work: once, or again where a card has
+            to do its work again.
 
         Returns
         -------
@@ -138,7 +142,7 @@ class PageAttention:
         """
         self._check_process()
         with self._turns:
-            return self._attend(layer, sequences, q, scale, n_pages)
+            return self._attend(layer, sequences, q, scale, n_pages, meanwhile)
 
     def rates(self) -> np.ndarray:
         """KV bytes/s of each card in the last `attend`, waiting for its drive included; 0 if idle."""
@@ -164,7 +168,7 @@ class PageAttention:
                 "from it; open cards and a store of its own in each process"
             )
 
-    def _attend(self, layer, sequences, q, scale, n_pages) -> Partial:
+    def _attend(self, layer, sequences, q, scale, n_pages, meanwhile) -> Partial:
         begin = time.perf_counter()
         layout = self.store.layout
         sequences = tuple(int(sequence) for sequence in sequences)
@@ -194,7 +198,7 @@ class PageAttention:
         if self._pool is None:
             self._rings[0].figures = self.figures
         try:
-            total = self._on_cards(plans, following, q)
+            total = self._on_cards(plans, following, q, meanwhile)
         finally:
             if self._pool is not None:  # each in a thread of its own
                 for ring in self._rings:
@@ -205,14 +209,17 @@ class PageAttention:
         total = total.reshape(n_sequences, n_heads, n_padded)
         return total if n_padded == n_rows else total[:, :, :n_rows]
 
-    def _on_cards(self, plans, following, q) -> Partial:
+    def _on_cards(self, plans, following, q, meanwhile) -> Partial:
         if self._pool is None:
-            return self._rings[0].attend(plans[0], following[0], q)
+            return self._rings[0].attend(plans[0], following[0], q, meanwhile)
         futures = [
             self._pool.submit(ring.attend, plan, ahead, q)
             for ring, plan, ahead in zip(self._rings, plans, following, strict=True)
         ]
-        # Every wait in there has an end of its own.
+        try:
+            meanwhile()
+        finally:  # every wait in there has an end of its own
+            wait(futures)
         errors = [error for future in futures if (error := future.exception())]
         if errors:
             raise errors[0]

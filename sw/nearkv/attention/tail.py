@@ -20,7 +20,6 @@ from nearkv_hw.pages import is_torch
 from . import native
 from .elementary import exp2, log2
 from .native import LANES, address
-from .partial import Partial
 
 _LOG2_E = math.log2(math.e)
 FEW_TOKENS = (
@@ -108,9 +107,8 @@ class Tail:
         v: np.ndarray,
         valid: np.ndarray | None,
         scale: float,
-        stored: Partial | None = None,
-    ) -> np.ndarray:
-        """Attend to tail and new tokens, causally, and combine that with what was attended before.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Attend to tail and new tokens, causally.
 
         A query sees the tail, the new tokens before its own that are valid, and its own.
 
@@ -126,47 +124,23 @@ class Tail:
             Which of them are tokens, not padding. Default: all.
         scale : float
             Of the softmax.
-        stored : Partial (batch, n_kv_heads, group * n_new), optional
-            The attention of the same queries to what comes before the tail.
 
         Returns
         -------
-        float32 (batch, n_kv_heads, group * n_new, head_dim)
+        out : float64 (batch, n_kv_heads, group * n_new, head_dim)
+        lse_log2 : float64 (batch, n_kv_heads, group * n_new)
+            log2 of the sum of exponentials. `Partial.combine` puts both together with what comes before
+            the tail.
 
         Raises
         ------
         ValueError
             If the shapes do not belong together, or a tail has more tokens than room.
         """
-        library = native.library()
-        if library is None or k.shape[2] > FEW_TOKENS:
-            out, lse_log2 = self.attend_alone(q, tokens, k, v, valid, scale)
-            return out.astype(np.float32) if stored is None else stored.combine(out, lse_log2)
-        if stored is not None and stored.run_max.shape != q.shape[:3]:
-            raise ValueError(
-                f"a partial of shape {stored.run_max.shape} is not that of q {q.shape}"
-            )
-        both = np.empty(q.shape, np.float32)
-        sums = (None, None, 0)
-        if stored is not None:
-            limbs, top = (np.ascontiguousarray(x) for x in (stored.sums.limbs, stored.sums.top))
-            sums = address(limbs), address(top), stored.unit
-        self._native(library, q, tokens, k, v, valid, scale, *sums, address(both))
-        return both
-
-    def attend_alone(self, q, tokens, k, v, valid, scale) -> tuple[np.ndarray, np.ndarray]:
-        """Attend to tail and new tokens only; parameters as for `attend`.
-
-        Returns
-        -------
-        out : float64 (batch, n_kv_heads, group * n_new, head_dim)
-        lse_log2 : float64 (batch, n_kv_heads, group * n_new)
-            log2 of the sum of exponentials.
-        """
         library, n_new = native.library(), k.shape[2]
         few = n_new <= FEW_TOKENS
         if library is not None and few:
-            return self._native(library, q, tokens, k, v, valid, scale, None, None, 0, None)
+            return self._native(library, q, tokens, k, v, valid, scale)
         self._check(q, tokens, k, v, valid)
         out, lse_log2 = np.empty(q.shape), np.empty(q.shape[:3])
         for row, past in enumerate(tokens):
@@ -182,8 +156,7 @@ class Tail:
             out[row], lse_log2[row] = attend(q[row], keys, values, mine, scale)
         return out, lse_log2
 
-    def _native(self, library, q, tokens, k, v, valid, scale, *combined):
-        """Both results, and what `combined` asks for."""
+    def _native(self, library, q, tokens, k, v, valid, scale):
         self._check(q, tokens, k, v, valid)
         batch, n_heads, n_rows, head_dim = q.shape
         n_new = k.shape[2]
@@ -196,7 +169,7 @@ class Tail:
             address(q), *self._elements, *_elements(k), *_elements(v), (c_int64 * batch)(*tokens),
             None if valid is None else address(valid),
             batch, n_heads, n_rows // n_new, n_new, head_dim, self._kv_type, scale * _LOG2_E,
-            address(scratch), address(out), address(lse_log2), *combined,
+            address(scratch), address(out), address(lse_log2),
         )  # fmt: skip
         return out, lse_log2
 

@@ -87,8 +87,8 @@ class Executor(Protocol):
 class Simulated:
     """An executor that is a program.
 
-    A run is executed by whoever waits for it, as a program on the host's own cores gains nothing by
-    running a little earlier: a thread for it made short runs slower and long ones no faster.
+    A run is executed by whoever waits for it: a thread for it made short runs slower and long ones no
+    faster. A backend that has threads of its own may begin before that.
 
     Parameters
     ----------
@@ -97,7 +97,8 @@ class Simulated:
         (`nearkv_hw.config.Config`), `execute(kv, job, queue, n_jobs, summary, timeout_s)`, which does
         with the two uint8 arrays what the hardware would, raises TimeoutError if it takes too long and
         RuntimeError if the program breaks; and `close()`, which any thread may call at any time, and
-        which ends a run that is under way with a RuntimeError.
+        which ends a run that is under way with a RuntimeError. It may have `begin(kv, job, queue,
+        n_jobs)`, which begins at once with what `execute` will finish, and never raises.
 
     Raises
     ------
@@ -117,6 +118,12 @@ class Simulated:
         self._memories = kv.simulated(), job.bytes
 
     def start(self, queue: int, n_jobs: int, summary: int) -> "_SimulatedRun":
+        begin = getattr(self.backend, "begin", None)
+        if begin is not None and self.busy.acquire(blocking=False):  # or a late run is not over
+            try:
+                begin(*self._memories, queue, n_jobs)
+            finally:
+                self.busy.release()
         return _SimulatedRun(self, *self._memories, queue, n_jobs, summary)
 
     def stop(self) -> None:

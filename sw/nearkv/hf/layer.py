@@ -11,8 +11,9 @@ attended first and stored afterwards:
 Positions that are padding are counted and never stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import errno
+import functools
 import logging
 import threading
 
@@ -692,10 +693,14 @@ class Layer(CacheLayerMixin):
         rows = self._widened(query.numpy())
         rows = rows.reshape(size, batch.n_kv_heads, -1, rows.shape[3])
         valid = None if valid is None else valid.numpy()
-        stored = self._attend_pages(rows, scale)
-        self._count(n_q_heads, n_new, valid)
         assert self._tail is not None
-        out = self._tail.attend(rows, self.tail_tokens, new[0], new[1], valid, scale, stored)
+        tail = functools.partial(
+            self._tail.attend, rows, self.tail_tokens, new[0], new[1], valid, scale
+        )
+        tail = functools.cache(tail)
+        stored = self._attend_pages(rows, scale, meanwhile=tail)
+        self._count(n_q_heads, n_new, valid)
+        out = tail()[0].astype(np.float32) if stored is None else stored.combine(*tail())
         if batch.missing_channels:
             out = out[..., : batch.head_dim]
         plain = torch.from_numpy(out)
@@ -703,7 +708,9 @@ class Layer(CacheLayerMixin):
             return plain.reshape(size, 1, n_q_heads, batch.head_dim)
         return plain.reshape(size, n_q_heads, n_new, -1).transpose(1, 2).contiguous()
 
-    def _attend_pages(self, rows: np.ndarray, scale: float) -> Partial | None:
+    def _attend_pages(
+        self, rows: np.ndarray, scale: float, meanwhile: Callable[[], object]
+    ) -> Partial | None:
         """The partial of all rows over their pages; None if there are no pages."""
         batch, n_rows = self._batch, len(rows)
         stored = [batch.store.n_pages(sequence, self.index) for sequence in batch.sequences]
@@ -718,6 +725,7 @@ class Layer(CacheLayerMixin):
                     rows if len(alive) == n_rows else rows[alive],
                     scale,
                     [stored[row] for row in alive],
+                    meanwhile,
                 )
             except (FlashError, CardError) as error:
                 batch.take_out_of(error)

@@ -183,7 +183,7 @@ class Directory:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            _close(self.fd)
             self.fd = -1
 
     def _failed(self, what: str, error: OSError, name: str = "") -> FlashError:
@@ -334,8 +334,17 @@ class File:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            _close(self.fd)
             self.fd = -1
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:
+        # A process that was forked while another thread was here, between these two lines.
+        if error.errno != errno_codes.EBADF:
+            raise
 
 
 def _open_direct(opener, direct: bool) -> tuple[int, bool]:

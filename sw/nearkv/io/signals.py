@@ -12,8 +12,14 @@ import contextlib
 import signal
 import threading
 
+# The same functions without enums, which take ten times as long: decoding comes here.
+try:
+    import _signal as quick  # pyright: ignore[reportMissingImports]
+except ImportError:  # another Python
+    quick = signal
+
 _NUMBERS = tuple(
-    getattr(signal, name)
+    int(getattr(signal, name))
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
@@ -42,10 +48,10 @@ def waiting() -> Iterator[None]:
         return
     if not _depth:
         for number in _NUMBERS:
-            handler = signal.getsignal(number)
+            handler = quick.getsignal(number)
             if callable(handler) and handler is not _note:
                 _handlers[number] = handler
-                signal.signal(number, _note)
+                quick.signal(number, _note)
     _depth += 1
     try:
         yield
@@ -74,5 +80,5 @@ def forked() -> None:
 
 def _restore() -> None:
     for number, handler in _handlers.items():
-        if signal.getsignal(number) is _note:
-            signal.signal(number, handler)
+        if quick.getsignal(number) is _note:
+            quick.signal(number, handler)
