@@ -20,6 +20,9 @@ import uuid as uuids
 from xml.etree import ElementTree
 
 from . import abi
+from .vitis.boards import Board
+from .vitis.interface import CONTROL, NAME, PROTOCOL, VLNV, Argument, Kernel, KernelPort
+from .vitis.interface import arguments as argument_list
 
 _MAGIC = b"xclbin2\0"
 # Signature length, 28 reserved bytes, key block, unique id, which come before the header.
@@ -137,27 +140,6 @@ class Clock:
     name: str
     type: ClockType | int
     mhz: int
-
-
-@dataclass(frozen=True)
-class Argument:
-    name: str
-    offset: int  # of its register
-    nbytes: int
-    port: str
-    is_pointer: bool
-    type: str
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What the XML says of a kernel."""
-
-    name: str
-    vlnv: str
-    control: str  # such as "ap_ctrl_hs"
-    register_bytes: int
-    arguments: tuple[Argument, ...]  # by index
 
 
 @dataclass
@@ -365,22 +347,29 @@ def _kernel(element: ElementTree.Element) -> Kernel:
         if it.attrib["id"]:
             arguments[int(it.attrib["id"], 0)] = Argument(
                 name=it.attrib["name"],
-                offset=int(it.attrib["offset"], 0),
-                nbytes=int(it.attrib["size"], 0),
+                pointer=int(it.attrib["addressQualifier"], 0) == 1,
                 port=it.attrib.get("port", ""),
-                is_pointer=int(it.attrib["addressQualifier"], 0) == 1,
+                size=int(it.attrib["size"], 0),
+                offset=int(it.attrib["offset"], 0),
                 type=it.attrib.get("type", ""),
             )
+    name = element.attrib["name"]
     if sorted(arguments) != list(range(len(arguments))):
-        raise XclbinError(
-            f"the arguments of kernel {element.attrib['name']} are not numbered 0, 1 .."
-        )
-    slaves = [it for it in element.findall("port") if it.attrib["mode"] == "slave"]
+        raise XclbinError(f"the arguments of kernel {name} are not numbered 0, 1 ..")
     return Kernel(
-        name=element.attrib["name"],
+        name=name,
         vlnv=element.attrib.get("vlnv", ""),
-        control=element.attrib.get("hwControlProtocol", ""),
-        register_bytes=int(slaves[0].attrib["range"], 0) if slaves else 0,
+        protocol=element.attrib.get("hwControlProtocol", ""),
+        interrupt=element.attrib.get("interrupt") == "true",
+        ports=tuple(
+            KernelPort(
+                it.attrib["name"],
+                it.attrib["mode"],
+                int(it.attrib["range"], 0),
+                int(it.attrib.get("dataWidth", "0"), 0),
+            )
+            for it in element.findall("port")
+        ),
         arguments=tuple(arguments[index] for index in range(len(arguments))),
     )
 
@@ -402,108 +391,94 @@ def _bytes(text: str, size: int) -> bytes:
 
 # --- the xclbin of a card that does not exist ---------------------------------------------------------
 
-KERNEL = "nearkv"
-VLNV = f"nearkv:kernel:{KERNEL}:1.0"
-# A SmartSSD as its platform describes it; where its compute units are, an xclbin of it says.
-SMARTSSD = "xilinx_u2_gen3x4_xdma_gc_2_202110_1"
-SMARTSSD_MEMORIES = (
-    Memory("bank0", MemoryType.DDR4, 0x40_0000_0000, 4 << 30),
-    Memory("plram", MemoryType.DRAM, 0x41_0000_0000, 32 << 10, used=False),
-)
+# Where a SmartSSD has its bank and the registers of its compute units, an xclbin of it says.
+_BASE = {"bank0": 0x40_0000_0000}
 _UNIT_BASE, _UNIT_BYTES = 0x181_0000, 0x1_0000
 
 
-def kernel_element() -> ElementTree.Element:
-    """The element `kernel` of an xclbin's XML, without instances, from `abi.REGISTERS`.
-
-    In the kernel.xml of an .xo the ports and arguments are wrapped once more.
-    """
-    kernel = ElementTree.Element(
-        "kernel",
-        name=KERNEL, language="ip_c", vlnv=VLNV, attributes="", preferredWorkGroupSizeMultiple="0",
-        workGroupSize="1", interrupt="true", hwControlProtocol="ap_ctrl_hs",
-    )  # fmt: skip
-
-    def port(name: str, mode: str, span: str, bits: int) -> None:
-        ElementTree.SubElement(
-            kernel, "port", name=name, mode=mode, portType="addressable", base="0x0", range=span,
-            dataWidth=str(bits),
-        )  # fmt: skip
-
+def kernel_of_abi() -> Kernel:
+    """The kernel as `abi.REGISTERS` has it; what `Kernel.of` reads from the Verilog is the same."""
     registers = [register for register in abi.REGISTERS if register.writable]
-    port("s_axi_control", "slave", hex(abi.CONTROL_BYTES), 32)
-    for name in dict.fromkeys(it.port for it in registers):
-        if name.startswith("m_axi_"):
-            port(name, "master", "0xFFFFFFFFFFFFFFFF", 8 * abi.BEAT_BYTES)
-    for index, register in enumerate(registers):
-        pointer = register.port.startswith("m_axi_")
-        nbytes = hex(register.bits // 8)
-        ElementTree.SubElement(
-            kernel, "arg",
-            name=register.name, addressQualifier=str(int(pointer)), id=str(index), port=register.port,
-            size=nbytes, offset=hex(register.offset), type="void*" if pointer else "uint",
-            hostOffset="0x0", hostSize=nbytes,
-        )  # fmt: skip
-    return kernel
+    masters = dict.fromkeys(it.port for it in registers if it.port != CONTROL)
+    return Kernel(
+        name=NAME,
+        vlnv=VLNV,
+        protocol=PROTOCOL,
+        interrupt=True,
+        ports=(
+            KernelPort(CONTROL, "slave", abi.CONTROL_BYTES, 32),
+            *(KernelPort(name, "master", (1 << 64) - 1, 8 * abi.BEAT_BYTES) for name in masters),
+        ),
+        arguments=argument_list(),
+    )
 
 
-def simulated(
-    *,
-    platform: str = SMARTSSD,
-    memories: Sequence[Memory] = SMARTSSD_MEMORIES,
-    banks: Sequence[int] = (0,),
-    mhz: int = 300,
-) -> Xclbin:
+def memories_of(board: Board) -> list[Memory]:
+    """The banks of a board's engines, one for each, as far apart as they are large."""
+    memories, base = [], 0
+    for engine in board.engines:
+        kind = MemoryType.HBM if engine.memory.startswith("HBM") else MemoryType.DDR4
+        nbytes = engine.memory_mib << 20
+        memories.append(Memory(engine.memory, kind, _BASE.get(engine.memory, base), nbytes))
+        base += nbytes
+    return memories
+
+
+def simulated(board: Board, memories: Sequence[Memory] | None = None) -> Xclbin:
     """An xclbin without a bitstream, for simulated cards and for tests.
 
     Parameters
     ----------
-    platform : str
-    memories : sequence of Memory
-    banks : sequence of int
-        For each compute unit the index of the bank it works in.
-    mhz : int
-        Of the kernels' clock.
+    board : Board
+        There is a compute unit for each of its engines.
+    memories : sequence of Memory, optional
+        The bank of each engine, and any number of others. Default: `memories_of(board)`.
     """
-    kernel = kernel_element()
+    memories = memories_of(board) if memories is None else memories
+    n_units = len(board.engines)
     units = [
-        Unit(KERNEL, f"{KERNEL}_{n + 1}", _UNIT_BASE + n * _UNIT_BYTES) for n in range(len(banks))
+        Unit(NAME, f"{NAME}_{n + 1}", _UNIT_BASE + n * _UNIT_BYTES, interrupt=n)
+        for n in range(n_units)
     ]
+    # In an xclbin ports and arguments are not wrapped as in kernel.xml.
+    whole = ElementTree.fromstring(kernel_of_abi().xml().encode())[0]
+    kernel = ElementTree.Element("kernel", whole.attrib)
+    kernel.extend([*whole.iter("port"), *whole.iter("arg")])
     for unit in units:
         instance = ElementTree.SubElement(kernel, "instance", name=unit.name)
         ElementTree.SubElement(
             instance, "addrRemap",
             base=hex(unit.base), range=hex(_UNIT_BYTES), port="S_AXI_CONTROL",
         )  # fmt: skip
-    project = ElementTree.Element("project", name=KERNEL)
+    project = ElementTree.Element("project", name=NAME)
     device = ElementTree.SubElement(
-        ElementTree.SubElement(project, "platform", vendor="xilinx", name=platform),
-        "device", name="fpga0", fpgaDevice="",
+        ElementTree.SubElement(project, "platform", vendor="xilinx", name=board.platform),
+        "device", name="fpga0", fpgaDevice=board.part,
     )  # fmt: skip
     core = ElementTree.SubElement(
         device, "core", name="OCL_REGION_0", target="hw", type="clc_region"
     )
     clocks = ElementTree.SubElement(core, "kernelClocks")
-    ElementTree.SubElement(clocks, "clock", port="KERNEL_CLK", frequency=f"{mhz}MHz")
+    ElementTree.SubElement(clocks, "clock", port="KERNEL_CLK", frequency=f"{board.kernel_mhz}MHz")
     core.append(kernel)
-    pointers = [
-        index
-        for index, register in enumerate(it for it in abi.REGISTERS if it.writable)
-        if register.port.startswith("m_axi_")
-    ]
     connections = [
-        Connection(argument, unit, bank) for unit, bank in enumerate(banks) for argument in pointers
+        Connection(index, unit, unit)
+        for unit in range(n_units)
+        for index, argument in enumerate(argument_list())
+        if argument.pointer
     ]
+    text = ElementTree.tostring(project, xml_declaration=True, encoding="utf-8")
+    clock = Clock("DATA_CLK", ClockType.DATA, board.kernel_mhz)
     sections = [
-        Section(Kind.EMBEDDED_METADATA, ElementTree.tostring(project, xml_declaration=True, encoding="utf-8")),
+        Section(Kind.EMBEDDED_METADATA, text),
         Section(Kind.MEM_TOPOLOGY, pack_memories(memories), "mem_topology"),
         Section(Kind.CONNECTIVITY, pack_connections(connections), "connectivity"),
         Section(Kind.IP_LAYOUT, pack_units(units), "ip_layout"),
-        Section(Kind.CLOCK_FREQ_TOPOLOGY, pack_clocks([Clock("DATA_CLK", ClockType.DATA, mhz)]), "clocks"),
-    ]  # fmt: skip
+        Section(Kind.CLOCK_FREQ_TOPOLOGY, pack_clocks([clock]), "clocks"),
+    ]
     # Another content is another xclbin, as far as XRT is concerned.
     content = b"".join(section.data for section in sections).hex()
-    return Xclbin(platform, uuids.uuid5(uuids.NAMESPACE_URL, content), sections)
+    return Xclbin(board.platform, uuids.uuid5(uuids.NAMESPACE_URL, content), sections)
 
 
 def pack_memories(memories: Sequence[Memory]) -> bytes:

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nearkv_hw import abi
-from nearkv_hw.xclbin import KERNEL, Kernel, Xclbin, kind_name
+from nearkv_hw.vitis.interface import NAME, Kernel, arguments
+from nearkv_hw.xclbin import Xclbin, kind_name
 
 
 def add_arguments(parser) -> None:
@@ -44,10 +44,10 @@ def describe(xclbin: Xclbin) -> dict[str, Any]:
             {
                 "name": kernel.name,
                 "vlnv": kernel.vlnv,
-                "control": kernel.control,
-                "fits": fits(kernel) if kernel.name == KERNEL else None,
+                "control": kernel.protocol,
+                "fits": fits(kernel) if kernel.name == NAME else None,
                 "arguments": [
-                    {"name": it.name, "offset": it.offset, "bits": 8 * it.nbytes, "port": it.port}
+                    {"name": it.name, "offset": it.offset, "bits": 8 * it.size, "port": it.port}
                     for it in kernel.arguments
                 ],
             }
@@ -61,7 +61,7 @@ def describe(xclbin: Xclbin) -> dict[str, Any]:
                 "banks": {
                     it.name: [memories[bank].tag for bank in xclbin.banks_of(unit, index)]
                     for index, it in enumerate(kernels[unit.kernel].arguments)
-                    if it.is_pointer
+                    if it.pointer
                 }
                 if unit.kernel in kernels
                 else {},
@@ -85,8 +85,11 @@ def describe(xclbin: Xclbin) -> dict[str, Any]:
 
 def fits(kernel: Kernel) -> bool:
     """Whether a kernel has the arguments of this version, where it has them."""
-    ours = [(it.name, it.offset, it.bits) for it in abi.REGISTERS if it.writable]
-    return [(it.name, it.offset, 8 * it.nbytes) for it in kernel.arguments] == ours
+    ours, theirs = (
+        [(it.name, it.offset, it.size, it.pointer) for it in these]
+        for these in (arguments(), kernel.arguments)
+    )
+    return ours == theirs
 
 
 def _lines(about: dict[str, Any]) -> Iterator[str]:

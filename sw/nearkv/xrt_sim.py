@@ -18,8 +18,8 @@ def add_arguments(parser) -> None:
     add = parser.add_argument
     add("--card", default="twin", choices=("twin", "model", "rtl"), help="default: %(default)s")
     add("--cards", type=whole(), default=1, help="how many (default: %(default)s)")
-    add("--config", default="smartssd", help="the build that they are (default: %(default)s)")
-    add("--engines", type=whole(), default=1, help="compute units of a card (default: %(default)s)")
+    add("--board", default="smartssd", help="which, as for make bitstream (default: %(default)s)")
+    add("--config", help="the build that is on them (default: the board's)")
     add(
         "--threads", type=whole(), help="of each twin (default: its share of the processor's cores)"
     )
@@ -41,7 +41,7 @@ def run(args) -> int:
     try:
         simulation = xrt.Simulation(
             args.card, args.cards,
-            config=args.config, faults=faults, banks=(0,) * args.engines, **options,
+            board=args.board, config=args.config, faults=faults, **options,
         )  # fmt: skip
     except RuntimeError as error:
         raise CardError(f"cards cannot be simulated: {error}") from error

@@ -33,6 +33,7 @@ from typing import Any
 
 from nearkv_hw import xclbin
 from nearkv_hw.config import Config, preset
+from nearkv_hw.vitis.boards import Board, load
 
 from ..rtl import cache_directory, locked
 from . import protocol
@@ -135,14 +136,14 @@ class Simulation:
     backend : str
         What computes: "twin", "model" or "rtl".
     n_cards : int
-    config : str or Config
-        The build that the cards are.
+    board : str or Board
+        Which card: a name of `nearkv_hw.vitis.boards`. There is a compute unit for each of its engines.
+    config : str or Config, optional
+        The build that is on them. Default: the board's.
+    memories : sequence of Memory, optional
+        Banks, as for `nearkv_hw.xclbin.simulated`.
     faults : sequence of Fault
         Of every card.
-    banks : sequence of int
-        For each compute unit of a card the bank it works in, an index of `memories`.
-    memories : sequence of Memory
-        Of each card. Default: a SmartSSD's.
     **options
         Of the backend.
 
@@ -165,23 +166,29 @@ class Simulation:
         backend: str = "twin",
         n_cards: int = 1,
         *,
-        config: str | Config = "smartssd",
+        board: str | Board = "smartssd",
+        config: str | Config | None = None,
+        memories: Sequence[xclbin.Memory] | None = None,
         faults: Sequence[Fault] = (),
-        banks: Sequence[int] = (0,),
-        memories: Sequence[xclbin.Memory] = xclbin.SMARTSSD_MEMORIES,
         **options,
     ):
         root = build()
+        board = load(board) if isinstance(board, str) else board
+        config = preset(board.config) if config is None else config
+        memories = xclbin.memories_of(board) if memories is None else memories
         self._folder = tempfile.TemporaryDirectory(prefix="nearkv-xrt-")
         folder = Path(self._folder.name)
-        open_backend = _opener(backend, config, n_cards * len(banks), options)
+        open_backend = _opener(backend, config, n_cards * len(board.engines), options)
         nbytes = sum(memory.nbytes for memory in memories)
         self.cards = [
-            Card(index, new_file(nbytes), open_backend, memories=memories, faults=faults)
+            Card(
+                index, new_file(nbytes), open_backend,
+                platform=board.platform, memories=memories, faults=faults,
+            )
             for index in range(n_cards)
-        ]
+        ]  # fmt: skip
         self.xclbin = folder / "simulated.xclbin"
-        xclbin.simulated(memories=memories, banks=banks).write(self.xclbin)
+        xclbin.simulated(board, memories).write(self.xclbin)
         socket = folder / "cards"
         self._server = Server(self.cards, socket)
         self.environment = {

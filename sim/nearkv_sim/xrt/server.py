@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nearkv_hw import abi, xclbin
+from nearkv_hw.vitis.interface import NAME
 
 from .memory import HUGE_BYTES, map_file
 from .protocol import ANY_UNIT, REPLY, REQUEST, Op
@@ -247,8 +248,8 @@ class Card:
         fd: int,
         open_backend: Callable[[], Any],
         *,
-        platform: str = xclbin.SMARTSSD,
-        memories: Sequence[xclbin.Memory] = xclbin.SMARTSSD_MEMORIES,
+        platform: str,
+        memories: Sequence[xclbin.Memory],
         faults: Sequence[Fault] = (),
     ):
         self.index, self.platform, self.faults = index, platform, list(faults)
@@ -296,10 +297,8 @@ class Card:
                 raise _Refused(
                     errno.EINVAL, f"it is for {loaded.platform}, and this card is {self.platform}"
                 )
-            if xclbin.KERNEL not in kernels:
-                raise _Refused(
-                    errno.EINVAL, f"it has kernels {sorted(kernels)}, not {xclbin.KERNEL}"
-                )
+            if NAME not in kernels:
+                raise _Refused(errno.EINVAL, f"it has kernels {sorted(kernels)}, not {NAME}")
             for unit in self.units:
                 unit.backend.close()
             self.units = [Unit(self, unit, self._open_backend()) for unit in loaded.units]

@@ -31,6 +31,7 @@ import numpy as np
 
 from nearkv_hw import abi, xclbin
 from nearkv_hw.config import PRESETS, Config, preset
+from nearkv_hw.vitis.interface import NAME
 
 from ..io import JobMemory, KvMemory
 from .errors import CardError
@@ -404,12 +405,10 @@ class Executor:
             raise self._error(f"cannot read {self._path}: {error.strerror}", _BUILD) from error
         except xclbin.XclbinError as error:
             raise self._error(f"xclbin {error}", _BUILD) from error
-        kernel = kernels.get(xclbin.KERNEL)
+        kernel = kernels.get(NAME)
         if kernel is None:
-            raise self._error(
-                f"{self._path} has no kernel {xclbin.KERNEL}: {sorted(kernels)}", _BUILD
-            )
-        theirs = [(it.name, it.offset, 8 * it.nbytes) for it in kernel.arguments]
+            raise self._error(f"{self._path} has no kernel {NAME}: {sorted(kernels)}", _BUILD)
+        theirs = [(it.name, it.offset, 8 * it.size) for it in kernel.arguments]
         ours = [(it.name, it.offset, it.bits) for it in _ARGUMENTS]
         if theirs != ours:
             odd = next((it for it in ours if it not in theirs), theirs[-1])
