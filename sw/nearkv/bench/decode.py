@@ -58,6 +58,8 @@ from ..store import DELAYED_BYTES, KvStore
 from . import check_context, check_plot, in_turns, plot_bars, quartiles_of_ratio, step, to_json
 from .flash import arguments, fill, read_raw, where
 
+SMARTSSD_RATE = 3e9  # bytes/s from the flash of one, published
+
 
 class FlexGen:
     """The disk path of FlexGen (ICML'23) with attention on the host (its `cpu_cache_compute`).
@@ -239,14 +241,14 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         ),
     }
     # Of cards that have numbers there may be too few.
-    with contextlib.suppress(*[CardError] if ":" in args.card else []):
+    with contextlib.suppress(*[CardError] if _is_device(args.card) else []):
         if not refusal():
             ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
         if args.cards == 1:
             ways["two cards"] = PageAttention(cards(2), store, **ring)
     if args.card != "twin":
         ways["plain twin"] = PageAttention(cards(args.cards, name="twin"), store, **ring)
-    counters = {name: [] for name in ways}
+    counters, costs = {name: [] for name in ways}, {name: [] for name in ways}
     paths = store.page_files()
     file_bytes = sum(os.path.getsize(path) for path in paths)
     new = rng.standard_normal((args.kv_heads, args.page_tokens, args.head_dim))
@@ -268,8 +270,10 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     def decode(name):
         attention = ways[name]
         attention.figures = Figures()
+        begin = time.process_time()
         seconds = step(attention)
         counted = attention.figures  # of the layer before the step, too: only shares are told
+        costs[name].append((time.process_time() - begin, counted.runs, counted.kv_bytes))
         counters[name].append((counted.load_s, counted.run_s, counted.attend_s))
         attention.discard()  # the next turn has the drive for itself
         return kv_bytes / seconds
@@ -331,8 +335,12 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         drive: [min(pair) for pair in zip(rates[drive], rates["twin"], strict=True)]
         for drive in ("drive", "drive, small")
     }
+    # What a card costs the host, where it does not compute itself.
+    seconds, runs, run_bytes = (sum(column) for column in zip(*costs["nearkv"], strict=True))
     figures = {
         "kv_bytes": kv_bytes,
+        "host_s_a_run": seconds / runs if _is_device(args.card) else None,
+        "run_bytes": run_bytes / runs,
         "card_kv_bytes": args.kv_mib << 20,
         "depth": depth,
         "write_amplification": store.write_amplification,
@@ -345,6 +353,11 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         "flexgen_tuned": tuned,
     }
     return figures, rows
+
+
+def _is_device(name: str) -> bool:
+    """Whether a card is something else than a program in this process."""
+    return ":" in name
 
 
 def _numbered(name: str, number: int) -> str:
@@ -431,6 +444,11 @@ def _print(figures: dict, rows: list[dict]) -> None:
         print(f"{row['name']:>16} {row['rate'] / 1e9:6.2f} GB/s  {ours / row['rate']:5.2f}x{share}")
     for name, (low, median, high) in figures["of_bound"].items():
         print(f"of min({name}; twin): {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
+    if figures["host_s_a_run"]:
+        cost, nbytes = figures["host_s_a_run"], figures["run_bytes"]
+        fed = nbytes / SMARTSSD_RATE / cost
+        print(f"host: {cost * 1e6:.0f} us of processor time for a run of {nbytes / 2**20:.1f} MiB, reads "
+              f"included: a core could keep {fed:.1f} drives of {SMARTSSD_RATE / 1e9:g} GB/s busy")  # fmt: skip
     if figures["of_plain_twin"]:
         low, median, high = figures["of_plain_twin"]
         print(f"of a plain twin: {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
