@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cards behind the real XRT library, with simulated hardware under it."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -120,6 +121,45 @@ def test_a_card_knows_where_it_is_on_pcie(simulate):
         assert card.pci_address == "0001:05:1f.1"
     simulated.faults.append(Fault("no-p2p"))
     _refused("sudo xbutil configure --device 0001:05:1f.1 --p2p enable")
+
+
+def test_a_kernel_can_be_started_by_its_registers(simulate):
+    """As whoever does without XRT's commands starts it: arguments, start, poll until done."""
+    simulate()
+    with open_card("xrt:0", **SMALL) as card:
+        lib, kernel = xrt_card.library()._lib, card.executor._opened.kernel.value
+        lib.xrtKernelWriteRegister.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]
+        value = ctypes.c_uint32()
+
+        def read(offset):
+            xrt_card.library().call("KernelReadRegister", kernel, offset, ctypes.byref(value))
+            return value.value
+
+        def write(offset, value):
+            assert lib.xrtKernelWriteRegister(kernel, offset, value) == 0
+
+        card.run(1024, 0, 0)  # which leaves the addresses of both memories in the registers
+        assert read(abi.REG_CTRL) & abi.CTRL_DONE
+        assert read(abi.REG_CTRL) == abi.CTRL_IDLE  # done was cleared by reading
+        write(_offset("queue"), 2048)
+        write(_offset("summary"), 4096)
+        assert read(_offset("queue")) == 2048
+        write(_offset("abi_version"), 77)  # a constant
+        assert read(_offset("abi_version")) == abi.ABI_VERSION
+        write(abi.REG_IER, 1)
+        card.write_job(4096, bytes(abi.SUMMARY.bytes))
+        write(abi.REG_CTRL, abi.CTRL_START)
+        while not read(abi.REG_CTRL) & abi.CTRL_DONE:
+            pass
+        assert read(abi.REG_ISR) == 1
+        write(abi.REG_ISR, 1)  # toggles
+        assert read(abi.REG_ISR) == 0
+        summary = abi.SUMMARY.unpack(card.read_job(4096, abi.SUMMARY.bytes))
+        assert summary["config_hash"] == card.executor.config_hash
+
+
+def _offset(name) -> int:
+    return next(register.offset for register in abi.REGISTERS if register.name == name)
 
 
 def test_two_cards_in_one_process_are_two_cards(simulate):
@@ -288,9 +328,8 @@ def test_a_pointer_into_nowhere_ends_as_an_error(simulate):
         unit = simulated.units[0]
         device = server._Device(simulated, 0, -1)
         for name, value in (("kv", 0x1000), ("n_jobs", 1)):
-            offset = next(it.offset for it in abi.REGISTERS if it.name == name)
-            unit.write(offset, value, device)
-            unit.write(offset + 4, 0, device)
+            unit.write(_offset(name), value, device)
+            unit.write(_offset(name) + 4, 0, device)
         assert unit._run(device) == server._ERROR
         assert "argument kv is 0x1000, which is in no buffer" in simulated.complaints[0]
         card.run(1024, 0, 0)

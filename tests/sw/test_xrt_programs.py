@@ -142,6 +142,13 @@ print("equal")
     assert (done.returncode, done.stdout, done.stderr) == (0, "equal\n", "")
 
 
+@pytest.mark.parametrize("how", ["", "; run = card.start_run(1024, 0, 0)", "; card.close()"])
+def test_a_program_may_end_without_closing_its_card(how):
+    code = f"import nearkv; card = nearkv.open_card('xrt:0'){how}"
+    done = _xrt_sim("--", sys.executable, "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_xrt_sim_ends_as_its_program_does():
     assert _xrt_sim("--", "sh", "-c", "exit 7").returncode == 7
     assert _xrt_sim("--", "sh", "-c", "kill -KILL $$").returncode == 128 + 9

@@ -270,10 +270,11 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     def decode(name):
         attention = ways[name]
         attention.figures = Figures()
-        begin = time.process_time()
+        begin, begin_thread = time.process_time(), time.thread_time()
         seconds = step(attention)
         counted = attention.figures  # of the layer before the step, too: only shares are told
-        costs[name].append((time.process_time() - begin, counted.runs, counted.kv_bytes))
+        whole, own = time.process_time() - begin, time.thread_time() - begin_thread
+        costs[name].append((whole, own, counted.runs, counted.kv_bytes))
         counters[name].append((counted.load_s, counted.run_s, counted.attend_s))
         attention.discard()  # the next turn has the drive for itself
         return kv_bytes / seconds
@@ -336,10 +337,11 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         for drive in ("drive", "drive, small")
     }
     # What a card costs the host, where it does not compute itself.
-    seconds, runs, run_bytes = (sum(column) for column in zip(*costs["nearkv"], strict=True))
+    whole, own, runs, run_bytes = (sum(column) for column in zip(*costs["nearkv"], strict=True))
     figures = {
         "kv_bytes": kv_bytes,
-        "host_s_a_run": seconds / runs if _is_device(args.card) else None,
+        "host_s_a_run": whole / runs if _is_device(args.card) else None,
+        "thread_s_a_run": own / runs if args.cards == 1 and _is_device(args.card) else None,
         "run_bytes": run_bytes / runs,
         "card_kv_bytes": args.kv_mib << 20,
         "depth": depth,
@@ -445,10 +447,15 @@ def _print(figures: dict, rows: list[dict]) -> None:
     for name, (low, median, high) in figures["of_bound"].items():
         print(f"of min({name}; twin): {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
     if figures["host_s_a_run"]:
-        cost, nbytes = figures["host_s_a_run"], figures["run_bytes"]
-        fed = nbytes / SMARTSSD_RATE / cost
-        print(f"host: {cost * 1e6:.0f} us of processor time for a run of {nbytes / 2**20:.1f} MiB, reads "
-              f"included: a core could keep {fed:.1f} drives of {SMARTSSD_RATE / 1e9:g} GB/s busy")  # fmt: skip
+        for what, cost in (
+            ("the whole process, reads included", figures["host_s_a_run"]),
+            ("the thread that attends", figures["thread_s_a_run"]),
+        ):
+            if cost is not None:
+                fed = figures["run_bytes"] / SMARTSSD_RATE / cost
+                print(f"host: {cost * 1e6:.0f} us of processor time a run of "
+                      f"{figures['run_bytes'] / 2**20:.1f} MiB, {what}: enough for {fed:.1f} drives of "
+                      f"{SMARTSSD_RATE / 1e9:g} GB/s on a core")  # fmt: skip
     if figures["of_plain_twin"]:
         low, median, high = figures["of_plain_twin"]
         print(f"of a plain twin: {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
