@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nearkv xrt-sim`: programs that were written for XRT run unchanged, with real results."""
 
+import json
 import os
 from pathlib import Path
 import re
@@ -186,6 +187,22 @@ def test_without_libxrt_the_command_says_what_to_install(tmp_path):
     assert done.returncode == 2
     assert xrt.APT in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_bench_decode_compares_an_xrt_card_with_a_plain_twin(tmp_path):
+    command = [
+        sys.executable, "-m", "nearkv.cli", "bench", "decode", "--card", "xrt:0", "--json",
+        "--directory", str(tmp_path), "--context", "512", "--layers", "2", "--rounds", "1",
+        "--no-peers", "--model-context", "0", "--kv-heads", "1", "--head-dim", "64", "--group", "2",
+    ]  # fmt: skip
+    done = _xrt_sim("--cards", "2", "--", *command)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert {row["name"] for row in figures["runs"]} >= {"nearkv", "plain twin"}
+    record = json.loads((_HERE.parent / "bench/decode_xrt.json").read_text())
+    assert set(record) == set(figures)
+    assert set(record["device"]) == set(figures["device"])
 
 
 @pytest.mark.model

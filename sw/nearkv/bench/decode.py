@@ -246,7 +246,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
             ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
         if args.cards == 1:
             ways["two cards"] = PageAttention(cards(2), store, **ring)
-    if args.card != "twin":
+    if _is_device(args.card):
         ways["plain twin"] = PageAttention(cards(args.cards, name="twin"), store, **ring)
     counters, costs = {name: [] for name in ways}, {name: [] for name in ways}
     paths = store.page_files()
@@ -336,24 +336,25 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         drive: [min(pair) for pair in zip(rates[drive], rates["twin"], strict=True)]
         for drive in ("drive", "drive, small")
     }
-    # What a card costs the host, where it does not compute itself.
-    whole, own, runs, run_bytes = (sum(column) for column in zip(*costs["nearkv"], strict=True))
     figures = {
         "kv_bytes": kv_bytes,
-        "host_s_a_run": whole / runs if _is_device(args.card) else None,
-        "thread_s_a_run": own / runs if args.cards == 1 and _is_device(args.card) else None,
-        "run_bytes": run_bytes / runs,
         "card_kv_bytes": args.kv_mib << 20,
         "depth": depth,
         "write_amplification": store.write_amplification,
         "of_bound": {name: quartiles_of_ratio(ours, bound) for name, bound in bounds.items()},
-        "of_plain_twin": quartiles_of_ratio(ours, rates["plain twin"])
-        if "plain twin" in rates
-        else None,
         "of_flexgen": quartiles_of_ratio(ours, rates["FlexGen"]) if tuned else None,
         "drive_of_flexgen": quartiles_of_ratio(rates["drive"], rates["FlexGen"]) if tuned else None,
         "flexgen_tuned": tuned,
     }
+    if _is_device(args.card):
+        # What a card costs the host, which does not compute itself.
+        whole, own, runs, run_bytes = (sum(column) for column in zip(*costs["nearkv"], strict=True))
+        figures["device"] = {
+            "of_plain_twin": quartiles_of_ratio(ours, rates["plain twin"]),
+            "host_s_a_run": whole / runs,
+            "thread_s_a_run": own / runs if args.cards == 1 else None,
+            "run_bytes": run_bytes / runs,
+        }
     return figures, rows
 
 
@@ -446,19 +447,8 @@ def _print(figures: dict, rows: list[dict]) -> None:
         print(f"{row['name']:>16} {row['rate'] / 1e9:6.2f} GB/s  {ours / row['rate']:5.2f}x{share}")
     for name, (low, median, high) in figures["of_bound"].items():
         print(f"of min({name}; twin): {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
-    if figures["host_s_a_run"]:
-        for what, cost in (
-            ("the whole process, reads included", figures["host_s_a_run"]),
-            ("the thread that attends", figures["thread_s_a_run"]),
-        ):
-            if cost is not None:
-                fed = figures["run_bytes"] / SMARTSSD_RATE / cost
-                print(f"host: {cost * 1e6:.0f} us of processor time a run of "
-                      f"{figures['run_bytes'] / 2**20:.1f} MiB, {what}: enough for {fed:.1f} drives of "
-                      f"{SMARTSSD_RATE / 1e9:g} GB/s on a core")  # fmt: skip
-    if figures["of_plain_twin"]:
-        low, median, high = figures["of_plain_twin"]
-        print(f"of a plain twin: {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
+    if "device" in figures:
+        _print_device(**figures["device"])
     if figures["of_flexgen"]:
         low, median, high = figures["of_flexgen"]
         print(f"of FlexGen's path: {median:.2f}x (goal 4x at 32 k tokens; quartiles {low:.2f} .. "
@@ -467,6 +457,21 @@ def _print(figures: dict, rows: list[dict]) -> None:
     if figures.get("model"):
         for line in step.describe(figures["model"]):
             print(line)
+
+
+def _print_device(of_plain_twin, host_s_a_run, thread_s_a_run, run_bytes) -> None:
+    low, median, high = of_plain_twin
+    print(f"of a plain twin: {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
+    for what, seconds in (
+        ("the whole process, reads included", host_s_a_run),
+        ("the thread that attends", thread_s_a_run),
+    ):
+        if seconds is not None:
+            print(
+                f"host: {seconds * 1e6:.0f} us of processor time a run of {run_bytes / 2**20:.1f} MiB, "
+                f"{what}: enough for {run_bytes / SMARTSSD_RATE / seconds:.1f} drives of "
+                f"{SMARTSSD_RATE / 1e9:g} GB/s on a core"
+            )
 
 
 def _plot(args, rows: list[dict], here: dict) -> None:
