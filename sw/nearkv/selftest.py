@@ -13,12 +13,12 @@ import contextlib
 from dataclasses import asdict, dataclass
 import functools
 import json
-import os
 from pathlib import Path
 import statistics
 import tempfile
 import textwrap
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from .io.files import Directory, File
 
 PASS, FAIL, BELOW, SKIPPED = "pass", "FAIL", "below", "skipped"
 LOAD_GOAL = 0.95  # of what a plain reader gets out of the drive
-CYCLES_GOAL = 0.95  # of the rate that the cycle model predicts
+CYCLES_SLACK = 0.05  # over the cycles that the model predicts, whose memory is never busy elsewhere
 _PATTERN_TOKENS = 128
 _BLOCK = 4 << 20  # of a file that is written
 _ROUNDS = 5
@@ -62,6 +62,21 @@ class Check:
     target: str = ""
     note: str = ""
     seconds: float = 0.0
+
+
+class _Found(NamedTuple):
+    """What a check has found. Without a goal for speed it must be equal to the target.
+
+    Attributes
+    ----------
+    measured, target : str
+    reached : bool or None
+        Whether a goal for speed is reached; None where there is no such goal.
+    """
+
+    measured: str
+    target: str
+    reached: bool | None = None
 
 
 class _Wrong(Exception):
@@ -101,7 +116,7 @@ class Selftest:
             self._run(name, check)
         return self.checks
 
-    def _all(self) -> Iterable[tuple[str, Callable[[], tuple[str, str]]]]:
+    def _all(self) -> Iterable[tuple[str, Callable[[], _Found]]]:
         yield "job memory", self._job_memory
         yield "kv memory", self._kv_memory
         for kv_type in KvType:
@@ -121,20 +136,20 @@ class Selftest:
         # Last: hardware that is built wrongly may hang here.
         yield "pages out of reach", self._out_of_reach
 
-    def _run(self, name: str, check: Callable[[], tuple[str, str]]) -> None:
+    def _run(self, name: str, check: Callable[[], _Found]) -> None:
         begin = time.perf_counter()
         row = Check(name, SKIPPED, note=self._unusable)
         if not self._unusable:
             try:
-                measured, target, *result = check()
-                row = Check(name, *(result or [PASS]), measured=measured, target=target)
-                if row.result == BELOW:
-                    row.note = "right, and slower than it should be"
-                elif not result and measured != target:
+                found = check()
+                row = Check(name, PASS, found.measured, found.target)
+                if found.reached is False:
                     row.result, row.note = (
-                        FAIL,
-                        "card and model agree, and should not have found that",
+                        BELOW,
+                        "what it does is right, and slower than the target",
                     )
+                elif found.reached is None and found.measured != found.target:
+                    row.result, row.note = FAIL, "card and model agree, but that is not the target"
             except _Skip as error:
                 row.note = str(error)
             except _Wrong as error:
@@ -201,7 +216,7 @@ class Selftest:
 
     # --- memories -----------------------------------------------------------------------------------
 
-    def _job_memory(self):
+    def _job_memory(self) -> _Found:
         nbytes = self.card.job_bytes
         random = np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8)
         for pattern in (random, ~random):
@@ -213,25 +228,24 @@ class Selftest:
                     f"{int((got != pattern).sum())} bytes of {nbytes} differ, the first at {at:#x}: "
                     f"{got[at]:#04x} instead of {pattern[at]:#04x}"
                 )
-        return _size(nbytes), _size(nbytes)
+        return _Found(_size(nbytes), _size(nbytes))
 
-    def _kv_memory(self):
+    def _kv_memory(self) -> _Found:
         """Every byte, twice, each bit as 0 and as 1: the card's own CRC tells, which the host cannot see."""
         layout = PageLayout(min(abi.MAX_HEAD_DIM, self.card.max_head_dim), _PATTERN_TOKENS)
         count = self.card.kv_bytes // layout.page_bytes
         # Finite numbers: of exponents 0 to 15, then of their complement.
-        random = np.random.default_rng(2).integers(
-            0, 1 << 16, count * layout.page_bytes // 2, np.uint16
-        )
+        words = count * layout.page_bytes // 2
+        random = np.random.default_rng(2).integers(0, 1 << 16, words, dtype=np.uint16)
         for pattern in (random & 0xBFFF, (~random | 0x4000) & 0xFBFF):
             kv = pattern.view(np.uint8)
             self._compare(_over_pages(layout, kv, self.card.job_bytes))
         tested = _size(count * layout.page_bytes)  # what is left holds no page
-        return tested, tested
+        return _Found(tested, tested)
 
     # --- numbers and shapes -------------------------------------------------------------------------
 
-    def _shapes(self, kv_type: KvType):
+    def _shapes(self, kv_type: KvType) -> _Found:
         from nearkv_sim import workload
 
         rng = np.random.default_rng(3 + kv_type)
@@ -255,17 +269,17 @@ class Selftest:
                 total += 1
             self._compare(workload.place(jobs, rng), names)
             done += len(jobs)
-        return f"{done} jobs", f"{total} jobs"
+        return _Found(f"{done} jobs", f"{total} jobs")
 
-    def _extremes(self):
+    def _extremes(self) -> _Found:
         from nearkv_sim import workload
 
         rng = np.random.default_rng(5)
         jobs = [workload.extreme_job(rng, self._config) for _ in range(48)]
         self._compare(workload.place(jobs, rng))
-        return f"{len(jobs)} jobs", f"{len(jobs)} jobs"
+        return _Found(f"{len(jobs)} jobs", f"{len(jobs)} jobs")
 
-    def _non_finite(self):
+    def _non_finite(self) -> _Found:
         from nearkv_sim import workload
 
         rng = np.random.default_rng(6)
@@ -278,11 +292,11 @@ class Selftest:
                 jobs.append(job)
         memories = workload.place(jobs, rng)
         got, _ = self._compare(memories)
-        return _flagged(memories, got, Status.NON_FINITE), f"{len(jobs)} of {len(jobs)}"
+        return _flagged(memories, got, Status.NON_FINITE, len(jobs))
 
     # --- what goes wrong ----------------------------------------------------------------------------
 
-    def _damage(self):
+    def _damage(self) -> _Found:
         """One bit of K, of V and of both, in pages anywhere."""
         from nearkv_sim import workload
 
@@ -298,11 +312,9 @@ class Selftest:
                 at = address + offset + int(rng.integers(nbytes))
                 memories.kv[at] ^= np.uint8(1 << int(rng.integers(8)))
         got, _ = self._compare(memories)
-        return _flagged(
-            memories, got, Status.BAD_CRC_K | Status.BAD_CRC_V
-        ), f"{len(jobs)} of {len(jobs)}"
+        return _flagged(memories, got, Status.BAD_CRC_K | Status.BAD_CRC_V, len(jobs))
 
-    def _illegal_jobs(self):
+    def _illegal_jobs(self) -> _Found:
         from nearkv_sim import workload
 
         memories, names, want = workload.walk_limits(self._config, skip=("partial",))
@@ -312,9 +324,9 @@ class Selftest:
             if found != status:
                 raise _Wrong(f"{names[i]}: {found.describe()}, not {status.describe()}")
         n_illegal = sum(bool(status & Status.ILLEGAL_JOB) for status in want)
-        return _flagged(memories, got, Status.ILLEGAL_JOB), f"{n_illegal} of {len(want)}"
+        return _flagged(memories, got, Status.ILLEGAL_JOB, n_illegal)
 
-    def _queue_out_of_line(self):
+    def _queue_out_of_line(self) -> _Found:
         from nearkv_sim import workload
 
         rng = np.random.default_rng(8)
@@ -327,31 +339,43 @@ class Selftest:
             if error.counters is None or error.counters["error"] != Status.BUS_ERROR:
                 raise
             self._compare(memories)  # it goes on
-            return "refused", "refused"
+            return _Found("refused", "refused")
         raise _Wrong("a queue that is no multiple of 64 was run")
 
-    def _out_of_reach(self):
+    def _out_of_reach(self) -> _Found:
         """Pages that no memory of this size has: the bus says so, and the jobs after them go on."""
         from nearkv_sim import workload
 
         rng = np.random.default_rng(9)
         jobs = [workload.random_job(rng, self._config, n_tokens=n) for n in (100, 100, 300, 100)]
         memories = workload.place(jobs, rng)
-        for i in (0, 2):
+        beyond = (0, 2)
+        for i in beyond:
             memories.set_entry(i, 0, address=1 << 44)
-        got, _ = self._compare(memories)
-        return _flagged(memories, got, Status.BUS_ERROR), f"2 of {len(jobs)}"
+        got, want = self._execute(memories), memories.execute(self._model)
+        for i, job in enumerate(jobs):
+            ours, theirs = (memories.partial(it, i) for it in (got, want))
+            at, head_dim = memories.record(i)["partial"], job.q.shape[1]
+            span = slice(at, at + abi.partial_bytes(head_dim, len(job.q)))
+            if i in beyond:  # what comes in place of the bytes may set other flags too: abi.Status
+                same = ours["status"] & theirs["status"] == theirs["status"]
+                same = same and ours["bad_page"] == theirs["bad_page"]
+            else:
+                same = np.array_equal(got[span], want[span])
+            if not same:
+                raise _Wrong(f"job {i} of {len(jobs)}: {ours} instead of {theirs}")
+        return _flagged(memories, got, Status.BUS_ERROR, len(beyond))
 
-    def _reset(self):
+    def _reset(self) -> _Found:
         from nearkv_sim import workload
 
         self.card.reset()
         rng = np.random.default_rng(10)
         memories = workload.place([workload.random_job(rng, self._config, n_tokens=200)], rng)
         self._compare(memories)
-        return "the same", "the same"
+        return _Found("the same", "the same")
 
-    def _attend(self):
+    def _attend(self) -> _Found:
         """Through the page store, with the host's own scheduling."""
         from .attention import attend
 
@@ -367,7 +391,7 @@ class Selftest:
                 raise _Wrong(
                     f"{int((ours != theirs).sum())} of {ours.size} elements of {name} differ"
                 )
-        return "the same", "the same"
+        return _Found("the same", "the same")
 
     # --- counters -----------------------------------------------------------------------------------
 
@@ -389,13 +413,13 @@ class Selftest:
         predicted = perf.predict(self._config, shapes)
         return memories.summary_of(got), memories.summary_of(want), predicted
 
-    def _beats(self):
+    def _beats(self) -> _Found:
         found, want, predicted = self._counted
         if found["kv_beats"] != predicted.kv_beats:
             raise _Wrong(f"{found['kv_beats']} beats, and the cycle model has {predicted.kv_beats}")
-        return f"{found['kv_beats']:,}", f"{want['kv_beats']:,}"
+        return _Found(f"{found['kv_beats']:,}", f"{want['kv_beats']:,}")
 
-    def _cycles(self):
+    def _cycles(self) -> _Found:
         found, _, predicted = self._counted
         stream = found["stream_cycles"]
         if not found["cycles"]:
@@ -407,8 +431,10 @@ class Selftest:
                 f"starved and {found['stalled_cycles']} stalled cycles in a stream of {stream}, of a run "
                 f"of {found['cycles']}"
             )
-        good = stream * CYCLES_GOAL <= predicted.stream_cycles
-        return f"{stream:,}", f"{predicted.stream_cycles:,}", PASS if good else BELOW
+        most = (1 + CYCLES_SLACK) * predicted.stream_cycles
+        return _Found(
+            f"{stream:,}", f"{predicted.stream_cycles:,} +{CYCLES_SLACK:.0%}", stream <= most
+        )
 
     # --- speed --------------------------------------------------------------------------------------
 
@@ -440,14 +466,14 @@ class Selftest:
             rates = in_turns({"raw": raw, "ours": ours}, _ROUNDS)
         return statistics.median(rates["raw"]), statistics.median(rates["ours"])
 
-    def _drive(self):
-        return _rate(self._rates[0]), "", PASS
+    def _drive(self) -> _Found:
+        return _Found(_rate(self._rates[0]), "", True)
 
-    def _loading(self):
+    def _loading(self) -> _Found:
         raw, ours = self._rates
-        return _rate(ours), _rate(LOAD_GOAL * raw), PASS if ours >= LOAD_GOAL * raw else BELOW
+        return _Found(_rate(ours), _rate(LOAD_GOAL * raw), ours >= LOAD_GOAL * raw)
 
-    def _speed(self):
+    def _speed(self) -> _Found:
         """K and V that the card attends to in a second, in runs of about a second."""
         from nearkv_sim import workload
 
@@ -463,17 +489,18 @@ class Selftest:
             for _ in range(4)
         ]  # fmt: skip
         memories = workload.place(jobs, rng)
-        begin = time.perf_counter()
         self._compare(memories)
+        begin = time.perf_counter()
+        self.card.run(memories.queue, memories.n_jobs, memories.summary)
         once = time.perf_counter() - begin
         nbytes = sum(4 * len(job.k) * head_dim for job in jobs)
         most = (self.card.job_bytes - memories.job.nbytes) // (len(jobs) * abi.JOB.bytes) - 1
-        long = memories.repeated(max(1, min(most, int(1 / max(once, 1e-3)) * 20)))
+        long = memories.repeated(max(1, min(most, int(1 / once))))
         self.card.write_job(0, long.job)
         begin = time.perf_counter()
         self.card.run(long.queue, long.n_jobs, long.summary)
         rate = nbytes * long.n_jobs / len(jobs) / (time.perf_counter() - begin)
-        return _rate(rate), _rate(goal), PASS if rate >= goal else BELOW
+        return _Found(_rate(rate), _rate(goal), rate >= goal)
 
 
 _ATTACH = "; please attach the file that --report FILE writes to an issue"
@@ -485,10 +512,10 @@ def _text(error: BaseException) -> str:
     return text if isinstance(error, CardError) and text else f"{type(error).__name__}: {text}"
 
 
-def _flagged(memories, job: np.ndarray, flag: Status) -> str:
+def _flagged(memories, job: np.ndarray, flag: Status, target: int) -> _Found:
     """How many jobs have one of these flags."""
     found = sum(bool(memories.partial(job, i)["status"] & flag) for i in range(memories.n_jobs))
-    return f"{found} of {memories.n_jobs}"
+    return _Found(f"{found} of {memories.n_jobs}", f"{target} of {memories.n_jobs}")
 
 
 def _difference(memories, got: np.ndarray, want: np.ndarray, names: list[str] | None) -> str:
