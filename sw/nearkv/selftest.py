@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import contextlib
 from dataclasses import asdict, dataclass
 import functools
+import itertools
 import json
 from pathlib import Path
 import statistics
@@ -29,7 +30,7 @@ from nearkv_hw.config import PRESETS, Config
 from . import doctor
 from .arguments import existing_directory
 from .cards import DEFAULT_CARD, Card, CardError, open_card
-from .io import KvMemory, PageId, Read
+from .io import FlashError, KvMemory, PageId, Read
 from .io.files import Directory, File
 
 PASS, FAIL, BELOW, SKIPPED = "pass", "FAIL", "below", "skipped"
@@ -38,6 +39,7 @@ CYCLES_SLACK = 0.05  # over the cycles that the model predicts, whose memory is 
 _PATTERN_TOKENS = 128
 _BLOCK = 4 << 20  # of a file that is written
 _ROUNDS = 5
+_LENGTHS = 3  # of contexts, for each head_dim and group
 
 
 @dataclass
@@ -209,9 +211,9 @@ class Selftest:
         """Run a queue on card and model, and see that both leave the same bytes; these bytes."""
         want = memories.execute(self._model)
         got = self._execute(memories)
-        clean = [memories.untimed(job) for job in (got, want)]
-        if not np.array_equal(*clean):
-            raise _Wrong(_difference(memories, *clean, names))
+        ours, theirs = memories.untimed(got), memories.untimed(want)
+        if not np.array_equal(ours, theirs):
+            raise _Wrong(_difference(memories, ours, theirs, names))
         return got, want
 
     # --- memories -----------------------------------------------------------------------------------
@@ -249,27 +251,28 @@ class Selftest:
         from nearkv_sim import workload
 
         rng = np.random.default_rng(3 + kv_type)
-        done = total = 0
+        # Of different periods, so that every length meets every kind of page and of numbers.
+        lengths = itertools.cycle((1, 31, 32, 33, 127, 128, 129, 257, 300))
+        page_tokens, kinds = (
+            itertools.cycle((32, 64, 96, 128, 256)),
+            itertools.cycle(workload.KINDS),
+        )
+        total = 0
         for head_dim in range(abi.BLOCK_TOKENS, self.card.max_head_dim + 1, abi.BLOCK_TOKENS):
             jobs, names = [], []
             for group_size in range(1, self.card.rows + 1):
-                lengths, page_tokens = (1, 31, 33, 127, 128, 129, 257, 300), (32, 64, 96, 128, 256)
-                n_tokens = lengths[(group_size + total) % len(lengths)]
-                tokens = page_tokens[(total + len(jobs)) % len(page_tokens)]
-                jobs.append(
-                    workload.random_job(
-                        rng, self._config, kind=workload.KINDS[total % len(workload.KINDS)],
-                        n_tokens=n_tokens, head_dim=head_dim, group_size=group_size, kv_type=kv_type,
-                        page_tokens=tokens,
+                for _ in range(_LENGTHS):
+                    shape = {"head_dim": head_dim, "group_size": group_size,
+                             "n_tokens": next(lengths), "page_tokens": next(page_tokens)}  # fmt: skip
+                    jobs.append(
+                        workload.random_job(
+                            rng, self._config, kind=next(kinds), kv_type=kv_type, **shape
+                        )
                     )
-                )  # fmt: skip
-                names.append(
-                    f"head_dim {head_dim}, group {group_size}, {n_tokens} tokens, pages of {tokens}"
-                )
-                total += 1
+                    names.append(", ".join(f"{name} {value}" for name, value in shape.items()))
             self._compare(workload.place(jobs, rng), names)
-            done += len(jobs)
-        return _Found(f"{done} jobs", f"{total} jobs")
+            total += len(jobs)
+        return _Found(f"{total} jobs", f"{total} jobs")
 
     def _extremes(self) -> _Found:
         from nearkv_sim import workload
@@ -509,7 +512,8 @@ _ATTACH = "; please attach the file that --report FILE writes to an issue"
 def _text(error: BaseException) -> str:
     """An error in one line, with its kind unless it is one that is meant for users."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, CardError) and text else f"{type(error).__name__}: {text}"
+    told = isinstance(error, CardError | FlashError | ValueError)
+    return text if told and text else f"{type(error).__name__}: {text}"
 
 
 def _flagged(memories, job: np.ndarray, flag: Status, target: int) -> _Found:
@@ -674,10 +678,11 @@ def run(arguments: argparse.Namespace) -> int:
         if not quiet:
             print(to_text(check, columns, colour), flush=True)
 
+    passed = False
     try:
         test(arguments, about, say)
+        passed = all(check.result != FAIL for check in checks)
     finally:  # after Ctrl-C as well: what was found until then
-        passed = bool(checks) and all(check.result != FAIL for check in checks)
         report = _report(arguments, about, checks, passed) if path or quiet else None
         if path is not None:
             path.write_text(json.dumps(report, indent=1) + "\n")
@@ -702,9 +707,7 @@ def test(arguments: argparse.Namespace, about: dict, say: Callable[[Check], None
             "job_bytes": card.job_bytes, "config_hash": card.executor.config_hash,
         }  # fmt: skip
     except Exception as error:
-        row = Check(
-            "open", FAIL, note=_text(error) + ("" if isinstance(error, CardError) else _ATTACH)
-        )
+        row = Check("open", FAIL, note=_text(error))
     row.seconds = time.perf_counter() - begin
     say(row)
     if card is None:
