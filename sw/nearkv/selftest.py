@@ -28,7 +28,7 @@ from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.config import PRESETS, Config
 
 from . import doctor
-from .arguments import existing_directory
+from .arguments import existing_directory, whole
 from .cards import DEFAULT_CARD, Card, CardError, open_card
 from .io import FlashError, KvMemory, PageId, Read
 from .io.files import Directory, File
@@ -643,6 +643,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--card-config", metavar="NAME", help="the build of the card (default: as open_card)"
     )
     parser.add_argument(
+        "--kv-mib", type=whole(), metavar="MIB",
+        help="of kv memory to use and to test (default: as open_card)",
+    )  # fmt: skip
+    parser.add_argument(
         "--kv-dir", type=existing_directory, metavar="DIRECTORY",
         help="where pages go; on a card's own drive to measure it (default: temporary files')",
     )  # fmt: skip
@@ -695,7 +699,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def test(arguments: argparse.Namespace, about: dict, say: Callable[[Check], None]) -> None:
     """Open the card and run all checks. Does not raise."""
-    options = {"config": arguments.card_config} if arguments.card_config else {}
+    options: dict = {"config": arguments.card_config} if arguments.card_config else {}
+    if arguments.kv_mib:
+        options["kv_bytes"] = arguments.kv_mib << 20
     begin = time.perf_counter()
     row = Check("open", PASS)
     card = None
@@ -772,8 +778,8 @@ def to_text(check: Check, columns: int, colour: bool) -> str:
 def _verdict(checks: list[Check], path: Path | None, colour: bool) -> str:
     count = {result: sum(it.result == result for it in checks) for result in _COLOUR}
     parts = [f"{count[result]} {result}" for result in _COLOUR if count[result]]
-    text = f"\n{'FAILED' if count[FAIL] else 'PASSED'}: {', '.join(parts)}"
-    text = doctor.paint(text, _COLOUR[FAIL if count[FAIL] else PASS], colour)
+    text = f"{'FAILED' if count[FAIL] else 'PASSED'}: {', '.join(parts)}"
+    text = "\n" + doctor.paint(text, _COLOUR[FAIL if count[FAIL] else PASS], colour)
     if path is not None:
         return f"{text}\nreport: {path}"
     if count[FAIL]:
