@@ -4,10 +4,9 @@
 Cards, drives and their pairing are read from sysfs, so that they are found where XRT is missing too.
 What a machine needs depends on what it has: without a card nobody needs XRT.
 
-Sources, of github.com/Xilinx/XRT: src/runtime_src/core/pcie/driver/linux/xocl/devices.h (PCI ids of
-cards), src/runtime_src/core/pcie/linux/pcidev.cpp (files of a card in sysfs; state of P2P);
-documentation "PCIe Peer-to-Peer (P2P)". Of the Linux kernel: Documentation/admin-guide/mm/transhuge.rst,
-Documentation/admin-guide/sysctl/kernel.rst (io_uring_disabled).
+Sources beside those of `nearkv.io.pci` and `nearkv.io.fpga`: XRT's documentation, "PCIe Peer-to-Peer
+(P2P)"; github.com/Defibrilator/smartssd-setup, logs/ (commands that prepare a card); of the Linux kernel
+Documentation/admin-guide/mm/transhuge.rst and sysctl/kernel.rst (io_uring_disabled).
 """
 
 import argparse
@@ -29,22 +28,12 @@ import textwrap
 
 from . import extras
 from .arguments import existing_directory
-from .io import FlashError, pci, uring
+from .io import FlashError, fpga, pci, uring
 from .io.files import Directory
 
 OK, NOTE, BAD = "ok", "note", "bad"
 
-# Device ids of the functions that a card shows: (management, user) -> its name for `make bitstream`.
-_BOARDS = {
-    (0x6987, 0x6988): "smartssd", (0x5000, 0x5001): "u200", (0x5004, 0x5005): "u250",
-    (0x500C, 0x500D): "u280", (0x5020, 0x5021): "u50", (0x505C, 0x505D): "u55c",
-}  # fmt: skip
-_USER = {user: board for (_, user), board in _BOARDS.items()}
-_MANAGEMENT = {management: board for (management, _), board in _BOARDS.items()}
-# As they come from the factory, without a platform.
-_GOLDEN = {0xE987: "smartssd", 0xD000: "u200", 0xD004: "u250", 0xD00C: "u280", 0xD020: "u50"}
 _TITLES = {"smartssd": "SmartSSD"}
-_ACCELERATOR = 0x12  # PCI class: processing accelerators
 
 _INSTALL_XRT = (
     "install AMD's packages of XRT and of the card's platform (xilinx.com, the card's page, "
@@ -401,49 +390,48 @@ class _Doctor:
     # --- cards --------------------------------------------------------------------------------------
 
     def look_for_cards(self) -> None:
-        known = [it for it in pci.functions(self.root) if it.vendor == pci.AMD_FPGA]
-        users = [it for it in known if it.device in _USER or it.driver == "xocl"]
-        slots = {it.address[:-2] for it in users}
-        for user in users:
-            self._look_at_card(user)
-        for it in known:
-            if it.device in _GOLDEN:
-                self._without_platform(it, _GOLDEN[it.device])
-            elif it.device in _MANAGEMENT and it.address[:-2] not in slots:
-                self._without_platform(it, _MANAGEMENT[it.device])
-            elif it.kind >> 16 == _ACCELERATOR and it.address[:-2] not in slots:
+        found = fpga.cards(self.root)
+        for card in found:
+            address = card.function.address
+            if not card.known:
                 self.say(
-                    "cards", it.address, NOTE,
-                    f"an FPGA ({it.vendor:04x}:{it.device:04x}) that nearkv does not know",
+                    "cards", address, NOTE, f"an FPGA ({card.board}) that nearkv does not know"
+                )
+            elif card.usable:
+                self._look_at_card(card)
+            else:
+                self.cards.append(Card(card.board, address))
+                self.say(
+                    "cards", address, BAD,
+                    f"{_title(card.board)} without a platform: it shows no user function",
+                    f"sudo xbmgmt program --device {address} --base, then switch the machine off and on",
                 )  # fmt: skip
-        if not self.cards:
+        if not found:
             self.say("cards", "FPGA", OK, "none here; the card twin does its work on the processor")
 
-    def _without_platform(self, it: pci.Function, board: str) -> None:
-        self.cards.append(Card(board, it.address))
-        self.say(
-            "cards", f"{it.address}", BAD,
-            f"{_title(board)} without a platform: it shows no user function",
-            f"sudo xbmgmt program --device {it.address} --base, then switch the machine off and on",
-        )  # fmt: skip
-
-    def _look_at_card(self, it: pci.Function) -> None:
-        board = _USER.get(it.device, f"{it.vendor:04x}:{it.device:04x}")
-        rom = _part(it.folder, "rom")
-        vbnv = pci.read(rom / "VBNV") if rom else ""
-        state, nbytes = _p2p_state(it.folder)
-        near = self._nearest(it.address)
+    def _look_at_card(self, card: fpga.Card) -> None:
+        it = card.function
+        shell, (state, nbytes) = fpga.platform(it.folder), fpga.p2p(it.folder)
+        near = fpga.nearest_drive(it.address, self.root)
         drive, nearness = (near[1].name, near[0].name.lower()) if near else ("", "")
-        self.cards.append(Card(board, it.address, vbnv, state, nbytes, drive, nearness))
-        name = f"xrt:{it.address}"
+        self.cards.append(Card(card.board, it.address, shell, state.value, nbytes, drive, nearness))
         self.say(
-            "cards", name, OK if vbnv else NOTE,
-            f"{_title(board)}, " + (f"platform {vbnv}" if vbnv else "platform not known yet"),
+            "cards", f"xrt:{it.address}", OK if shell else NOTE,
+            f"{_title(card.board)}, " + (f"platform {shell}" if shell else "platform not known yet"),
         )  # fmt: skip
+        self._check_lanes("cards", "PCIe", it.folder)
         if self._check_driver(it):
             self._check_p2p(it, state, nbytes)
-        self._check_pairing(board, near)
-        self._check_bitstream(board)
+        self._check_pairing(card.board, near)
+        self._check_bitstream(card.board)
+
+    def _check_lanes(self, section: str, name: str, folder: Path) -> None:
+        lanes, most = pci.lanes(folder)
+        if 0 < lanes < most:
+            self.say(
+                section, name, NOTE, f"uses {lanes} of its {most} PCIe lanes",
+                "put it into a slot that has them all, or seat it anew",
+            )  # fmt: skip
 
     def _check_driver(self, it: pci.Function) -> bool:
         version, where = self.xrt()
@@ -467,9 +455,7 @@ class _Doctor:
                 f"sudo xbutil reset --device {it.address}; dmesg says why",
             )  # fmt: skip
             return False
-        render = next(
-            (name for name in pci.names(it.folder / "drm") if name.startswith("renderD")), ""
-        )
+        render = fpga.render_node(it.folder)
         node = self.root / "dev/dri" / render
         if not render or not node.exists():
             self.say(
@@ -506,34 +492,27 @@ class _Doctor:
             )  # fmt: skip
         return True
 
-    def _check_p2p(self, it: pci.Function, state: str, nbytes: int) -> None:
+    def _check_p2p(self, it: pci.Function, state: fpga.P2p, nbytes: int) -> None:
         enable = f"sudo xbutil configure --device {it.address} --p2p enable"
         text, remedy = {
-            "enabled": (f"enabled, a window of {_gib(nbytes)}", ""),
-            "disabled": ("disabled: drives cannot write into the card's memory",
+            fpga.P2p.ENABLED: (f"enabled, a window of {_gib(nbytes)}", ""),
+            fpga.P2p.DISABLED: ("disabled: drives cannot write into the card's memory",
                          f"{enable}, then restart the machine (warm)"),
-            "reboot": ("enabled, but the window has no room in the address space yet",
+            fpga.P2p.REBOOT: ("enabled, but the window has no room in the address space yet",
                        "restart the machine (warm); 'Above 4G decoding' must be on in its BIOS"),
-            "error": ("the card's P2P remapper is not set up as its window is",
+            fpga.P2p.ERROR: ("the card's P2P remapper is not set up as its window is",
                       f"sudo xbutil configure --device {it.address} --p2p disable, then {enable}, then "
                       "restart the machine"),
-            "unsupported": ("the platform on the card has no P2P window",
+            fpga.P2p.UNSUPPORTED: ("the platform on the card has no P2P window",
                             "put a platform with P2P on it: sudo xbmgmt examine lists those installed"),
         }.get(state, ("the driver does not say", f"xbutil examine --device {it.address}"))  # fmt: skip
-        self.say("cards", "P2P", OK if state == "enabled" else BAD, text, remedy)
+        self.say("cards", "P2P", OK if state == fpga.P2p.ENABLED else BAD, text, remedy)
         groups = self.root / "sys/kernel/iommu_groups"
-        if state == "enabled" and pci.names(groups):
+        if state == fpga.P2p.ENABLED and pci.names(groups):
             self.say(
                 "cards", "IOMMU", NOTE, "on: what a drive writes into the card may pass the root complex",
                 "if drives are slow: boot with intel_iommu=off or amd_iommu=off",
             )  # fmt: skip
-
-    def _nearest(self, address: str) -> tuple[pci.Nearness, pci.Drive] | None:
-        local = [drive for drive in self.drives if drive.address]
-        return max(
-            ((pci.nearness(address, drive.address, self.root), drive) for drive in local),
-            key=lambda found: found[0], default=None,
-        )  # fmt: skip
 
     def _check_pairing(self, board: str, near: tuple[pci.Nearness, pci.Drive] | None) -> None:
         own = board == "smartssd"
@@ -578,9 +557,16 @@ class _Doctor:
         on = [(mount, pci.blocks_of(mount, self.root)) for mount in mounts]
         paired = {card.drive for card in self.cards if card.nearness == "own"}
         for drive in self.drives:
+            if drive.state not in ("", "live"):
+                self.say("drives", drive.name, BAD, f"{drive.model}: the kernel says it is {drive.state}",
+                         f"sudo nvme reset /dev/{drive.name}; dmesg says why")  # fmt: skip
+                continue
+            if drive.address:
+                folder = pci.function(drive.address, self.root).folder
+                self._check_lanes("drives", drive.name, folder)
             if not drive.blocks:
                 self.say("drives", drive.name, NOTE, f"{drive.model}: no namespace",
-                         f"sudo nvme create-ns /dev/{drive.name} makes one")  # fmt: skip
+                         "make one with nvme create-ns and nvme attach-ns (package nvme-cli)")  # fmt: skip
             for name, nbytes in drive.blocks.items():
                 size = f"{drive.model}, {nbytes / 1e9:.0f} GB"
                 there = [f"{it.where} ({it.kind})" for it, blocks in on if name in blocks]
@@ -630,37 +616,6 @@ class _Doctor:
                     f"xrt:{card.address}: pages will take a longer way",
                     f"choose a directory on {' or '.join(sorted(own)) or card.drive}: --kv-dir DIRECTORY",
                 )  # fmt: skip
-
-
-def _p2p_state(folder: Path) -> tuple[str, int]:
-    """XRT's rule, of what sysfs says of a user function: state, and bytes of the window.
-
-    # Ref: github.com/Xilinx/XRT, src/runtime_src/core/pcie/linux/pcidev.cpp, check_p2p_config
-    """
-    part = _part(folder, "p2p")
-    if part is None:
-        return "unknown", 0
-    values = {
-        name: int(value)
-        for name, value in re.findall(r"^(\w+):(-?\d+)\s*$", pci.read(part / "config"), re.M)
-    }
-    bar, remap = values.get("bar", -1), values.get("remap", -1)
-    if bar == -1:
-        return "unsupported", 0
-    if values.get("rbar", -1) > bar:
-        return "reboot", bar
-    if remap > 0 and remap != bar:
-        return "error", bar
-    return ("enabled" if bar == values.get("exp_bar", -1) else "disabled"), bar
-
-
-def _part(folder: Path, name: str) -> Path | None:
-    """The folder of a part of the driver: "rom.u.1234", or one whose file `name` says so. Ref: pcidev.cpp"""
-    for entry in pci.names(folder):
-        said = pci.read(folder / entry / "name")
-        if said == name or not said and entry.startswith(f"{name}."):
-            return folder / entry
-    return None
 
 
 def _assigned(text: str) -> dict[str, str]:

@@ -39,6 +39,7 @@ CYCLES_SLACK = 0.05  # over the cycles that the model predicts, whose memory is 
 _PATTERN_TOKENS = 128
 _BLOCK = 4 << 20  # of a file that is written
 _ROUNDS = 5
+_LATE = 2  # checks that may end with a time-out before the rest is left out
 _LENGTHS = 3  # of contexts, for each head_dim and group
 
 
@@ -110,7 +111,7 @@ class Selftest:
     ):
         self.card, self.directory, self.say = card, directory, say
         self.checks: list[Check] = []
-        self._unusable = ""
+        self._unusable, self._late = "", 0
 
     def run(self) -> list[Check]:
         """All checks, one after the other. None of them raises: what goes wrong is a row that failed."""
@@ -165,6 +166,10 @@ class Selftest:
 
     def _recover(self, error: Exception) -> None:
         """After an error: a card that cannot be used any more is reset, or the rest is left out."""
+        self._late += isinstance(error.__cause__, TimeoutError)
+        if self._late >= _LATE:  # a check each would take as long again
+            self._unusable = f"left out, as the card has not answered in time {_LATE} times"
+            return
         try:
             self.card.check_usable()
         except CardError:

@@ -152,6 +152,10 @@ _ILLNESSES = {
     "no drive": (
         lambda root: _unlink(root / "sys/class/nvme/nvme1"), "drive", "own NVMe drive", "pci/rescan",
     ),
+    "a dead drive": (
+        lambda root: (root / "sys/class/nvme/nvme1/state").write_text("dead\n"),
+        "nvme1", "the kernel says it is dead", "sudo nvme reset /dev/nvme1",
+    ),
     "no user function": (
         lambda root: _unlink(root / _USER),
         "0000:1a:00.0", "without a platform", "xbmgmt program --device 0000:1a:00.0 --base",
@@ -205,6 +209,7 @@ def _notes(report: doctor.Report) -> list[str]:
         ((lambda root: _unlink(root / "sys/dev/block/259:3")), "nvme1n1: SAMSUNG MZWLJ3T8HBLS-0007C, 3841 GB, "
          "not mounted -> sudo mount /dev/nvme1n1"),
         ((lambda root: _unlink(root / f"{_USER}/rom.u.1703936")), "platform not known yet"),
+        ((lambda root: (root / _USER / "current_link_width").write_text("2")), "PCIe: uses 2 of its 4 PCIe lanes"),
     ],
 )  # fmt: skip
 def test_what_works_with_less_is_a_note(smartssd, befall, note):

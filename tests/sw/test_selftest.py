@@ -231,6 +231,19 @@ def test_a_card_that_cannot_be_reset_is_left_alone(run):
     assert "not again" in checks["attend"]["note"]
 
 
+def test_a_card_that_hangs_is_not_waited_for_again_and_again(run):
+    class Hangs(Backend):
+        def execute(self, *arguments):
+            raise TimeoutError("it does not answer")
+
+    status, _, checks, _ = run(Hangs)
+    assert status == 1
+    results = [it["result"] for it in checks.values()]
+    assert results == ["pass", "pass", "FAIL", "FAIL", *["skipped"] * (len(results) - 5), "pass"]
+    assert "it does not answer" in checks["kv memory"]["note"]
+    assert "in time 2 times" in checks["attend"]["note"]
+
+
 @pytest.mark.slow
 def test_an_unexpected_error_is_a_row_with_its_text(run):
     status, out, checks, _ = run(Surprises)

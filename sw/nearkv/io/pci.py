@@ -69,12 +69,15 @@ class Drive:
     model : str
     blocks : dict of str to int
         Its namespaces: name of the block device ("nvme0n1"), and bytes.
+    state : str
+        "live", or what else the kernel says of it; "" where it says nothing.
     """
 
     name: str
     address: str
     model: str
     blocks: dict[str, int]
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,12 @@ def function(address: str, root: Path = ROOT) -> Function:
     )
 
 
+def lanes(folder: Path) -> tuple[int, int]:
+    """PCIe lanes that a function uses, and that it has; 0 where that is not known."""
+    current, most = (_number(read(folder / f"{it}_link_width")) for it in ("current", "max"))
+    return current, most
+
+
 def drives(root: Path = ROOT) -> list[Drive]:
     """All NVMe drives, in the order of their numbers."""
     folder = root / "sys/class/nvme"
@@ -134,7 +143,8 @@ def drives(root: Path = ROOT) -> list[Drive]:
         controller = (folder / name).resolve()
         blocks = {block.name: _bytes_of(block) for block in _namespaces(controller, root)}
         address = _last_address(controller)
-        found.append(Drive(name, address, read(controller / "model"), blocks))
+        model, state = read(controller / "model"), read(controller / "state")
+        found.append(Drive(name, address, model, blocks, state))
     return found
 
 
