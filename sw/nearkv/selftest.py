@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable
 import contextlib
 from dataclasses import asdict, dataclass
+import datetime
 import functools
 import itertools
 import json
@@ -292,8 +293,8 @@ class Selftest:
 
         rng = np.random.default_rng(6)
         jobs = []
-        for kv_type in KvType:
-            for pattern in (0x7FFF, 0xFFFF, 0x7F80 if kv_type == KvType.BF16 else 0x7C00):
+        for kv_type, infinity in ((KvType.FP16, 0x7C00), (KvType.BF16, 0x7F80)):
+            for pattern in (infinity, 0x7FFF, 0xFFFF):
                 job = workload.random_job(rng, self._config, n_tokens=200, kv_type=kv_type)
                 for x in (job.k, job.v):
                     x[int(rng.integers(len(x))), int(rng.integers(x.shape[1]))] = pattern
@@ -745,6 +746,7 @@ def _report(arguments, about: dict, checks: list[Check], passed: bool) -> dict:
         found = {"error": _text(error)}
     return {
         "nearkv": __version__,
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "abi_version": abi.ABI_VERSION,
         "passed": passed,
         "card": about,

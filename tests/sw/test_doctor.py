@@ -291,6 +291,17 @@ def test_the_command_says_the_same_as_text_and_as_json(capsys, tmp_path):
         assert finding["name"] in out
 
 
+def test_the_exit_status_tells_whether_something_is_missing(capsys, monkeypatch, smartssd):
+    for status in (0, 1):
+        report = examine(smartssd, "smartssd")
+        monkeypatch.setattr(doctor, "examine", lambda report=report, **options: report)
+        assert cli.main(["doctor"]) == status
+        assert ("1 thing to mend" in capsys.readouterr().out) == bool(status)
+        monkeypatch.undo()
+        if not status:
+            _unlink(smartssd / "dev/dri/renderD128")
+
+
 def test_this_machine_can_be_looked_at_in_colour():
     text = doctor.to_text(doctor.examine(), 80, colour=True)
     assert "\x1b[32m" in text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nearkv import cli, selftest
-from nearkv.cards import Card, CardError, Simulated, opening
+from nearkv.cards import Card, CardError, Simulated, open_card, opening
 from nearkv.io import JobMemory, KvMemory
 from nearkv_hw import abi
 from nearkv_hw.abi import Status
@@ -186,6 +186,50 @@ def test_a_defect_is_found_and_named(run, backend, failed, text):
     assert text in checks[failed]["note"]
     assert "FAILED" in out
     assert checks["job memory"]["result"] == checks["close"]["result"] == "pass"
+
+
+@pytest.mark.slow
+def test_the_native_card_passes(capsys):
+    _passes(capsys, "twin")
+
+
+@pytest.mark.sim
+@pytest.mark.smoke
+def test_the_simulated_gateware_passes_and_takes_the_cycles_that_were_predicted(capsys):
+    try:
+        open_card("rtl", config="tiny").close()
+    except CardError as error:
+        pytest.skip(str(error))
+    checks = _passes(capsys, "rtl")
+    assert checks["cycles"]["result"] == "pass"
+
+
+def _passes(capsys, card: str) -> dict:
+    status = cli.main(
+        ["selftest", "--card", card, "--card-config", "tiny", "--kv-mib", "24", "--json"]
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert status == 0, report["checks"]
+    return {it["name"]: it for it in report["checks"]}
+
+
+def test_what_card_and_model_agree_on_must_be_the_target_too(run, monkeypatch):
+    """A defect that both have."""
+    found = selftest._Found("23 of 24", "24 of 24")
+    monkeypatch.setattr(selftest.Selftest, "_all", lambda self: [("CRC-32C", lambda: found)])
+    status, _, checks, _ = run()
+    assert status == 1
+    assert checks["CRC-32C"]["result"] == "FAIL"
+    assert checks["CRC-32C"]["measured"] == "23 of 24"
+
+
+def test_a_goal_for_speed_that_is_missed_is_no_failure(run, monkeypatch):
+    found = selftest._Found("1 GB/s", "3 GB/s", reached=False)
+    monkeypatch.setattr(selftest.Selftest, "_all", lambda self: [("card", lambda: found)])
+    status, out, checks, _ = run()
+    assert status == 0
+    assert checks["card"]["result"] == "below"
+    assert "1 below" in out
 
 
 @pytest.mark.slow
