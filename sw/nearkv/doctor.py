@@ -177,7 +177,7 @@ def this_process() -> Process:
     return Process(
         architecture=platform.machine(),
         python=platform.python_version(),
-        nearkv=__version__,
+        nearkv=str(__version__),
         cores=len(os.sched_getaffinity(0)),
         uring=uring.refusal(),
         twin=twin,
