@@ -50,11 +50,15 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/ne
 	'remove it (rm -rf .venv) and repeat' >&2; exit 1; }
 	@for tool in g++ perl; do command -v $$tool >/dev/null || \
 	echo "note: $$tool is not installed; the card rtl and make sim need it"; done
+	@$(BIN)/python -c 'from nearkv_sim.xrt import missing; missing() and print("note:", missing())'
 	@touch $@
 	@echo 'setup done'
 
-run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, model or rtl
-	$(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
+# A card behind XRT is simulated where XRT has not been set up for a real one.
+XRT_SIM = $(if $(filter xrt:%,$(CARD)),$(if $(XILINX_XRT),,$(BIN)/nearkv xrt-sim --))
+
+run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, model, rtl or xrt:0
+	$(XRT_SIM) $(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
 
 quick: setup ## the quickest of the fast tests, in a minute
 	$(PYTEST) -n 2 -m 'not slow and not sim and not formal and not model and not bench and not verilog'

@@ -90,7 +90,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> Parser:
-    from . import bench, doctor, generate, plan, selftest
+    from . import bench, doctor, generate, plan, selftest, xclbin, xrt_sim
 
     parser = Parser("nearkv", description="Attention next to storage.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -126,6 +126,17 @@ def _parser() -> Parser:
     )
     selftest.add_arguments(add)
     add.set_defaults(run=selftest.run)
+    add = commands.add_parser("xclbin", help="what is in an xclbin file")
+    xclbin.add_arguments(add)
+    add.set_defaults(run=xclbin.run)
+    add = commands.add_parser(
+        "xrt-sim",
+        help="run a program with simulated cards behind the real XRT",
+        description="Run a program that was written for XRT, unchanged, with simulated cards behind the "
+        "real XRT library. NEARKV_XCLBIN names the file that it is to load.",
+    )
+    xrt_sim.add_arguments(add)
+    add.set_defaults(run=xrt_sim.run)
     return parser
 
 

@@ -356,7 +356,9 @@ class Errors(_Accident):
         truth, refusals = Truth(setting.delayed), []
         runner = Runner(setting, root)
         self.owing: Truth | None = None
-        self.unsure = False  # what waited to be written when a store could not be closed may be gone
+        self.unsure = (
+            False  # what waited to be written when a store could not be closed may be gone
+        )
         for _ in range(length):
             op = self.next_op(rng, truth) if runner.store is not None else Op("open")
             try:

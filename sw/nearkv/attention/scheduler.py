@@ -23,8 +23,8 @@ import numpy as np
 from nearkv_hw import pages
 from nearkv_hw.abi import PageLayout
 
-from ..cards import Card, CardError, Turns
-from ..io import FlashError
+from ..cards import Card, CardError, Turns, warn_if_far
+from ..io import FlashError, shards_of
 from ..store import KvStore
 from .partial import Partial
 from .planning import Plan, cut, pages_of
@@ -77,6 +77,7 @@ class PageAttention:
         self.figures = Figures()
         for one in self.cards:
             check_card(one, store.layout)
+        _check_drives(self.cards, store)
         self._rings = [Ring(one, store, segments, ring_bytes) for one in self.cards]
         self.job_pages = min(ring.room.job_pages for ring in self._rings)
         # Jobs of all cards are alike, so that a query is cut once.
@@ -270,6 +271,15 @@ def check_card(card: Card, layout: PageLayout) -> None:
             f"a page has {layout.page_bytes} bytes and the card {card.kv_bytes} bytes of kv "
             "memory; lower page_tokens or raise kv_bytes"
         )
+
+
+def _check_drives(cards: Sequence[Card], store: KvStore) -> None:
+    """Say of a card that is in one device with a drive if its pages lie on another one."""
+    for position, card in enumerate(cards):
+        if card.pci_address is not None:
+            for shard in shards_of(position, len(cards), store.n_shards):
+                directory = store.directories[shard % len(store.directories)]
+                warn_if_far(card.name, card.pci_address, str(directory))
 
 
 def measure_cards(

@@ -15,6 +15,7 @@ and in random turns:
     no ring     the same with one segment: loading, then computing
     threads     nearkv with threads instead of io_uring
     two cards   the same cores and drive, shared by two cards
+    plain twin  where --card is another: nearkv with the card twin
     spilling, spilling in step
                 a page is appended to every head of every layer in each step, 128 times as often as
                 decoding does it: written behind the step's back, or before it goes on
@@ -50,12 +51,14 @@ from nearkv_hw.abi import PageLayout
 from .. import extras
 from ..arguments import existing_directory, whole
 from ..attention import RING_BYTES, SEGMENTS, Figures, PageAttention
-from ..cards import KV_BYTES, open_cards
+from ..cards import KV_BYTES, CardError, open_cards
 from ..io import reader_kind
 from ..io.uring import refusal
 from ..store import DELAYED_BYTES, KvStore
 from . import check_context, check_plot, in_turns, plot_bars, quartiles_of_ratio, step, to_json
 from .flash import arguments, fill, read_raw, where
+
+SMARTSSD_RATE = 3e9  # bytes/s from the flash of one, published
 
 
 class FlexGen:
@@ -206,10 +209,13 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     depth = args.depth or reader_kind().DEPTH
     ring_bytes = args.ring_mib << 20
 
-    def cards(n, reader="auto"):
+    number = itertools.count()
+
+    def cards(n, reader="auto", name=args.card):
         made, _ = open_cards(
-            [args.card] * n, kv_bytes=args.kv_mib << 20, reads_in_flight=args.depth, reader=reader
-        )
+            [_numbered(name, next(number)) for _ in range(n)],
+            kv_bytes=args.kv_mib << 20, reads_in_flight=args.depth, reader=reader,
+        )  # fmt: skip
         for card in made:
             opened.enter_context(card)
         return made
@@ -234,11 +240,15 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
             main, store, ahead=False, segments=1, ring_bytes=ring_bytes // args.segments
         ),
     }
-    if not refusal():
-        ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
-    if args.cards == 1:
-        ways["two cards"] = PageAttention(cards(2), store, **ring)
-    counters = {name: [] for name in ways}
+    # Of cards that have numbers there may be too few.
+    with contextlib.suppress(*[CardError] if _is_device(args.card) else []):
+        if not refusal():
+            ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
+        if args.cards == 1:
+            ways["two cards"] = PageAttention(cards(2), store, **ring)
+    if _is_device(args.card):
+        ways["plain twin"] = PageAttention(cards(args.cards, name="twin"), store, **ring)
+    counters, costs = {name: [] for name in ways}, {name: [] for name in ways}
     paths = store.page_files()
     file_bytes = sum(os.path.getsize(path) for path in paths)
     new = rng.standard_normal((args.kv_heads, args.page_tokens, args.head_dim))
@@ -260,8 +270,11 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     def decode(name):
         attention = ways[name]
         attention.figures = Figures()
+        begin, begin_thread = time.process_time(), time.thread_time()
         seconds = step(attention)
         counted = attention.figures  # of the layer before the step, too: only shares are told
+        whole, own = time.process_time() - begin, time.thread_time() - begin_thread
+        costs[name].append((whole, own, counted.runs, counted.kv_bytes))
         counters[name].append((counted.load_s, counted.run_s, counted.attend_s))
         attention.discard()  # the next turn has the drive for itself
         return kv_bytes / seconds
@@ -333,7 +346,27 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         "drive_of_flexgen": quartiles_of_ratio(rates["drive"], rates["FlexGen"]) if tuned else None,
         "flexgen_tuned": tuned,
     }
+    if _is_device(args.card):
+        # What a card costs the host, which does not compute itself.
+        whole, own, runs, run_bytes = (sum(column) for column in zip(*costs["nearkv"], strict=True))
+        figures["device"] = {
+            "of_plain_twin": quartiles_of_ratio(ours, rates["plain twin"]),
+            "host_s_a_run": whole / runs,
+            "thread_s_a_run": own / runs if args.cards == 1 else None,
+            "run_bytes": run_bytes / runs,
+        }
     return figures, rows
+
+
+def _is_device(name: str) -> bool:
+    """Whether a card is something else than a program in this process."""
+    return ":" in name
+
+
+def _numbered(name: str, number: int) -> str:
+    """The name of the next card: of xrt:0 it is xrt:1; a twin has no number."""
+    family, _, first = name.partition(":")
+    return f"{family}:{int(first) + number}" if first.isdigit() else name
 
 
 def _card_alone(card, store: KvStore, q, scale: float) -> float:
@@ -414,6 +447,8 @@ def _print(figures: dict, rows: list[dict]) -> None:
         print(f"{row['name']:>16} {row['rate'] / 1e9:6.2f} GB/s  {ours / row['rate']:5.2f}x{share}")
     for name, (low, median, high) in figures["of_bound"].items():
         print(f"of min({name}; twin): {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
+    if "device" in figures:
+        _print_device(**figures["device"])
     if figures["of_flexgen"]:
         low, median, high = figures["of_flexgen"]
         print(f"of FlexGen's path: {median:.2f}x (goal 4x at 32 k tokens; quartiles {low:.2f} .. "
@@ -422,6 +457,21 @@ def _print(figures: dict, rows: list[dict]) -> None:
     if figures.get("model"):
         for line in step.describe(figures["model"]):
             print(line)
+
+
+def _print_device(of_plain_twin, host_s_a_run, thread_s_a_run, run_bytes) -> None:
+    low, median, high = of_plain_twin
+    print(f"of a plain twin: {median:.1%} (goal 90%; quartiles {low:.0%} .. {high:.0%})")
+    for what, seconds in (
+        ("the whole process, reads included", host_s_a_run),
+        ("the thread that attends", thread_s_a_run),
+    ):
+        if seconds is not None:
+            print(
+                f"host: {seconds * 1e6:.0f} us of processor time a run of {run_bytes / 2**20:.1f} MiB, "
+                f"{what}: enough for {run_bytes / SMARTSSD_RATE / seconds:.1f} drives of "
+                f"{SMARTSSD_RATE / 1e9:g} GB/s on a core"
+            )
 
 
 def _plot(args, rows: list[dict], here: dict) -> None:

@@ -74,6 +74,8 @@ class Card:
         How they are made: `nearkv.io.open_reader`.
     timeout_s : float
         For a load or a run that does not bring its own, and for whatever else has to be waited for.
+    pci_address : str, optional
+        Where it is on PCIe, if it is known: "0000:04:00.1".
 
     Attributes
     ----------
@@ -101,7 +103,9 @@ class Card:
         reads_in_flight: int | None = None,
         reader: str = "auto",
         timeout_s: float = 60.0,
+        pci_address: str | None = None,
     ):
+        self.pci_address = pci_address
         self.name, self.executor, self.timeout_s = name, executor, timeout_s
         self.rows, self.max_head_dim = executor.rows, executor.max_head_dim
         self.kv_bytes, self.job_bytes = kv.nbytes, job.nbytes
@@ -375,6 +379,8 @@ class Card:
                 f"{' and '.join(late)}; its memories must not be used for anything else yet"
             )
         self._released = True
+        self._kv.release()
+        self._job.release()
 
     # --- what state it is in ------------------------------------------------------------------------
 

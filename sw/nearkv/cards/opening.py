@@ -53,12 +53,33 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
     return opener
 
 
+def _xrt(name, unit, *, config=None, kv_bytes=KV_BYTES, job_bytes=JOB_BYTES, reads_in_flight=None,
+         reader="auto", timeout_s=60.0, xclbin=None):  # fmt: skip
+    """The opener of a card behind XRT."""
+    from . import xrt
+
+    executor = xrt.open_executor(
+        name, unit,
+        config=config, kv_bytes=kv_bytes, job_bytes=job_bytes, timeout_s=timeout_s, path=xclbin,
+    )  # fmt: skip
+    try:
+        return Card(
+            name, executor.kv, executor.job, executor,
+            reads_in_flight=reads_in_flight, reader=reader, timeout_s=timeout_s,
+            pci_address=executor.pci_address,
+        )  # fmt: skip
+    except BaseException:
+        executor.close(timeout_s)
+        raise
+
+
 _MEMORY_OPTIONS = ("config", "kv_bytes", "job_bytes", "reads_in_flight", "reader", "timeout_s")
 # family -> opener(name, unit, **options); "xrt:0" is unit "0" of family "xrt".
 _FAMILIES: dict[str, Callable[..., Card]] = {
     "model": _simulated("nearkv_sim.model", "ModelCard", timeout_s=60.0),
     "twin": _simulated("nearkv_sim.twin", "TwinCard", timeout_s=60.0),
     "rtl": _simulated("nearkv_sim.rtl", "RtlCard", timeout_s=600.0),
+    "xrt": _xrt,
 }
 
 

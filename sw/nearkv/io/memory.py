@@ -75,6 +75,9 @@ class _Memory:
         """
         return self if self.foreign else type(self)(self.nbytes)
 
+    def release(self) -> None:
+        """Called when the card is closed and nothing is on its way here: foreign memory may go back."""
+
     def sync_to_device(self, offset: int, nbytes: int) -> None:
         """Let the card see these bytes. Nothing to do where card and host look at one memory."""
 

@@ -1,0 +1,674 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards behind XRT: a SmartSSD or an Alveo with nearkv's xclbin, or a simulated one (`nearkv xrt-sim`).
+
+XRT is used by its C API, through ctypes: it takes arguments of any width, has registers, and other
+threads run while it waits. Kv memory is one P2P buffer, into whose mapping drives write; job memory is a
+normal buffer, of which ranges are copied to and from the card.
+
+What XRT does not check is checked here: a library that is not there ends the process, a buffer in another
+bank is copied without a word, a wait without a limit lasts for ever.
+
+Sources: /usr/include/xrt/{xrt_device,xrt_bo,xrt_kernel}.h (libxrt-dev); XRT 2022.1, github.com/Xilinx/XRT,
+src/runtime_src/core/common/module_loader.cpp and api/xrt_bo.cpp, xrt_kernel.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import math
+import os
+from pathlib import Path
+import tempfile
+import threading
+import time
+from typing import Any, NamedTuple
+import weakref
+
+import numpy as np
+
+from nearkv_hw import abi, xclbin
+from nearkv_hw.config import PRESETS, Config, preset
+from nearkv_hw.vitis.interface import NAME
+
+from ..io import JobMemory, KvMemory
+from .errors import CardError
+
+log = logging.getLogger("nearkv")
+
+_LIBRARY = "libxrt_coreutil.so.2"
+_INSTALLED = Path("/opt/xilinx/xrt")
+# Of a buffer. Ref: xrt_mem.h
+_P2P = 1 << 30
+_TO_DEVICE, _FROM_DEVICE = 0, 1
+# Ref: ert.h, enum ert_cmd_state
+_COMPLETED, _TIMEOUT = 4, 8
+_STATES = {1: "NEW", 2: "QUEUED", 3: "RUNNING", 5: "ERROR", 6: "ABORT", 7: "SUBMITTED",
+           9: "NORESPONSE"}  # fmt: skip
+_SLICE_S = 0.1  # Python sees Ctrl-C in between
+_ARGUMENTS = tuple(register for register in abi.REGISTERS if register.writable)
+_INDEX = {register.name: index for index, register in enumerate(_ARGUMENTS)}
+_OFFSET = {register.name: register.offset for register in abi.REGISTERS}
+
+
+class _Refused(Exception):
+    """XRT did not do it."""
+
+    def __init__(self, what: str, number: int, said: str):
+        reason = said or (os.strerror(number) if number else "no reason given")
+        super().__init__(f"{what}: {reason}")
+        self.errno, self.said = number, said
+
+
+class Library:
+    """XRT's C functions. What returns no handle, or not 0, raises.
+
+    Raises
+    ------
+    CardError
+        If there is no XRT here, or its environment would end the process.
+    """
+
+    def __init__(self):
+        _check_environment()
+        self._lib = _load()
+        self._functions: dict[str, Any] = {}
+        handle, integer = ctypes.c_void_p, ctypes.c_int
+        size, word = ctypes.c_size_t, ctypes.c_uint32
+        uuid = ctypes.c_char_p  # 16 bytes
+        types: dict[str, tuple[Any, list]] = {
+            "DeviceOpen": (handle, [ctypes.c_uint]),
+            "DeviceOpenByBDF": (handle, [ctypes.c_char_p]),
+            "DeviceClose": (integer, [handle]),
+            "DeviceLoadXclbinFile": (integer, [handle, ctypes.c_char_p]),
+            "DeviceGetXclbinUUID": (integer, [handle, ctypes.c_char_p]),
+            "PLKernelOpenExclusive": (handle, [handle, uuid, ctypes.c_char_p]),
+            "KernelClose": (integer, [handle]),
+            "KernelArgGroupId": (integer, [handle, integer]),
+            "KernelArgOffset": (word, [handle, integer]),
+            "KernelReadRegister": (integer, [handle, word, ctypes.POINTER(word)]),
+            "BOAlloc": (handle, [handle, size, ctypes.c_uint64, word]),
+            "BOFree": (integer, [handle]),
+            "BOMap": (handle, [handle]),
+            "BOAddress": (ctypes.c_uint64, [handle]),
+            "BOSync": (integer, [handle, integer, size, size]),
+            "RunOpen": (handle, [handle]),
+            "RunClose": (integer, [handle]),
+            "RunStart": (integer, [handle]),
+            "RunWaitFor": (integer, [handle, ctypes.c_uint]),
+            "RunState": (integer, [handle]),
+        }
+        for name, (result, arguments) in types.items():
+            function = getattr(self._lib, f"xrt{name}")
+            function.restype, function.argtypes = result, arguments
+            self._functions[name] = function
+        # Of variable arguments; these are what nearkv's kernel has.
+        self.set_word = self._lib["xrtRunSetArg"]
+        self.set_word.argtypes = [handle, integer, word]
+        self.set_buffer = self._lib["xrtRunSetArg"]
+        self.set_buffer.argtypes = [handle, integer, handle]
+        self._messages = _keep_messages(self._lib)
+
+    def get(self, name: str):
+        """A function that is called as it is."""
+        return self._functions[name]
+
+    def call(self, name: str, *arguments) -> int:
+        """A function that returns a handle, or 0 for success."""
+        function = self._functions[name]
+        ctypes.set_errno(0)
+        result = function(*arguments)
+        if result is None or function.restype is ctypes.c_int and result != 0:
+            raise _Refused(f"xrt{name}", ctypes.get_errno(), self.said())
+        return result
+
+    def pci_address(self, device: int) -> str | None:
+        """Where a device is on PCIe: "0000:04:00.1"; None of one that is nowhere."""
+        self._lib.xrtDeviceToXclDevice.restype = ctypes.c_void_p
+        low_level = self._lib.xrtDeviceToXclDevice(ctypes.c_void_p(device))
+        info = _DeviceInfo()
+        # Of the driver, which XRT has loaded by now, for everybody.
+        ask = getattr(ctypes.CDLL(None), "xclGetDeviceInfo2", None)
+        if ask is None or ask(ctypes.c_void_p(low_level), ctypes.byref(info)) or not info.pci_slot:
+            return None
+        slot = info.pci_slot
+        return f"{slot >> 16:04x}:{slot >> 8 & 0xFF:02x}:{slot >> 3 & 0x1F:02x}.{slot & 7}"
+
+    def said(self) -> str:
+        """The last error that XRT has told since the last question; "" where it tells others."""
+        if self._messages is None:
+            return ""
+        errors = [line for line in self._messages.read().splitlines() if " ERROR: " in line]
+        return errors[-1].partition(" ERROR: ")[2].strip() if errors else ""
+
+
+@functools.cache
+def library() -> Library:
+    """XRT's library; loaded once, as it has one state for the whole process."""
+    return Library()
+
+
+def _load() -> ctypes.CDLL:
+    root = os.environ.get("XILINX_XRT")
+    places = [_LIBRARY, *(str(Path(it) / "lib" / _LIBRARY) for it in (root, _INSTALLED) if it)]
+    for place in places:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(place, use_errno=True)
+    raise CardError(
+        f"XRT is not installed: there is no {_LIBRARY}. For a card, install AMD's XRT package for this "
+        "system (2021.2 to 2023.1); to simulate one: apt-get install libxrt1 libxrt-dev uuid-dev"
+    )
+
+
+def _check_environment() -> None:
+    """XRT ends the process when it finds no driver: so look first."""
+    _load()
+    mode = os.environ.get("XCL_EMULATION_MODE")
+    names = {None: "xrt_core", "hw_emu": "xrt_hwemu", "sw_emu": "xrt_swemu", "noop": "xrt_noop"}
+    if mode not in names:
+        raise CardError(
+            f"XCL_EMULATION_MODE is {mode!r}, which XRT does not know; for a card: unset "
+            "XCL_EMULATION_MODE"
+        )
+    remedy = f"source {_INSTALLED}/setup.sh"
+    if mode is not None:
+        remedy = (
+            "for a simulated card: nearkv xrt-sim -- PROGRAM; for a card: unset XCL_EMULATION_MODE"
+        )
+    root = os.environ.get("XILINX_XRT")
+    if not root:
+        raise CardError(f"XILINX_XRT is not set, by which XRT finds its driver; {remedy}")
+    driver = Path(root) / "lib" / f"lib{names[mode]}.so.2"
+    if not driver.is_file() and not _other_driver(mode):
+        raise CardError(f"XILINX_XRT is {root}, where there is no lib/{driver.name}; {remedy}")
+
+
+def _other_driver(mode: str | None) -> bool:
+    """Whether XRT's settings name another driver."""
+    settings = Path(os.environ.get("XRT_INI_PATH") or "xrt.ini")
+    try:
+        return mode is not None and "_em_driver" in settings.read_text()
+    except OSError:
+        return False
+
+
+def _keep_messages(lib: ctypes.CDLL):
+    """Let XRT write its messages to a file, which errors quote; None where somebody set it otherwise."""
+    if os.environ.get("XRT_INI_PATH") or Path("xrt.ini").exists():
+        return None
+    file = tempfile.NamedTemporaryFile("r", prefix="nearkv-xrt-", suffix=".log")
+    lib.xrtIniStringSet.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    if lib.xrtIniStringSet(b"Runtime.runtime_log", os.fsencode(file.name)):
+        return None  # it has told something already, elsewhere
+    return file
+
+
+class _Handle:
+    """Something of XRT's that is closed once: by `close`, or when nobody has it any more.
+
+    What it `needs` is closed later: XRT uses a device that was closed before its buffers.
+    """
+
+    def __init__(self, library: Library, value: int, closer: str, *needs: _Handle):
+        self.value = value
+        self.close = weakref.finalize(self, _close, library, value, closer, os.getpid(), needs)
+
+
+def _close(library: Library, handle: int, closer: str, process: int, needs) -> None:
+    if os.getpid() != process:
+        return  # it is a parent's
+    try:
+        library.call(closer, handle)
+    except _Refused as error:
+        log.warning("%s", error)
+
+
+class Buffer:
+    """A buffer on the card, mapped here. It is freed when nobody has it any more."""
+
+    def __init__(self, library: Library, device: _Handle, nbytes: int, flags: int, group: int):
+        self.nbytes, self.group, self._library = nbytes, group, library
+        value = library.call("BOAlloc", device.value, nbytes, flags, group)
+        self._handle = _Handle(library, value, "BOFree", device)
+        self.handle = value
+        self.mapped = library.call("BOMap", value)
+        self.address: int = library.get("BOAddress")(value)
+
+    def sync(self, direction: int, offset: int, nbytes: int) -> None:
+        if nbytes:
+            self._library.call("BOSync", self.handle, direction, nbytes, offset)
+
+
+class _Kv(KvMemory):
+    """The page ring: a P2P buffer, mapped from a BAR."""
+
+    def __init__(self, executor: Executor, buffer: Buffer):
+        super().__init__(buffer.nbytes, address=buffer.mapped, keep=buffer)
+        self._executor = executor
+
+    def renewed(self) -> KvMemory:
+        return self._executor.kv
+
+    def release(self) -> None:
+        self._view = memoryview(b"")  # the buffer goes when the last part of it that is in use goes
+
+
+class _Job(JobMemory):
+    """The host's copy of a buffer."""
+
+    def __init__(self, executor: Executor, buffer: Buffer):
+        super().__init__(buffer.nbytes, address=buffer.mapped, keep=buffer)
+        self._executor = executor
+        self._buffer: Buffer | None = buffer
+
+    def renewed(self) -> JobMemory:
+        return self._executor.job
+
+    def release(self) -> None:
+        self._view, self.bytes, self._buffer = memoryview(b""), np.empty(0, np.uint8), None
+
+    def sync_to_device(self, offset: int, nbytes: int) -> None:
+        self._sync(_TO_DEVICE, offset, nbytes)
+
+    def sync_from_device(self, offset: int, nbytes: int) -> None:
+        self._sync(_FROM_DEVICE, offset, nbytes)
+
+    def _sync(self, direction: int, offset: int, nbytes: int) -> None:
+        buffer = self._buffer
+        if buffer is None:
+            raise CardError(f"card {self._executor.name!r} is closed; open it again")
+        try:
+            buffer.sync(direction, offset, nbytes)
+        except _Refused as error:
+            raise CardError(
+                f"card {self._executor.name!r}: job memory cannot be copied: {error}; see the kernel's "
+                f"log (dmesg), then reset the card", recoverable=True
+            ) from error  # fmt: skip
+
+
+class _DeviceInfo(ctypes.Structure):
+    """The beginning of xclDeviceInfo2. Ref: xrt.h"""
+
+    _short, _long = ctypes.c_ushort, ctypes.c_ulonglong
+    _fields_ = [
+        ("magic", ctypes.c_uint), ("name", ctypes.c_char * 256), ("ids", _short * 7),
+        ("memory", ctypes.c_size_t * 4), ("clocks", _short * 13), ("current", ctypes.c_float),
+        ("clocks_and_fan", _short * 2), ("calibrated", ctypes.c_bool), ("firmware", _long * 2),
+        ("rails", _short * 2), ("currents", _long * 2), ("sensors", _short * 21), ("driver", _long),
+        ("pci_slot", ctypes.c_uint), ("rest", ctypes.c_byte * 1024),
+    ]  # fmt: skip
+
+
+class _Opened(NamedTuple):
+    """What is open of a device."""
+
+    device: _Handle
+    kernel: _Handle
+    run: _Handle
+
+
+class Executor:
+    """Runs queues on a card behind XRT: `nearkv.cards.executor.Executor`.
+
+    Parameters
+    ----------
+    name : str
+        Of the card.
+    unit : str
+        "0": number of the device as XRT counts them, or its PCI address "0000:04:00.1"; with "/1": its
+        second compute unit.
+    path : path
+        Of the xclbin.
+    config : Config or None
+        The build that must be on it. None: any that this version of nearkv knows.
+    kv_bytes, job_bytes : int
+    timeout_s : float
+        How long a run of somebody else may still be on the card.
+
+    Raises
+    ------
+    CardError
+        If the card, XRT or the xclbin is not what it must be. Each has a message of its own, with what
+        to do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unit: str,
+        path: Path,
+        config: Config | None,
+        kv_bytes: int,
+        job_bytes: int,
+        timeout_s: float,
+    ):
+        self.name, self._path, self._config = name, path, config
+        self._where, _, engine = unit.partition("/")
+        self.pci_address: str | None = None
+        self._engine = int(engine or 0)
+        self._sizes, self._timeout_s = (kv_bytes, job_bytes), timeout_s
+        self._xclbin, self._kernel_name = self._look_into_xclbin()
+        self._library = library()
+        self._lock = threading.Lock()  # of who waits for a run
+        self._run: _Run | None = None  # the last one
+        self._open_device()
+        self.rows, self.max_head_dim = self._built.rows, self._built.max_head_dim
+        self.config_hash = self._built.hash32
+
+    @property
+    def _bdf(self) -> str:
+        """As xbutil wants it."""
+        return self.pci_address or self._where
+
+    # --- what an executor does -----------------------------------------------------------------------
+
+    def attach(self, kv: KvMemory, job: JobMemory) -> None:
+        assert (kv, job) == (self.kv, self.job), "the memories of another card"
+
+    def start(self, queue: int, n_jobs: int, summary: int) -> _Run:
+        run = self._opened.run.value
+        for name, value in (("queue", queue), ("n_jobs", n_jobs), ("summary", summary)):
+            if self._library.set_word(run, _INDEX[name], value):
+                raise RuntimeError(f"XRT does not take argument {name}: {self._library.said()}")
+        try:
+            self._library.call("RunStart", run)
+        except _Refused as error:
+            raise RuntimeError(f"the kernel cannot be started: {error}") from error
+        self._run = _Run(self, run)
+        return self._run
+
+    def stop(self) -> None:
+        """Nothing: XRT cannot end a run."""
+
+    def reset(self, timeout_s: float) -> None:
+        self._close_device()
+        self._timeout_s = timeout_s
+        try:
+            self._open_device()
+        except CardError as error:
+            raise RuntimeError(str(error)) from error
+
+    def close(self, timeout_s: float) -> None:
+        self._close_device()
+        del self._opened, self.kv, self.job
+
+    # --- opening -------------------------------------------------------------------------------------
+
+    def _look_into_xclbin(self) -> tuple[xclbin.Xclbin, str]:
+        """Check what v++ says that it linked; the name of the compute unit."""
+        try:
+            found = xclbin.Xclbin.read(self._path)
+            kernels = {kernel.name: kernel for kernel in found.kernels}
+        except OSError as error:
+            raise self._error(f"cannot read {self._path}: {error.strerror}", _BUILD) from error
+        except xclbin.XclbinError as error:
+            raise self._error(f"xclbin {error}", _BUILD) from error
+        kernel = kernels.get(NAME)
+        if kernel is None:
+            raise self._error(f"{self._path} has no kernel {NAME}: {sorted(kernels)}", _BUILD)
+        theirs = [(it.name, it.offset, 8 * it.size) for it in kernel.arguments]
+        ours = [(it.name, it.offset, it.bits) for it in _ARGUMENTS]
+        if theirs != ours:
+            odd = next((it for it in ours if it not in theirs), theirs[-1])
+            raise self._error(
+                f"{self._path} is of another version of nearkv: its arguments are {theirs}, and "
+                f"{odd} is expected among them", _BUILD
+            )  # fmt: skip
+        units = [unit for unit in found.units if unit.kernel == kernel.name]
+        if self._engine >= len(units):
+            raise self._error(
+                f"there is no compute unit {self._engine} in {self._path}, only {len(units)}",
+                f"choose one of 0 to {len(units) - 1}",
+            )
+        return found, f"{kernel.name}:{{{units[self._engine].name}}}"
+
+    def _open_device(self) -> None:
+        library, call = self._library, self._library.call
+        try:
+            if self._where.isdigit():
+                value = call("DeviceOpen", int(self._where))
+            else:
+                value = call("DeviceOpenByBDF", self._where.encode())
+        except _Refused as error:
+            raise self._error(
+                f"XRT has no device {self._where} ({error})", "xbutil examine lists those there are"
+            ) from error
+        device = _Handle(library, value, "DeviceClose")
+        self.pci_address = library.pci_address(value)
+        try:
+            call("DeviceLoadXclbinFile", value, os.fsencode(self._path))
+        except _Refused as error:
+            raise self._not_loaded(error) from error
+        try:
+            uuid, unit = self._xclbin.uuid.bytes, self._kernel_name.encode()
+            value = call("PLKernelOpenExclusive", value, uuid, unit)
+        except _Refused as error:
+            raise self._error(
+                f"kernel {self._kernel_name} is in use by another process ({error})",
+                "end that process (xbutil examine --report dynamic-regions shows the kernel's users), or "
+                "choose another card",
+            ) from error
+        kernel = _Handle(library, value, "KernelClose", device)
+        try:
+            group = self._check_arguments(value)
+            self._built = self._check_build(value)
+            self._check_idle(value)
+            kv, job = self._allocate(device, group)
+            run = _Handle(library, call("RunOpen", value), "RunClose", kernel)
+            for name, buffer in (("kv", kv), ("job", job)):
+                if library.set_buffer(run.value, _INDEX[name], buffer.handle):
+                    raise self._error(
+                        f"XRT does not take argument {name}: {library.said()}", _BUILD
+                    )
+        except BaseException:
+            kernel.close()
+            raise
+        self._opened = _Opened(device, kernel, run)
+        self.kv, self.job = _Kv(self, kv), _Job(self, job)
+
+    def _close_device(self) -> None:
+        """Close the kernel. Its buffers, and the device, stay for as long as somebody has them."""
+        if self._run is not None:
+            self._run.given_up = True
+        with self._lock:
+            self._opened.run.close()
+            self._opened.kernel.close()
+
+    def _check_arguments(self, kernel: int) -> int:
+        """Argument offsets and banks, as XRT sees them; the bank that both memories go to."""
+        for name, index in _INDEX.items():
+            offset = self._library.get("KernelArgOffset")(kernel, index)
+            if offset != _OFFSET[name]:
+                raise self._error(
+                    f"XRT has argument {name} at {offset:#x}, not at {_OFFSET[name]:#x}", _BUILD
+                )
+        groups = {}
+        for name in ("kv", "job"):
+            group = self._library.get("KernelArgGroupId")(kernel, _INDEX[name])
+            if group < 0 or group >= len(self._xclbin.memories):
+                raise self._error(
+                    f"argument {name} of {self._path} is connected to no memory bank", _BUILD
+                )
+            groups[name] = group
+        memory = self._xclbin.memories[groups["kv"]]
+        if memory.type not in (
+            xclbin.MemoryType.DDR4,
+            xclbin.MemoryType.HBM,
+            xclbin.MemoryType.DRAM,
+        ):
+            raise self._error(
+                f"{self._path} connects kv to {memory.tag}, which has no P2P memory", _BUILD
+            )
+        self._groups = groups
+        return groups["kv"]
+
+    def _check_build(self, kernel: int) -> Config:
+        """What the kernel says of itself."""
+        version = self._read_register(kernel, "abi_version")
+        if version != abi.ABI_VERSION:
+            raise self._error(
+                f"host and card are of different versions of nearkv (abi_version is {version}, not "
+                f"{abi.ABI_VERSION})", _BUILD
+            )  # fmt: skip
+        identity = self._read_register(kernel, "config_hash")
+        known = [self._config] if self._config is not None else list(PRESETS.values())
+        for config in known:
+            if config.hash32 == identity:
+                return config
+        names = ", ".join(config.name for config in known)
+        raise self._error(
+            f"the card is not the build that was asked for (config_hash is {identity:#x}, that of none of "
+            f"{names})", _BUILD
+        )  # fmt: skip
+
+    def _read_register(self, kernel: int, name: str) -> int:
+        offset = abi.REG_CTRL if name == "control" else _OFFSET[name]
+        value = ctypes.c_uint32()
+        try:
+            self._library.call("KernelReadRegister", kernel, offset, ctypes.byref(value))
+        except _Refused as error:
+            raise self._error(
+                f"register {name} cannot be read: {error}",
+                f"reset the card (sudo xbutil reset --device {self._bdf})",
+            ) from error
+        return value.value
+
+    def _allocate(self, device: _Handle, group: int) -> tuple[Buffer, Buffer]:
+        kv_bytes, job_bytes = self._sizes
+        tag = self._xclbin.memories[group].tag
+        try:
+            kv = Buffer(self._library, device, kv_bytes, _P2P, group)
+        except _Refused as error:
+            raise self._no_p2p(device, group, error) from error
+        try:
+            job = Buffer(self._library, device, job_bytes, 0, self._groups["job"])
+        except _Refused as error:
+            raise self._error(
+                f"{job_bytes} bytes of job memory cannot be allocated in {tag}: {error}",
+                "choose a smaller job_bytes, or end the programs that use the card",
+            ) from error
+        for name, buffer in (("kv", kv), ("job", job)):
+            bank = self._xclbin.memories[buffer.group]
+            if not bank.base <= buffer.address <= bank.base + bank.nbytes - buffer.nbytes:
+                raise self._error(
+                    f"{name} memory is at {buffer.address:#x}, outside of bank {bank.tag} at "
+                    f"{bank.base:#x}", "is the xclbin the one that is on the card? Load it again"
+                )  # fmt: skip
+            if buffer.mapped % abi.PAGE_ALIGN_BYTES:
+                raise self._error(
+                    f"XRT maps {name} memory at {buffer.mapped:#x}, which is no page: drives cannot "
+                    "write there", "use a driver with P2P memory (the noop driver has none)"
+                )  # fmt: skip
+        return kv, job
+
+    def _no_p2p(self, device: _Handle, group: int, error: _Refused) -> CardError:
+        """Why a P2P buffer was refused: is P2P off, or memory short?"""
+        kv_bytes, _ = self._sizes
+        tag = self._xclbin.memories[group].tag
+        try:
+            Buffer(self._library, device, kv_bytes, 0, group)
+        except _Refused:
+            return self._error(
+                f"{kv_bytes} bytes of kv memory cannot be allocated in {tag}: {error}",
+                "choose a smaller kv_bytes, or end the programs that use the card",
+            )
+        return self._error(
+            f"P2P is off: {tag} gives normal memory, and no P2P memory ({error})",
+            f"sudo xbutil configure --device {self._bdf} --p2p enable, then reboot warm; in the BIOS, "
+            "'Above 4G decoding' must be on",
+        )
+
+    def _not_loaded(self, error: _Refused) -> CardError:
+        platform = self._xclbin.platform
+        return self._error(
+            f"XRT does not load {self._path}, which is for platform {platform} ({error})",
+            "xbutil examine shows the card's platform, and whether another process uses the card",
+        )
+
+    def _check_idle(self, kernel: int) -> None:
+        """CardError if a run is on the card that nobody waits for any more."""
+        until = time.monotonic() + self._timeout_s
+        while not self._read_register(kernel, "control") & abi.CTRL_IDLE:
+            if time.monotonic() > until:
+                raise self._error(
+                    f"its kernel still runs, and has not ended within {self._timeout_s:g} s",
+                    f"sudo xbutil reset --device {self._bdf}",
+                )
+            time.sleep(0.01)
+
+    def _error(self, what: str, remedy: str) -> CardError:
+        return CardError(f"card {self.name!r}: {what}; {remedy}")
+
+
+_BUILD = "build it with: make bitstream BOARD=..., with this version of nearkv"
+
+
+class _Run:
+    """A run of XRT's. There is one for each executor, which is used again and again."""
+
+    def __init__(self, executor: Executor, handle: int):
+        self._executor, self._handle = executor, handle
+        self._state = 0
+        self.given_up = False  # its handle is closed
+
+    def wait(self, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        while self._state in (0, _TIMEOUT):
+            left = until - time.monotonic()
+            if self._state and left <= 0:
+                raise TimeoutError(self._describe())
+            with self._executor._lock:
+                if self.given_up:
+                    raise RuntimeError("it was given up when the card was reset")
+                wait_for = self._executor._library.get("RunWaitFor")
+                # 0 would be for ever.
+                milliseconds = max(1, math.ceil(1000 * min(_SLICE_S, left)))
+                if self._state in (0, _TIMEOUT):  # nobody has seen its end
+                    self._state = wait_for(self._handle, milliseconds)
+        if self._state != _COMPLETED:
+            name = _STATES.get(self._state, str(self._state))
+            raise RuntimeError(
+                f"XRT says that the run has ended as {name}; see the kernel's log (dmesg)"
+            )
+
+    def _describe(self) -> str:
+        executor = self._executor
+        state = executor._library.get("RunState")(self._handle)
+        return (
+            f"XRT says it is {_STATES.get(state, state)}; if a reset does not help: sudo xbutil reset "
+            f"--device {executor._bdf}"
+        )
+
+
+def find_xclbin(name: str, given: str | os.PathLike | None) -> Path:
+    """The xclbin that is asked for: the one given, or that NEARKV_XCLBIN names."""
+    path = given if given is not None else os.environ.get("NEARKV_XCLBIN")
+    if path is None:
+        raise CardError(
+            f"card {name!r} needs its xclbin: open_card({name!r}, xclbin=FILE), or set NEARKV_XCLBIN to the "
+            "file; make bitstream BOARD=... builds it"
+        )
+    return Path(path)
+
+
+def open_executor(
+    name: str,
+    unit: str,
+    *,
+    config: str | Config | None,
+    kv_bytes: int,
+    job_bytes: int,
+    timeout_s: float,
+    path: str | os.PathLike | None,
+) -> Executor:
+    """An executor, by the unit's name: `Executor` says how it is built."""
+    where, _, engine = unit.partition("/")
+    if not where or engine and not engine.isdigit():
+        raise CardError(
+            f"no card {name!r}; say which: 'xrt:0', 'xrt:0000:04:00.1', or 'xrt:0/1' for its second "
+            "compute unit"
+        )
+    config = preset(config) if isinstance(config, str) else config
+    return Executor(name, unit, find_xclbin(name, path), config, kv_bytes, job_bytes, timeout_s)

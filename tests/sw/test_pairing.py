@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which drive belongs to which card, on trees of sysfs as such machines have them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nearkv.attention import PageAttention
+from nearkv.cards import open_card, pairing
+from nearkv.cards.pairing import Drive, drives, drives_beside, drives_in, drives_of, warn_if_far
+from nearkv.store import KvStore
+from nearkv_hw.abi import PageLayout
+
+
+class Machine:
+    """A tree of sysfs."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for folder in ("bus/pci/devices", "class/nvme", "dev/block"):
+            (root / folder).mkdir(parents=True)
+
+    def device(self, *path: str, vendor="0x8086") -> Path:
+        """A device below these bridges; its address is the last part of the path."""
+        place = self.root / "devices/pci0000:00" / "/".join(path)
+        place.mkdir(parents=True)
+        (place / "vendor").write_text(vendor + "\n")
+        (self.root / "bus/pci/devices" / path[-1]).symlink_to(place)
+        return place
+
+    def drive(self, number: int, *path: str, subsystem=False) -> Path:
+        """A drive with a controller of that number; its block device."""
+        controller = self.device(*path, vendor="0x144d") / f"nvme/nvme{number}"
+        controller.mkdir(parents=True)
+        (controller / "device").symlink_to("../..")
+        (self.root / f"class/nvme/nvme{number}").symlink_to(controller)
+        where = controller
+        if subsystem:
+            where = self.root / f"devices/virtual/nvme-subsystem/nvme-subsys{number}"
+            where.mkdir(parents=True)
+            (controller / "subsystem").symlink_to(where)
+        block = where / f"nvme{number}n1"
+        block.mkdir()
+        return block
+
+    def mount(self, directory: Path, block: Path) -> None:
+        """A directory lies on a block device."""
+        number = os.stat(directory).st_dev
+        link = self.root / f"dev/block/{os.major(number)}:{os.minor(number)}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(block)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path / "sys")
+
+
+def _smartssd(machine: Machine, number: int, bus: int, **how) -> tuple[str, Path]:
+    """A SmartSSD below root port `number`: the address of its FPGA, and its block device."""
+    root = f"0000:00:{number + 1:02x}.0"
+    switch, to_drive, to_fpga = (
+        f"0000:{bus + at:02x}:{n:02x}.0" for at, n in ((0, 0), (1, 0), (1, 1))
+    )
+    drive, fpga = f"0000:{bus + 2:02x}:00.0", f"0000:{bus + 3:02x}:00.1"
+    if not number:
+        machine.device(root)
+    machine.device(root, switch, vendor="0x10ee") if number else machine.device(
+        root, switch, vendor="0x10ee"
+    )
+    machine.device(root, switch, to_drive, vendor="0x10ee")
+    machine.device(root, switch, to_fpga, vendor="0x10ee")
+    block = machine.drive(number, root, switch, to_drive, drive, **how)
+    machine.device(root, switch, to_fpga, fpga, vendor="0x10ee")
+    return fpga, block
+
+
+@pytest.mark.parametrize("subsystem", [False, True])
+def test_a_smartssds_drive_is_the_one_in_it(machine, subsystem):
+    first, _ = _smartssd(machine, 0, 0x10, subsystem=subsystem)
+    second, _ = _smartssd(machine, 1, 0x20, subsystem=subsystem)
+    assert drives(machine.root) == [
+        Drive("nvme0n1", "0000:12:00.0"),
+        Drive("nvme1n1", "0000:22:00.0"),
+    ]
+    assert drives_in(first, machine.root) == [Drive("nvme0n1", "0000:12:00.0")]
+    assert drives_in(second, machine.root) == [Drive("nvme1n1", "0000:22:00.0")]
+    assert drives_beside(second, machine.root) == drives_in(second, machine.root)
+
+
+def test_an_alveo_has_none_in_it_and_those_below_its_switch_beside_it(machine):
+    machine.device("0000:00:01.0")
+    machine.device("0000:00:01.0", "0000:01:00.0", vendor="0x10b5")  # a switch of somebody else
+    machine.drive(0, "0000:00:02.0", "0000:05:00.0")  # elsewhere
+    machine.drive(1, "0000:00:01.0", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
+    machine.device("0000:00:01.0", "0000:01:00.0", "0000:02:01.0", "0000:04:00.1", vendor="0x10ee")
+    assert drives_in("0000:04:00.1", machine.root) == []
+    assert [it.name for it in drives_beside("0000:04:00.1", machine.root)] == ["nvme1n1"]
+
+
+def test_an_alveo_in_a_slot_of_its_own_has_no_drive_beside_it(machine):
+    machine.drive(0, "0000:00:02.0", "0000:05:00.0")
+    machine.device("0000:00:01.0", "0000:04:00.1", vendor="0x10ee")
+    assert drives_beside("0000:04:00.1", machine.root) == []
+
+
+def test_a_directory_lies_on_a_partition_of_a_volume_on_drives(machine, tmp_path):
+    assert drives_of(tmp_path, machine.root) == []  # nothing that sysfs knows
+    _, block = _smartssd(machine, 0, 0x10)
+    _, other = _smartssd(machine, 1, 0x20)
+    partition = block / "nvme0n1p2"
+    partition.mkdir()
+    machine.mount(tmp_path, partition)
+    assert [it.name for it in drives_of(tmp_path, machine.root)] == ["nvme0n1"]
+    raid = machine.root / "devices/virtual/block/md0"
+    (raid / "slaves").mkdir(parents=True)
+    for slave in (partition, other):
+        (raid / "slaves" / slave.name).symlink_to(slave)
+    machine.mount(tmp_path, raid)
+    assert [it.name for it in drives_of(tmp_path, machine.root)] == ["nvme0n1", "nvme1n1"]
+
+
+def test_pages_on_another_drive_than_the_cards_are_said_once(machine, tmp_path, caplog):
+    card, block = _smartssd(machine, 0, 0x10)
+    _, other = _smartssd(machine, 1, 0x20)
+    machine.mount(tmp_path, block)
+    assert warn_if_far("xrt:0", card, str(tmp_path), machine.root) == ""
+    machine.mount(tmp_path, other)
+    warn_if_far.cache_clear()
+    for _ in range(2):
+        warn_if_far("xrt:0", card, str(tmp_path), machine.root)
+    (record,) = caplog.records
+    assert f"'xrt:0' ({card}) has nvme0n1 in it, and {tmp_path} lies on nvme1n1" in record.message
+    assert record.message.endswith("Choose a directory on nvme0n1")
+
+
+def test_attention_tells_of_each_cards_own_shards(machine, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "nearkv.attention.scheduler.warn_if_far", lambda *arguments: asked.append(arguments)
+    )
+    directories = [tmp_path / name for name in "ab"]
+    for directory in directories:
+        directory.mkdir()
+    with (
+        open_card("model", config="tiny", kv_bytes=1 << 20, job_bytes=1 << 18) as first,
+        open_card("model", config="tiny", kv_bytes=1 << 20, job_bytes=1 << 18) as second,
+        KvStore(directories, PageLayout(32, 32), 2, temporary=True, n_shards=2) as store,
+    ):
+        first.pci_address, second.pci_address = "0000:13:00.1", None
+        attention = PageAttention([first, second], store)
+        k = np.zeros((2, 32, 32), np.float16)
+        store.append(0, 0, k, k)
+        attention.close()
+    assert asked == [("model", "0000:13:00.1", str(directories[0]))]
+
+
+def test_this_machine_can_be_asked():
+    """Whatever it is: it is told, or nothing is."""
+    for drive in drives():
+        assert pairing.drives_beside(drive.address)
+    assert isinstance(drives_of("/"), list)
