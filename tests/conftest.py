@@ -24,6 +24,13 @@ def pytest_addoption(parser):
         action="store_true",
         help=f"fail when a test is skipped for a reason that {_ALLOWED_SKIPS.name} does not list",
     )
+    parser.addoption(
+        "--allow-skips",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="allow skips whose reason has this text, beside those",
+    )
 
 
 class _StrictSkips:
@@ -63,6 +70,7 @@ def pytest_configure(config):
     if config.getoption("--strict-skips"):
         lines = _ALLOWED_SKIPS.read_text().splitlines()
         allowed = [line for line in lines if line and not line.startswith("#")]
+        allowed += config.getoption("--allow-skips")
         config.pluginmanager.register(_StrictSkips(allowed))
 
 

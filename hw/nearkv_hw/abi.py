@@ -342,6 +342,8 @@ class Register:
 # 0x00..0x0c: the control block of an XRT-managed kernel (UG1393, "Control Requirements").
 REG_CTRL, REG_GIER, REG_IER, REG_ISR = 0x00, 0x04, 0x08, 0x0C
 CTRL_START, CTRL_DONE, CTRL_IDLE, CTRL_READY = 1, 2, 4, 8
+GIER_ENABLE = 1
+IRQ_DONE, IRQ_READY = 1, 2  # bits of IP_IER and IP_ISR
 REGISTERS = (
     Register("kv", 0x10, 64, "base of kv memory", port="m_axi_kv"),
     Register("job", 0x1C, 64, "base of job memory", port="m_axi_job"),

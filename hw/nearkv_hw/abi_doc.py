@@ -51,6 +51,11 @@ def page() -> str:
         "reading), idle (bit 2), ready (bit 3). Words up to the last argument accept writes without "
         "side effects.",
         "",
+        "Interrupts: `GIER` at 0x04 (bit 0), `IP_IER` at 0x08 and `IP_ISR` at 0x0c (bit 0 done, bit 1 "
+        "ready). The end of a run sets the bits of `IP_ISR` that `IP_IER` enables; writing 1 inverts a "
+        "bit, so the driver writes back what it read. The wire `interrupt` is high while `GIER` is set "
+        "and an enabled bit of `IP_ISR` is.",
+        "",
         *_table(
             ["offset", "name", "bits", "access", "port", "meaning"],
             [

@@ -14,6 +14,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from . import abi
+from .config import OUTSTANDING_BURSTS
 from .fifo import Queue
 from .shapes import ADDRESS, BEAT_BITS, BEAT_LOG2, BURST_BEATS, BURST_LOG2
 
@@ -81,9 +82,14 @@ class Control(wiring.Component):
     run touches only the next one. Words without a meaning read 0 and accept writes: XRT writes
     every word of the argument range.
 
+    GIER, IP_IER and IP_ISR as HLS makes them: the end of a run sets the two bits of IP_ISR that
+    IP_IER enables; a write to IP_ISR inverts the bits that are 1 in it, so writing back what was
+    read clears them.
+
     Members
     -------
     bus : In(AxiLite)
+    interrupt : Out(1), high while GIER is set and a bit of IP_ISR that IP_IER enables
     start : Out(1), one cycle at the beginning of a run
     done : In(1), one cycle at its end
     args : Out(ControlArgs), valid from `start` to `done`
@@ -92,14 +98,16 @@ class Control(wiring.Component):
     def __init__(self, config_hash: int):
         self._constants = {"abi_version": abi.ABI_VERSION, "config_hash": config_hash}
         super().__init__(
-            {"bus": In(AxiLite()), "start": Out(1), "done": In(1), "args": Out(ControlArgs)}
-        )
+            {"bus": In(AxiLite()), "start": Out(1), "done": In(1), "args": Out(ControlArgs),
+             "interrupt": Out(1)}
+        )  # fmt: skip
 
     def elaborate(self, platform):
         m = Module()
         bus = self.bus
         ap_start, ap_done, ap_ready = Signal(), Signal(), Signal()
         busy = Signal()
+        global_enable, enable, pending = Signal(), Signal(2), Signal(2)
         words = {}  # word offset -> Signal that holds an argument's word
         args = {}
         for register in abi.REGISTERS:
@@ -134,6 +142,14 @@ class Control(wiring.Component):
                 with m.Case(abi.REG_CTRL >> 2):
                     with m.If(bus.w.p.strb[0] & bus.w.p.data[0]):
                         m.d.sync += ap_start.eq(1)
+                for offset, bits, value in (
+                    (abi.REG_GIER, global_enable, bus.w.p.data[0]),
+                    (abi.REG_IER, enable, bus.w.p.data[:2]),
+                    (abi.REG_ISR, pending, pending ^ bus.w.p.data[:2]),
+                ):
+                    with m.Case(offset >> 2):
+                        with m.If(bus.w.p.strb[0]):
+                            m.d.sync += bits.eq(value)
 
         read = Signal()
         m.d.comb += [
@@ -152,7 +168,8 @@ class Control(wiring.Component):
                         ap_done.eq(0),
                         ap_ready.eq(0),
                     ]
-                for offset, word in words.items():
+                readable = {abi.REG_GIER: global_enable, abi.REG_IER: enable, abi.REG_ISR: pending}
+                for offset, word in (readable | words).items():
                     with m.Case(offset >> 2):
                         m.d.sync += bus.r.p.data.eq(word)
                 for register in abi.REGISTERS:
@@ -164,12 +181,17 @@ class Control(wiring.Component):
         with m.If(ap_start & ~busy):
             m.d.sync += [busy.eq(1), self.start.eq(1)]
             m.d.sync += [getattr(self.args, name).eq(value) for name, value in args.items()]
-        # Last, so that a done in the cycle of a CTRL read is not lost.
+        # Last, so that a done in the cycle of a CTRL read, or of a write to IP_ISR, is not lost.
         with m.If(self.done):
             m.d.sync += [busy.eq(0), ap_start.eq(0), ap_done.eq(1), ap_ready.eq(1)]
+            for bit in range(2):
+                with m.If(enable[bit]):
+                    m.d.sync += pending[bit].eq(1)
+        m.d.sync += self.interrupt.eq(global_enable & (enable & pending).any())
         self.probes = {
             "busy": busy, "words": words,
             "ap_start": ap_start, "ap_done": ap_done, "ap_ready": ap_ready,
+            "global_enable": global_enable, "enable": enable, "pending": pending,
         }  # fmt: skip
         return m
 
@@ -178,7 +200,8 @@ class ReadMaster(wiring.Component):
     """Turns spans into AXI read bursts and passes the data on, in order.
 
     A burst is issued only when the queue behind has room for all of it, counting what is still on
-    its way: R is always ready, and the bus never waits for the datapath.
+    its way: R is always ready, and the bus never waits for the datapath. At most
+    `OUTSTANDING_BURSTS` are under way.
 
     Parameters
     ----------
@@ -217,6 +240,7 @@ class ReadMaster(wiring.Component):
         m = Module()
         address, left, beats = Signal(ADDRESS), Signal(BEATS), Signal(range(BURST_BEATS + 1))
         reserved = Signal(range(self._depth + 1))
+        flying = Signal(range(OUTSTANDING_BURSTS + 1))
         reserve = Signal()
         m.d.comb += [
             self.r.ready.eq(1),
@@ -225,7 +249,10 @@ class ReadMaster(wiring.Component):
             self.ar.p.address.eq(address),
             self.ar.p.beats_less_1.eq(beats - 1),
         ]
-        m.d.sync += reserved.eq(reserved + Mux(reserve, beats, 0) - self.freed)
+        m.d.sync += [
+            reserved.eq(reserved + Mux(reserve, beats, 0) - self.freed),
+            flying.eq(flying + self.issued - (self.r.valid & self.r.p.last)),
+        ]
         with m.FSM():
             with m.State("Take Span"):
                 m.d.comb += [
@@ -243,7 +270,7 @@ class ReadMaster(wiring.Component):
                 m.d.sync += beats.eq(Mux(left < limit, left, limit))
                 m.next = "Reserve"
             with m.State("Reserve"):
-                with m.If(reserved + beats <= self._depth):
+                with m.If((reserved + beats <= self._depth) & (flying != OUTSTANDING_BURSTS)):
                     m.d.comb += reserve.eq(1)
                     m.next = "Issue Burst"
             with m.State("Issue Burst"):
@@ -255,7 +282,10 @@ class ReadMaster(wiring.Component):
                         m.next = "Take Span"
                     with m.Else():
                         m.next = "Size Burst"
-        self.probes = {"address": address, "left": left, "beats": beats, "reserved": reserved}
+        self.probes = {
+            "address": address, "left": left, "beats": beats, "reserved": reserved,
+            "flying": flying,
+        }  # fmt: skip
         return m
 
 
@@ -295,7 +325,7 @@ class WriteMaster(wiring.Component):
         m.submodules.queue = queue = Queue(BEAT_BITS, 2 * self.MAX_BURST)
         address, left = Signal(ADDRESS), Signal(BEATS)
         beats, sent = Signal(range(self.MAX_BURST + 1)), Signal(range(self.MAX_BURST + 1))
-        waiting = Signal(8)  # bursts without a response
+        waiting = Signal(range(OUTSTANDING_BURSTS + 1))  # bursts without a response
         issue, asked = Signal(), Signal()
         wiring.connect(m, wiring.flipped(self.i), queue.i)
         m.d.comb += [
@@ -328,7 +358,7 @@ class WriteMaster(wiring.Component):
                 m.next = "Gather"
             with m.State("Gather"):
                 m.d.sync += asked.eq(0)
-                with m.If((queue.level >= beats) & ~waiting.all()):
+                with m.If((queue.level >= beats) & (waiting != OUTSTANDING_BURSTS)):
                     m.next = "Send"
             with m.State("Send"):
                 # Neither channel waits for the other (IHI 0022, A3.3.1).

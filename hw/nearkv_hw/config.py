@@ -7,6 +7,10 @@ import zlib
 
 from . import abi
 
+# Bursts under way on a read or a write channel, at most: the masters hold it, and the packaging
+# announces it (NUM_READ_OUTSTANDING). AMD's RTL kernel wizard has 32 too.
+OUTSTANDING_BURSTS = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -46,6 +46,7 @@ class Kernel(wiring.Component):
     control : In(AxiLite)
     kv_ar, kv_r : the read channels of `m_axi_kv`
     job_ar, job_r, job_aw, job_w, job_b : the channels of `m_axi_job`
+    interrupt : Out(1), see `Control`
 
     Timing: from `ap_start` to `ap_done` one run of the job queue. In a run, K and V beats are
     consumed at one a cycle as long as the bus supplies them; the summary's counters tell how long
@@ -64,6 +65,7 @@ class Kernel(wiring.Component):
                 "job_aw": Out(stream.Signature(Burst)),
                 "job_w": Out(stream.Signature(WriteBeat)),
                 "job_b": In(stream.Signature(RESP)),
+                "interrupt": Out(1),
             }
         )
 
@@ -114,6 +116,7 @@ class Kernel(wiring.Component):
             writer.start.eq(control.start),
             writer.args.eq(control.args),
             control.done.eq(writer.done),
+            self.interrupt.eq(control.interrupt),
             writer.finished.eq(jobs.finished & ~control.start),
             writer.n_jobs.eq(jobs.n_jobs),
             writer.queue_error.eq(jobs.error),
@@ -302,6 +305,7 @@ class Top(Elaboratable):
         axi("m_axi_job", "w", kernel.job_w, {"data": w.data, "strb": strobes, "last": w.last}, "o")
         axi("m_axi_job", "b", kernel.job_b,
             {"id": Signal(1), "resp": kernel.job_b.payload}, "i")  # fmt: skip
+        self._wires.append((Signal(name="interrupt"), "o", kernel.interrupt))
         self.ports = {"ap_clk": (self._clk, None), "ap_rst_n": (self._rst_n, None)}
         self.ports |= {wire.name: (wire, None) for wire, _, _ in self._wires}
 

@@ -90,7 +90,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> Parser:
-    from . import bench, generate, plan, xclbin, xrt_sim
+    from . import bench, doctor, generate, plan, selftest, xclbin, xrt_sim
 
     parser = Parser("nearkv", description="Attention next to storage.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -110,6 +110,22 @@ def _parser() -> Parser:
     add = commands.add_parser("plan", help="what a model would do on a machine, and why")
     plan.add_arguments(add)
     add.set_defaults(run=plan.run)
+    add = commands.add_parser(
+        "doctor",
+        help="what this machine has for nearkv, what is missing, and how to mend it",
+        description="Look at cards, drives, their pairing, tools and the kernel, and say what is missing "
+        "and the command that mends it. The exit status is 0 if what this machine needs is there.",
+    )
+    doctor.add_arguments(add)
+    add.set_defaults(run=doctor.run)
+    add = commands.add_parser(
+        "selftest",
+        help="everything a card must do, measured and target side by side",
+        description="Run everything that a card must do, compare it byte for byte with the bit-exact model, "
+        "and print what was measured beside what it should be. The exit status is 1 if something fails.",
+    )
+    selftest.add_arguments(add)
+    add.set_defaults(run=selftest.run)
     add = commands.add_parser("xclbin", help="what is in an xclbin file")
     xclbin.add_arguments(add)
     add.set_defaults(run=xclbin.run)

@@ -6,6 +6,7 @@ import pytest
 
 from nearkv_hw import abi, axi
 from nearkv_hw.axi import Control, ReadMaster, WriteMaster
+from nearkv_hw.config import OUTSTANDING_BURSTS
 from nearkv_hw.shapes import BURST_BEATS
 
 CONFIG_HASH = 0x12345678
@@ -43,8 +44,9 @@ def follow_span(b, dut, burst):
 def test_reads_follow_the_span_and_never_outgrow_the_reserved_space_by_induction(
     bench, depth, max_burst
 ):
-    """Bursts stay within 4096 bytes, their beats add up to the span's, and what is asked for and
-    not yet freed never exceeds the queue behind; for any memory that answers only what was asked.
+    """Bursts stay within 4096 bytes, their beats add up to the span's, what is asked for and not
+    yet freed never exceeds the queue behind, and no more bursts are under way than announced; for
+    any memory that answers only what was asked.
     """
     b = bench
     dut = b.add(ReadMaster(depth, max_burst))
@@ -54,6 +56,10 @@ def test_reads_follow_the_span_and_never_outgrow_the_reserved_space_by_induction
     queued = b.counter(dut.r.valid, dut.freed, name="queued")
     b.assume(on_the_way != 0, when=dut.r.valid)
     b.assume(queued != 0, when=dut.freed)
+    flying = b.counter(issued, dut.r.valid & dut.r.p.last, name="flying")
+    b.assume(flying != 0, when=dut.r.valid)
+    b.claim(flying + dut.ar.valid <= OUTSTANDING_BURSTS)
+    b.claim(flying == dut.inside("flying"))
 
     address, beats, asked = follow_span(b, dut, dut.ar)
     b.claim_stream(dut.ar)
@@ -140,8 +146,8 @@ def test_writes_follow_the_span_and_are_answered_by_induction(bench, monkeypatch
     sending = dut.state("Send")
     b.claim(dut.states())
     b.claim(dut.inside("waiting") == unanswered + named)
-    b.claim((unanswered + named <= 255) & (unanswered != 255), when=sending)
-    b.claim(unanswered <= 255)
+    b.claim(unanswered + named <= OUTSTANDING_BURSTS)
+    b.claim(unanswered != OUTSTANDING_BURSTS, when=sending)
     b.claim(sent == 0, when=dut.state("Gather"))
     b.claim(~named & ~filled & (data == 0), when=~sending)
     b.claim((dut.inside("asked") == named) & (data == sent) & (filled == (sent == size))
@@ -163,7 +169,8 @@ def test_control_starts_once_per_request_and_reports_each_end_once_by_induction(
     Each request outside a run gives one `start`, one or two cycles after it; requests during a run
     give none. Each `done` is seen as ap_done and ap_ready by exactly one read of CTRL, the next
     one. ap_idle is high exactly when there is neither a run nor a request. The arguments of a run
-    are those written before its `start`, and stay until the next one.
+    are those written before its `start`, and stay until the next one. `interrupt` is GIER and any
+    of IP_ISR that IP_IER enables; a `done` in the cycle of a write to IP_ISR is kept.
     """
     b, m = bench, bench.m
     dut = b.add(Control(CONFIG_HASH))
@@ -196,6 +203,26 @@ def test_control_starts_once_per_request_and_reports_each_end_once_by_induction(
     b.claim(bus.b.payload == 0)
     b.cover(ctrl & news)
     b.cover(ctrl & dut.done & news)
+
+    # Interrupts.
+    lane_0 = writes & bus.w.p.strb[0]
+    enables = {}
+    for offset, bits in ((abi.REG_GIER, 1), (abi.REG_IER, 2), (abi.REG_ISR, 2)):
+        enables[offset] = value = b.ghost(bits, f"register_{offset}")
+        given = bus.w.p.data[:bits]
+        with m.If(lane_0 & (bus.aw.payload[2:] == offset >> 2)):
+            m.d.sync += value.eq(value ^ given if offset == abi.REG_ISR else given)
+        b.claim(bus.r.p.data == b.before(value),
+                when=b.before(reads & (bus.ar.payload[2:] == offset >> 2)))  # fmt: skip
+    for bit in range(2):
+        with m.If(dut.done & enables[abi.REG_IER][bit]):
+            m.d.sync += enables[abi.REG_ISR][bit].eq(1)
+    wanted = enables[abi.REG_GIER] & (enables[abi.REG_IER] & enables[abi.REG_ISR]).any()
+    b.claim(dut.interrupt == b.before(wanted))
+    b.cover(dut.interrupt & lane_0 & (bus.aw.payload[2:] == abi.REG_ISR >> 2) & dut.done)
+    for name, offset in (("global_enable", abi.REG_GIER), ("enable", abi.REG_IER),
+                         ("pending", abi.REG_ISR)):  # fmt: skip
+        b.claim(dut.inside(name) == enables[offset])
 
     # Each write and each read is answered once.
     writes_open = b.counter(writes, bus.b.valid & bus.b.ready, name="writes_open")

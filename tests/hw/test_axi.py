@@ -7,6 +7,7 @@ import pytest
 
 from nearkv_hw import abi
 from nearkv_hw.axi import Control, ReadMaster, Span, WriteMaster
+from nearkv_hw.config import OUTSTANDING_BURSTS
 
 # --- read master ----------------------------------------------------------------------------------
 
@@ -108,6 +109,26 @@ def test_read_master_keeps_the_bus_busy(bench):
     memory, _, arrived = read(bench, dut, [(0, 1024)], 256, never, latency=30)
     cycles = arrived.cycles[-1] - arrived.cycles[0] + 1
     assert cycles == 1024, f"{cycles} cycles for 1024 beats"
+
+
+def test_masters_have_at_most_so_many_bursts_under_way(bench):
+    """Short bursts far from the end of the room, and a memory that answers late."""
+
+    def never(side):
+        return itertools.repeat(False)
+
+    spans = [(4096 * i, 1) for i in range(3 * OUTSTANDING_BURSTS)]
+    memory, _, arrived = read(bench, ReadMaster(512), spans, 512, never, latency=400)
+    asked, came = [at for at, *_ in memory.bursts], arrived.cycles
+    under_way = [i + 1 - sum(at < cycle for at in came) for i, cycle in enumerate(asked)]
+    assert max(under_way) == OUTSTANDING_BURSTS
+
+    memory, _, _, _ = write(bench, WriteMaster(), spans, never, latency=400)
+    under_way = [
+        i + 1 - sum(at < cycle for at in memory.answers)
+        for i, (cycle, *_) in enumerate(memory.bursts)
+    ]
+    assert max(under_way) == OUTSTANDING_BURSTS
 
 
 def test_read_master_passes_responses_on(bench, pauses):
@@ -434,7 +455,7 @@ def test_control_heeds_byte_strobes(bench, pauses, rng):
 
 def test_control_ignores_writes_to_words_without_a_meaning(bench, pauses, rng):
     values = arguments(rng)
-    known = {*OFFSETS.values(), abi.REG_CTRL}
+    known = {*OFFSETS.values(), abi.REG_CTRL, abi.REG_GIER, abi.REG_IER, abi.REG_ISR}
     constants = {r.offset: r for r in abi.REGISTERS if not r.writable}
     others = [at for at in [*range(0, 0x60, 4), 0x800, 0xFFC] if at not in known]
     host = Host(
@@ -448,6 +469,40 @@ def test_control_ignores_writes_to_words_without_a_meaning(bench, pauses, rng):
     want = [expected.get(at, 0) for at in others]
     assert host.go() == [*want, *values.values(), IDLE]
     assert not host.starts.items
+
+
+BOTH = abi.IRQ_DONE | abi.IRQ_READY
+ISR = ("r", abi.REG_ISR)
+
+
+def test_control_interrupts_until_the_status_is_written_back(bench, pauses):
+    host = Host(
+        bench, Control(HASH),
+        [("r", abi.REG_GIER), ("r", abi.REG_IER), ISR, START, ("wait", 4), ("done",), ISR, CTRL,
+         ("w", abi.REG_GIER, 0xFFFFFFFF), ("w", abi.REG_IER, abi.IRQ_DONE), ("r", abi.REG_GIER),
+         ("r", abi.REG_IER), START, ("wait", 4), ("done",), ("wait", 3), ISR, CTRL, ISR,
+         ("w", abi.REG_ISR, abi.IRQ_DONE), ISR, ("wait", 3)],
+        pauses,
+    )  # fmt: skip
+    wire = host.run.tap(1, host.dut.interrupt)
+    # What ends without being enabled is not kept; reading CTRL clears no interrupt.
+    assert host.go() == [0, 0, 0, 0, DONE, 1, 1, 1, DONE, 1, 0]
+    levels = [level for (level,) in wire.items]
+    assert levels[0] == levels[-1] == 0
+    assert sum(a != b for a, b in itertools.pairwise(levels)) == 2
+
+
+def test_control_interrupt_status_inverts_the_bits_written(bench, pauses):
+    host = Host(
+        bench, Control(HASH),
+        [("w", abi.REG_IER, 0xFFFFFFFF), ("r", abi.REG_IER), START, ("wait", 4), ("done",), ISR,
+         ("w", abi.REG_ISR, 0), ISR, ("w", abi.REG_ISR, 0xFFFFFFFF, 0b1110), ISR,
+         ("w", abi.REG_ISR, 1), ISR, ("w", abi.REG_ISR, 3), ISR, ("w", abi.REG_ISR, 1), ISR],
+        pauses,
+    )  # fmt: skip
+    wire = host.run.tap(host.dut.interrupt)
+    assert host.go() == [BOTH, 3, 3, 3, 2, 1, 0]
+    assert not wire.items  # GIER was never set
 
 
 @pytest.mark.parametrize("offset", range(-4, 5))

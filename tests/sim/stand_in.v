@@ -8,9 +8,9 @@ module nearkv (
     input s_axi_control_awvalid, output s_axi_control_awready, input [11:0] s_axi_control_awaddr,
     input s_axi_control_wvalid, output s_axi_control_wready,
     input [31:0] s_axi_control_wdata, input [3:0] s_axi_control_wstrb,
-    output reg s_axi_control_bvalid, input s_axi_control_bready, output [1:0] s_axi_control_bresp,
+    output s_axi_control_bvalid, input s_axi_control_bready, output [1:0] s_axi_control_bresp,
     input s_axi_control_arvalid, output s_axi_control_arready, input [11:0] s_axi_control_araddr,
-    output reg s_axi_control_rvalid, input s_axi_control_rready,
+    output s_axi_control_rvalid, input s_axi_control_rready,
     output reg [31:0] s_axi_control_rdata, output [1:0] s_axi_control_rresp,
     output m_axi_kv_arid, output m_axi_kv_arvalid, input m_axi_kv_arready,
     output [63:0] m_axi_kv_araddr, output [7:0] m_axi_kv_arlen, output [2:0] m_axi_kv_arsize,
@@ -27,29 +27,35 @@ module nearkv (
     output [1:0] m_axi_job_awburst,
     output m_axi_job_wvalid, input m_axi_job_wready, output [511:0] m_axi_job_wdata,
     output [63:0] m_axi_job_wstrb, output m_axi_job_wlast,
-    input m_axi_job_bid, input m_axi_job_bvalid, output m_axi_job_bready, input [1:0] m_axi_job_bresp
+    input m_axi_job_bid, input m_axi_job_bvalid, output m_axi_job_bready,
+    input [1:0] m_axi_job_bresp, output interrupt
 );
     localparam IDLE = 0, JOB_AR = 1, JOB_R = 2, KV_AR = 3, KV_R = 4, AW = 5, W = 6, B = 7, DONE = 8;
     reg [31:0] words[0:31];
-    reg start, done, beat, in_summary;
+    reg bvalid, rvalid, start, done, beat, in_summary;
     reg [3:0] state;
     reg [7:0] job, fault, phase;
     reg [31:0] partial;
     reg [511:0] sum;
     wire [63:0] kv = {words[5], words[4]}, base = {words[8], words[7]};
 
-    assign {m_axi_kv_arid, m_axi_job_arid, m_axi_job_awid} = 0;
+    assign {m_axi_job_arid, m_axi_job_awid} = 0;
+    assign m_axi_kv_arid = fault == 17;
     assign {s_axi_control_bresp, s_axi_control_rresp} = 0;
-    assign s_axi_control_awready = s_axi_control_awvalid & s_axi_control_wvalid & ~s_axi_control_bvalid;
+    assign s_axi_control_awready = s_axi_control_awvalid & s_axi_control_wvalid & ~bvalid;
     assign s_axi_control_wready = s_axi_control_awready;
-    assign s_axi_control_arready = ~s_axi_control_rvalid;
+    assign s_axi_control_arready = ~rvalid;
 
-    assign m_axi_job_arvalid = state == JOB_AR;
+    // No valid in reset, from its first cycle.
+    assign s_axi_control_bvalid = bvalid & ap_rst_n;
+    assign s_axi_control_rvalid = rvalid & ap_rst_n;
+    assign interrupt = 0;
+    assign m_axi_job_arvalid = ap_rst_n ? state == JOB_AR : fault == 13;
     assign m_axi_job_araddr = base + words[10] + 64 * job;
     assign {m_axi_job_arlen, m_axi_job_arsize, m_axi_job_arburst} = {8'd0, 3'd6, 2'd1};
     assign m_axi_job_rready = state == JOB_R;
 
-    assign m_axi_kv_arvalid = state == KV_AR && !(fault == 8 && phase[1]);
+    assign m_axi_kv_arvalid = ap_rst_n && state == KV_AR && !(fault == 8 && phase[1]);
     assign m_axi_kv_araddr = kv + 4096 * job + (fault == 1 ? 64 : fault == 4 ? 32 : 0)
         + (fault == 7 ? {phase, 12'd0} : 0);
     assign m_axi_kv_arlen = 63;
@@ -57,32 +63,33 @@ module nearkv (
     assign m_axi_kv_arburst = fault == 3 ? 2 : 1;
     assign m_axi_kv_rready = state == KV_R;
 
-    assign m_axi_job_awvalid = state == AW;
+    assign m_axi_job_awvalid = ap_rst_n && state == AW;
     assign m_axi_job_awaddr = base + (in_summary ? words[14] : partial + (fault == 5 ? 1 << 14 :
         fault == 12 ? 1 << 24 : 0));
     assign m_axi_job_awlen = in_summary;
     assign {m_axi_job_awsize, m_axi_job_awburst} = {3'd6, 2'd1};
-    assign m_axi_job_wvalid = state == W;
+    assign m_axi_job_wvalid = ap_rst_n && state == W;
     assign m_axi_job_wdata = in_summary ? {504'd0, 7'd1, beat} : sum;
-    assign m_axi_job_wstrb = ~64'd0;
+    assign m_axi_job_wstrb = ~(fault == 14 ? 64'd8 : 64'd0);
     assign m_axi_job_wlast = fault == 6 ? !beat : beat == in_summary;
     assign m_axi_job_bready = state == B || state == DONE;
 
     always @(posedge ap_clk)
         if (!ap_rst_n) begin
-            {s_axi_control_bvalid, s_axi_control_rvalid, start, done} <= 0;
+            {bvalid, rvalid, start, done} <= 0;
             {state, fault, phase} <= 0;
         end else begin
             phase <= phase + 1;
-            if (s_axi_control_bready) s_axi_control_bvalid <= 0;
+            if (s_axi_control_bready) bvalid <= 0;
             if (s_axi_control_awready) begin
-                s_axi_control_bvalid <= 1;
+                bvalid <= 1;
                 if (s_axi_control_awaddr == 0) start <= s_axi_control_wdata[0];
                 else words[s_axi_control_awaddr[6:2]] <= s_axi_control_wdata;
             end
-            if (s_axi_control_rready) s_axi_control_rvalid <= 0;
+            if (s_axi_control_rready) rvalid <= fault == 18;
+            if (rvalid && fault == 15) s_axi_control_rdata[31:24] <= phase;
             if (s_axi_control_arvalid && s_axi_control_arready) begin
-                s_axi_control_rvalid <= 1;
+                rvalid <= 1;
                 case (s_axi_control_araddr)
                     12'h00: begin
                         s_axi_control_rdata <= {done, !start, done, start};
@@ -107,7 +114,7 @@ module nearkv (
                     state <= KV_AR;
                 end
                 KV_AR: if (m_axi_kv_arvalid && m_axi_kv_arready) begin
-                    state <= KV_R;
+                    if (fault != 16) state <= KV_R;  // 16: asks again and again
                     if (fault == 11) begin  // done with a read under way
                         {start, done} <= 1;
                         state <= IDLE;

@@ -27,6 +27,11 @@ FAULTS = {
     10: r"nothing has moved on m_axi_kv and m_axi_job for 50000 cycles",
     11: r"ap_done came with 1 read bursts still under way",
     12: r"m_axi_job\.w: write to 0x1\w+, outside job memory",
+    14: r"m_axi_job\.w: not every byte of a beat is written",
+    15: r"s_axi_control\.r: the payload changed while valid waited",
+    16: r"m_axi_kv\.ar: more than 32 bursts under way",
+    17: r"m_axi_kv\.ar: id is 1",
+    18: r"s_axi_control\.r: an answer that nothing asked for",
 }
 
 
@@ -85,7 +90,8 @@ def test_a_kernel_that_keeps_the_rules_passes(stand_in, stalls, read_latency):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_rule_ends_the_run_and_the_next_run_works(stand_in, fault):
     # A channel must wait for its valid to drop or its payload to change.
-    card = stand_in(stalls=0.8 if fault in (7, 8) else 0.0, write_latency=500, read_latency=500)
+    stalls = 0.8 if fault in (7, 8, 15) else 0.0
+    card = stand_in(stalls=stalls, write_latency=500, read_latency=500, outstanding=64)
     kv, job = memories(fault)
     with pytest.raises(rtl.SimulationError, match=FAULTS[fault]) as raised:
         card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
@@ -94,6 +100,14 @@ def test_a_broken_rule_ends_the_run_and_the_next_run_works(stand_in, fault):
     want = expected(kv, job)
     card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
     np.testing.assert_array_equal(job, want)
+
+
+def test_a_valid_during_reset_is_noticed(stand_in):
+    card = stand_in()
+    kv, job = memories(13)
+    card.execute(kv, job, 0, N_JOBS, SUMMARY, 600)
+    with pytest.raises(rtl.SimulationError, match="a valid is high during reset"):
+        card._call("reset")
 
 
 def test_pauses_take_their_share_of_the_cycles(stand_in):

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from nearkv_hw import abi
-from nearkv_hw.config import Config
+from nearkv_hw.config import OUTSTANDING_BURSTS, Config
 
 from .. import perf
 from ..lifetime import Lifetime
@@ -320,9 +320,10 @@ def emitted(config: Config) -> str:
 
 
 def abi_header() -> str:
-    """Constants of `abi` for the harness, as C++."""
+    """Constants of `abi` and `config` for the harness, as C++."""
     names = ("BEAT_BYTES", "BURST_BYTES")
     lines = [f"constexpr int {name} = {getattr(abi, name)};" for name in names]
+    lines.append(f"constexpr int OUTSTANDING_BURSTS = {OUTSTANDING_BURSTS};")
     return "// Generated from nearkv_hw.abi.\n#pragma once\n" + "\n".join(lines) + "\n"
 
 

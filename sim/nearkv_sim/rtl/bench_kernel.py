@@ -32,9 +32,13 @@ import numpy as np
 
 from nearkv_hw import abi
 from nearkv_hw.abi import KvType, Status
-from nearkv_hw.config import Config, preset
+from nearkv_hw.axi import WriteMaster
+from nearkv_hw.config import OUTSTANDING_BURSTS, Config, preset
+from nearkv_hw.shapes import BURST_BEATS
 from nearkv_sim import rtl, workload
 from nearkv_sim.model import ModelCard
+from nearkv_sim.rtl import axi_rules
+from nearkv_sim.rtl.axi_rules import AxiRules, Limits
 
 CLOCK_NS = 4
 REGISTERS = {register.name: register for register in abi.REGISTERS}
@@ -46,20 +50,38 @@ KV_BASE, JOB_BASE = 0x123 << 32, 0xFED << 28
 class Bench:
     """The kernel between cocotbext-axi's memories and AXI4-Lite manager.
 
-    Every burst is checked against the boundary of 4096 bytes and for size, type and ID.
+    Every cycle of every bus is held to `axi_rules`.
     """
 
     def __init__(self, dut):
         self.dut = dut
         self.config = preset(os.environ["NEARKV_CONFIG"])
         self.rng = np.random.default_rng(int(os.environ["NEARKV_SEED"]))
-        self.bursts = {"kv_ar": 0, "job_ar": 0, "job_aw": 0}
+        read_only = {name: axi_rules.FULL[name] for name in ("ar", "r")}
+        most = Limits(BURST_BEATS, OUTSTANDING_BURSTS)
+        self.rules = {
+            "kv": AxiRules("m_axi_kv", read_only, most),
+            "job": AxiRules(
+                "m_axi_job", axi_rules.FULL, most, Limits(WriteMaster.MAX_BURST, OUTSTANDING_BURSTS)
+            ),
+            "control": AxiRules("s_axi_control", axi_rules.LITE),
+        }
+
+    @property
+    def bursts(self) -> dict[str, int]:
+        """Bursts so far on each channel for addresses."""
+        return {
+            f"{name}_{channel}": self.rules[name].bursts[channel]
+            for name, channel in (("kv", "ar"), ("job", "ar"), ("job", "aw"))
+        }
 
     async def start(self, pauses=None):
         """Reset the kernel; `pauses()` makes a generator of pauses for each channel."""
         dut = self.dut
         dut.ap_rst_n.value = 0
         Clock(dut.ap_clk, CLOCK_NS, unit="ns").start()
+        for rules in self.rules.values():
+            cocotb.start_soon(self._hold_to(rules))
         await ClockCycles(dut.ap_clk, 4)
         where = {"clock": dut.ap_clk, "reset": dut.ap_rst_n, "reset_active_level": False}
         kv, job = AxiReadBus.from_prefix(dut, "m_axi_kv"), AxiBus.from_prefix(dut, "m_axi_job")
@@ -79,11 +101,7 @@ class Bench:
                 self.control.read_if.ar_channel, self.control.read_if.r_channel,
             ):  # fmt: skip
                 channel.set_pause_generator(pauses())
-        for name in self.bursts:
-            cocotb.start_soon(self._check_bursts(name))
         await ClockCycles(dut.ap_clk, 4)
-        for name in ("kv_ar", "job_ar", "job_aw", "job_w"):
-            assert not getattr(dut, f"m_axi_{name}valid").value, f"{name} is valid during reset"
         dut.ap_rst_n.value = 1
         await ClockCycles(dut.ap_clk, 16)
 
@@ -132,7 +150,10 @@ class Bench:
         return np.frombuffer(data, np.uint8).copy()
 
     def check(self, memories: workload.Memories, got: np.ndarray) -> None:
-        """Every byte as the model leaves it, sentinels around partials and summary included."""
+        """Every byte as the model leaves it, sentinels around partials and summary included; and
+        nothing is under way on the memories' buses."""
+        self.rules["kv"].finish()
+        self.rules["job"].finish()
         want = memories.untimed(memories.execute(ModelCard(self.config)))
         for i in range(memories.n_jobs):
             assert memories.partial(got, i) == memories.partial(want, i), f"job {i}"
@@ -145,22 +166,18 @@ class Bench:
         jobs = [workload.random_job(self.rng, self.config, **choices) for _ in range(n)]
         return workload.place(jobs, self.rng)
 
-    async def _check_bursts(self, name):
-        def signal(field):
-            return getattr(self.dut, f"m_axi_{name}{field}")
+    async def _hold_to(self, rules: AxiRules):
+        handles = {}
 
-        valid, ready = signal("valid"), signal("ready")
+        def read(wire):
+            if wire not in handles:
+                handles[wire] = getattr(self.dut, f"{rules.name}_{wire}")
+            return int(handles[wire].value)
+
+        reset_n, edge = self.dut.ap_rst_n, RisingEdge(self.dut.ap_clk)
         while True:
-            await RisingEdge(self.dut.ap_clk)
-            if int(valid.value) and int(ready.value):
-                address, beats = int(signal("addr").value), int(signal("len").value) + 1
-                end = address % abi.BURST_BYTES + beats * abi.BEAT_BYTES
-                assert end <= abi.BURST_BYTES, f"{name}: {beats} beats at {address:#x}"
-                assert address % abi.BEAT_BYTES == 0
-                assert 1 << int(signal("size").value) == abi.BEAT_BYTES
-                assert int(signal("burst").value) == 1  # INCR
-                assert int(signal("id").value) == 0
-                self.bursts[name] += 1
+            await edge
+            rules.step(int(reset_n.value), read)
 
 
 def random_pauses(share):
@@ -204,6 +221,63 @@ async def bursts_stay_inside_4096_bytes_wherever_records_lie(dut):
         memories = bench.jobs(4, max_tokens=40, page_tokens=32)
         bench.check(memories, await bench.run(memories))
     assert all(bench.bursts.values())
+
+
+@cocotb.test()
+async def the_driver_runs_jobs_by_interrupt(dut):
+    """XRT's sequence: interrupts on; every argument word in one pass; start; at the interrupt IP_ISR
+    is read and written back, then CTRL is read.
+
+    # Ref: XRT 2023.2, src/runtime_src/core/common/drv/cu_hls.c
+    """
+    bench = Bench(dut)
+    await bench.start(random_pauses(0.2))
+    await bench.write(abi.REG_GIER, abi.GIER_ENABLE)
+    await bench.write(abi.REG_IER, abi.IRQ_DONE)
+    for n in range(4):
+        memories = bench.jobs(2, page_tokens=32)
+        await bench.configure(memories)
+        assert not dut.interrupt.value
+        await bench.write(abi.REG_CTRL, abi.CTRL_START)
+        await with_timeout(RisingEdge(dut.interrupt), 1, "ms")
+        if n % 2:  # a late driver loses nothing
+            await ClockCycles(dut.ap_clk, 300)
+        pending = await bench.read(abi.REG_ISR)
+        assert pending == abi.IRQ_DONE
+        assert dut.interrupt.value
+        await bench.write(abi.REG_ISR, pending)
+        await ClockCycles(dut.ap_clk, 2)
+        assert not dut.interrupt.value
+        assert await bench.read(abi.REG_ISR) == 0
+        control = await bench.read(abi.REG_CTRL)
+        assert control == abi.CTRL_DONE | abi.CTRL_IDLE | abi.CTRL_READY
+        bench.check(memories, bench.job_memory(memories))
+
+
+@cocotb.test()
+async def the_driver_may_poll_and_change_to_interrupts(dut):
+    """XRT polls for a while first; what ended meanwhile must not interrupt later unless enabled."""
+    bench = Bench(dut)
+    await bench.start()
+    memories = bench.jobs(1)
+    for enable, gier in ((0, 1), (abi.IRQ_READY, 0), (abi.IRQ_DONE | abi.IRQ_READY, 1)):
+        await bench.write(abi.REG_IER, enable)
+        await bench.write(abi.REG_GIER, gier)
+        got = await bench.run(memories)
+        assert await bench.read(abi.REG_ISR) == enable
+        assert dut.interrupt.value == int(enable != 0 and gier)
+        await bench.write(abi.REG_GIER, 1 - gier)  # it follows both enables
+        await ClockCycles(dut.ap_clk, 2)
+        assert dut.interrupt.value == int(enable != 0 and not gier)
+        await bench.write(abi.REG_GIER, 1)
+        await bench.write(abi.REG_IER, 0)
+        await ClockCycles(dut.ap_clk, 2)
+        assert not dut.interrupt.value
+        await bench.write(abi.REG_ISR, await bench.read(abi.REG_ISR))
+        await bench.write(abi.REG_IER, enable)
+        await ClockCycles(dut.ap_clk, 2)
+        assert not dut.interrupt.value
+        bench.check(memories, got)
 
 
 @cocotb.test()
@@ -329,13 +403,46 @@ async def a_reset_during_a_run_leaves_a_working_kernel(dut):
 TESTS = [name for name, value in list(globals().items()) if isinstance(value, TestGenerator)]
 
 
-def run(test: str, config: Config, work: Path, seed: int = 0, waves: bool = False) -> None:
+@cocotb.test()
+async def a_kernel_that_breaks_a_rule_is_noticed(dut):
+    """Of tests/sim/stand_in.v, with the fault that NEARKV_FAULT names: ends with a Violation."""
+    bench = Bench(dut)
+    await bench.start()
+    record = abi.JOB.pack(
+        page_table=0, n_pages=1, q=0, partial=4096, group_size=0, kv_type=0, head_dim=32,
+        page_tokens=32, score_mantissa=0, score_shift=0, tag=int(os.environ["NEARKV_FAULT"]),
+    )  # fmt: skip
+    bench.job.write(JOB_BASE % MEMORY_BYTES, record)
+    values = {"kv": KV_BASE, "job": JOB_BASE, "queue": 0, "n_jobs": 1, "summary": 2048}
+    for name, value in values.items():
+        for part in range(REGISTERS[name].bits // 32):
+            word = value >> 32 * part & 0xFFFFFFFF
+            await bench.write(REGISTERS[name].offset + 4 * part, word)
+    # Some faults show only while a valid waits.
+    late = bench.kv.ar_channel, bench.control.read_if.r_channel
+    for channel in late:
+        channel.pause = True
+    await bench.write(abi.REG_CTRL, abi.CTRL_START)
+    polling = cocotb.start_soon(bench.wait_done(100))
+    await ClockCycles(dut.ap_clk, 100)
+    for channel in late:
+        channel.pause = False
+    await polling
+    dut.ap_rst_n.value = 0
+    await ClockCycles(dut.ap_clk, 20)
+
+
+def run(
+    test: str, config: Config, work: Path, seed: int = 0, waves: bool = False, **environment: str
+) -> None:
     """Run one test of this module in the simulator, from within pytest.
 
     Parameters
     ----------
     work : Path
         Where the log, the results and, with `waves`, the waveform go.
+    environment : str
+        Further variables for the simulator's process.
 
     Raises
     ------
@@ -345,8 +452,8 @@ def run(test: str, config: Config, work: Path, seed: int = 0, waves: bool = Fals
     source = rtl.emitted(config)
     key = hashlib.sha256(source.encode()).hexdigest()[:20]
     build = rtl.cache_directory() / f"cocotb-{config.name}-{key}{'-waves' if waves else ''}"
-    environment = {**rtl.verilator_environment(), "MAKEFLAGS": f"-- {rtl.MAKE_VARIABLES}"}
-    with unittest.mock.patch.dict(os.environ, environment):
+    tools = {**rtl.verilator_environment(), "MAKEFLAGS": f"-- {rtl.MAKE_VARIABLES}"}
+    with unittest.mock.patch.dict(os.environ, tools):
         runner = get_runner("verilator")
         with rtl.locked(build):
             if not (build / "ready").exists():
@@ -355,7 +462,7 @@ def run(test: str, config: Config, work: Path, seed: int = 0, waves: bool = Fals
             test_module=__name__, testcase=test, hdl_toplevel="nearkv",
             hdl_toplevel_lang="verilog", build_dir=build,
             test_dir=work, results_xml=str(work / "results.xml"), seed=seed, waves=waves,
-            extra_env={"NEARKV_CONFIG": config.name, "NEARKV_SEED": str(seed)},
+            extra_env={"NEARKV_CONFIG": config.name, "NEARKV_SEED": str(seed), **environment},
         )  # fmt: skip
 
 

@@ -175,7 +175,10 @@ struct Address {
     uint32_t length, size, burst, id;
 };
 
-void check_burst(const char* channel, const Address& a) {
+void check_burst(const char* channel, const Address& a, size_t under_way) {
+    if (under_way >= OUTSTANDING_BURSTS)
+        fail("%s: more than %d bursts under way", channel, OUTSTANDING_BURSTS);
+    if (a.id) fail("%s: id is %u, and was 0 before", channel, a.id);
     uint64_t bytes = (uint64_t(a.length) + 1) * BEAT_BYTES;
     if (a.size != AXI_SIZE) fail("%s: size is %u, not %d (full width)", channel, a.size, AXI_SIZE);
     if (a.burst != AXI_INCR) fail("%s: burst type is %u, not INCR", channel, a.burst);
@@ -225,7 +228,7 @@ struct Reader {
             held.check(ar_name.c_str(), arvalid, arready, a);
             ar_was_valid_ = arvalid && !arready;
             if (arvalid && arready) {
-                check_burst(ar_name.c_str(), a);
+                check_burst(ar_name.c_str(), a, queue.size());
                 uint64_t jitter = ar_pauses.active() ? ar_pauses.random() % 32 : 0;
                 uint64_t ready = now + settings.read_latency + jitter;
                 if (dram->enabled()) ready = dram->open_row(a.address, now) + settings.read_latency;
@@ -324,7 +327,7 @@ struct Writer {
             aw_held.check(aw_name.c_str(), awvalid, awready, a);
             aw_was_valid_ = awvalid && !awready;
             if (awvalid && awready) {
-                check_burst(aw_name.c_str(), a);
+                check_burst(aw_name.c_str(), a, open.size() + answered.size());
                 open.push_back({a.address, a.length + 1u, a.id, {}, 0});
                 ++bursts;
                 moved = true;
@@ -339,6 +342,7 @@ struct Writer {
             w_held.check(w_name.c_str(), wvalid, wready, beat);
             w_was_valid_ = wvalid && !wready;
             if (wvalid && wready) {
+                if (~wstrb) fail("%s: not every byte of a beat is written", w_name.c_str());
                 data.push_back(beat);
                 ++beats;
                 moved = true;
@@ -407,6 +411,38 @@ struct Writer {
         answered.push_back(std::move(burst));
         open.pop_front();
     }
+};
+
+// The kernel's answers on AXI4-Lite: held until taken, none that nothing asked for.
+class Answers {
+  public:
+    void sample(const Vnearkv& top) {
+        if (top.s_axi_control_rvalid || reading_) {
+            if (top.s_axi_control_rvalid && !reading_)
+                fail("s_axi_control.r: an answer that nothing asked for");
+            r_.check("s_axi_control.r", top.s_axi_control_rvalid, top.s_axi_control_rready,
+                     {top.s_axi_control_rdata, top.s_axi_control_rresp});
+            if (top.s_axi_control_rvalid && top.s_axi_control_rready) reading_ = false;
+        }
+        if (top.s_axi_control_bvalid || (addressed_ && given_)) {
+            if (top.s_axi_control_bvalid && !(addressed_ && given_))
+                fail("s_axi_control.b: an answer that nothing asked for");
+            b_.check("s_axi_control.b", top.s_axi_control_bvalid, top.s_axi_control_bready,
+                     {top.s_axi_control_bresp});
+            if (top.s_axi_control_bvalid && top.s_axi_control_bready) addressed_ = given_ = false;
+        }
+        reading_ |= top.s_axi_control_arvalid && top.s_axi_control_arready;
+        addressed_ |= top.s_axi_control_awvalid && top.s_axi_control_awready;
+        given_ |= top.s_axi_control_wvalid && top.s_axi_control_wready;
+    }
+    void reset() { r_.reset(), b_.reset(), reading_ = addressed_ = given_ = false; }
+
+  private:
+    struct R { uint32_t data, response; };
+    struct B { uint32_t response; };
+    Held<R> r_;
+    Held<B> b_;
+    bool reading_ = false, addressed_ = false, given_ = false;
 };
 
 class Card {
@@ -481,18 +517,26 @@ class Card {
 
     void reset() {
         top_->ap_rst_n = 0;
-        kv_.reset(), job_.reset(), out_.reset();
+        kv_.reset(), job_.reset(), out_.reset(), answers_.reset();
         top_->s_axi_control_awvalid = top_->s_axi_control_wvalid = top_->s_axi_control_arvalid = 0;
         top_->s_axi_control_bready = top_->s_axi_control_rready = 0;
-        for (int i = 0; i < 16; ++i) {
-            edge();
-            if (i > 2 && (top_->m_axi_kv_arvalid || top_->m_axi_job_arvalid ||
-                          top_->m_axi_job_awvalid || top_->m_axi_job_wvalid ||
-                          top_->s_axi_control_bvalid || top_->s_axi_control_rvalid))
+        auto quiet = [this] {  // IHI 0022, A3.1.2: up to the first edge after the reset
+            if (top_->m_axi_kv_arvalid || top_->m_axi_job_arvalid || top_->m_axi_job_awvalid ||
+                top_->m_axi_job_wvalid || top_->s_axi_control_bvalid || top_->s_axi_control_rvalid)
                 fail("a valid is high during reset");
+        };
+        for (int i = 0; i < 16; ++i) {
+            top_->ap_clk = 0;
+            settle();
+            // What a simulation begins with is no state of the kernel's.
+            if (cycle_ > 2) quiet();
+            edge();
         }
         // The kernel may register its reset a few times; no host is faster than this.
         top_->ap_rst_n = 1;
+        top_->ap_clk = 0;
+        settle();
+        quiet();
         for (int i = 0; i < 16; ++i) tick();
         moved_cycle_ = cycle_;
     }
@@ -611,6 +655,7 @@ class Card {
     Dram dram_;
     Reader kv_, job_;
     Writer out_;
+    Answers answers_;
     Pauses control_pauses_;
     uint64_t cycle_ = 0, moved_cycle_ = 0, quiet_cycles_ = 0;
 
@@ -639,6 +684,7 @@ class Card {
         top_->ap_clk = 0;
         top_->eval();
         dump();
+        answers_.sample(*top_);
         bool moved = kv_.sample(cycle_);
         moved |= job_.sample(cycle_);
         moved |= out_.sample(cycle_);
