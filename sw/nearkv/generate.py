@@ -52,7 +52,7 @@ def add_arguments(parser) -> None:
         "--max-new-tokens", type=whole(0), default=64, metavar="N",
         help="default: %(default)s; 0 only reads the prompt, for --keep",
     )  # fmt: skip
-    add("--card", help="model, twin or rtl; several with commas (default: twin)")
+    add("--card", help="model, twin, rtl or xrt:0; several with commas (default: twin)")
     add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
     add(
         "--kv-dir", type=existing_directory, action="append", metavar="DIR",

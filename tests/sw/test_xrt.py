@@ -236,6 +236,16 @@ def test_a_closed_card_gives_all_of_it_back(simulate):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_what_was_in_a_buffer_is_gone_for_the_next_who_gets_it(simulate):
+    (simulated,) = simulate().cards
+    for _ in range(2):
+        with open_card("xrt:0", **SMALL) as card:
+            for buffer in simulated.buffers.values():
+                if buffer.bytes is not None:
+                    assert not buffer.bytes.any()
+            card.write_job(0, b"secret")
+
+
 # --- what goes wrong while it works ------------------------------------------------------------------
 
 
@@ -342,6 +352,7 @@ def test_a_pointer_into_nowhere_ends_as_an_error(simulate):
 def test_a_forked_process_does_not_touch_its_parents_card(simulate):
     (simulated,) = simulate().cards
     with open_card("xrt:0", **SMALL) as card:
+        buffers = [card._job._buffer.handle]
         pid = os.fork()
         if not pid:
             try:
@@ -350,7 +361,8 @@ def test_a_forked_process_does_not_touch_its_parents_card(simulate):
                     card.run(1024, 0, 0)
                 del card
                 gc.collect()
-                xrt_card._close(None, 0, "BOFree", os.getpid() + 1, ())
+                # Nor do XRT's own functions, which know nothing of processes.
+                xrt_card.library().get("BOFree")(buffers[0])
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -424,6 +436,12 @@ def test_an_xclbin_of_another_version_or_of_something_else_is_refused(simulate, 
     _refused(r"has no kernel nearkv: \['vadd'\]", xclbin=other)
     _refused(r"no xclbin: it must begin with.*make bitstream", xclbin=__file__)
     _refused(r"cannot read .*nowhere: No such file", xclbin=tmp_path / "nowhere")
+
+
+def test_argument_offsets_are_asked_of_xrt_too(simulate, monkeypatch):
+    simulate()
+    monkeypatch.setitem(xrt_card._OFFSET, "queue", 0x2C)
+    _refused("XRT has argument queue at 0x28, not at 0x2c; build it with: make bitstream")
 
 
 def test_without_an_xclbin_the_card_says_how_to_get_one(simulate, monkeypatch):
