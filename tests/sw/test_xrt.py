@@ -24,7 +24,10 @@ from nearkv_hw.vitis.boards import load
 from nearkv_sim import xrt
 from nearkv_sim.xrt import Fault, Simulation, server
 
-pytestmark = pytest.mark.skipif(bool(xrt.missing()), reason=xrt.missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(xrt.missing()), reason=xrt.missing()),
+]
 
 LAYOUT = PageLayout(32, 32)
 SMALL = {"kv_bytes": 1 << 20, "job_bytes": 1 << 18}

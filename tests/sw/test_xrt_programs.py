@@ -15,7 +15,10 @@ import nearkv
 from nearkv.cards import open_card
 from nearkv_sim import xrt
 
-pytestmark = pytest.mark.skipif(bool(xrt.missing()), reason=xrt.missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(xrt.missing()), reason=xrt.missing()),
+]
 
 _HERE = Path(__file__).parent
 _COMPILERS = {"xrt_host.cpp": ["g++", "-std=c++17"], "xrt_host.c": ["gcc", "-std=c11"]}
