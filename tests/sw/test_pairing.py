@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 from nearkv.attention import PageAttention
-from nearkv.cards import open_card, pairing
-from nearkv.cards.pairing import Drive, drives, drives_beside, drives_in, drives_of, warn_if_far
+from nearkv.cards import open_card
+from nearkv.cards.pairing import warn_if_far
+from nearkv.io.pci import Nearness, drives, drives_behind, nearness
 from nearkv.store import KvStore
 from nearkv_hw.abi import PageLayout
 
 
 class Machine:
-    """A tree of sysfs."""
+    """A tree with sysfs in it."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.tree, self.root = root, root / "sys"
+        root = self.root
         for folder in ("bus/pci/devices", "class/nvme", "dev/block"):
             (root / folder).mkdir(parents=True)
 
@@ -40,7 +42,9 @@ class Machine:
         if subsystem:
             where = self.root / f"devices/virtual/nvme-subsystem/nvme-subsys{number}"
             where.mkdir(parents=True)
-            (controller / "subsystem").symlink_to(where)
+            (where / controller.name).symlink_to(controller)
+            (self.root / "class/nvme-subsystem").mkdir(exist_ok=True)
+            (self.root / f"class/nvme-subsystem/nvme-subsys{number}").symlink_to(where)
         block = where / f"nvme{number}n1"
         block.mkdir()
         return block
@@ -65,11 +69,7 @@ def _smartssd(machine: Machine, number: int, bus: int, **how) -> tuple[str, Path
         f"0000:{bus + at:02x}:{n:02x}.0" for at, n in ((0, 0), (1, 0), (1, 1))
     )
     drive, fpga = f"0000:{bus + 2:02x}:00.0", f"0000:{bus + 3:02x}:00.1"
-    if not number:
-        machine.device(root)
-    machine.device(root, switch, vendor="0x10ee") if number else machine.device(
-        root, switch, vendor="0x10ee"
-    )
+    machine.device(root, switch, vendor="0x10ee")
     machine.device(root, switch, to_drive, vendor="0x10ee")
     machine.device(root, switch, to_fpga, vendor="0x10ee")
     block = machine.drive(number, root, switch, to_drive, drive, **how)
@@ -79,61 +79,62 @@ def _smartssd(machine: Machine, number: int, bus: int, **how) -> tuple[str, Path
 
 @pytest.mark.parametrize("subsystem", [False, True])
 def test_a_smartssds_drive_is_the_one_in_it(machine, subsystem):
-    first, _ = _smartssd(machine, 0, 0x10, subsystem=subsystem)
-    second, _ = _smartssd(machine, 1, 0x20, subsystem=subsystem)
-    assert drives(machine.root) == [
-        Drive("nvme0n1", "0000:12:00.0"),
-        Drive("nvme1n1", "0000:22:00.0"),
-    ]
-    assert drives_in(first, machine.root) == [Drive("nvme0n1", "0000:12:00.0")]
-    assert drives_in(second, machine.root) == [Drive("nvme1n1", "0000:22:00.0")]
-    assert drives_beside(second, machine.root) == drives_in(second, machine.root)
-
-
-def test_an_alveo_has_none_in_it_and_those_below_its_switch_beside_it(machine):
-    machine.device("0000:00:01.0")
-    machine.device("0000:00:01.0", "0000:01:00.0", vendor="0x10b5")  # a switch of somebody else
-    machine.drive(0, "0000:00:02.0", "0000:05:00.0")  # elsewhere
-    machine.drive(1, "0000:00:01.0", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
-    machine.device("0000:00:01.0", "0000:01:00.0", "0000:02:01.0", "0000:04:00.1", vendor="0x10ee")
-    assert drives_in("0000:04:00.1", machine.root) == []
-    assert [it.name for it in drives_beside("0000:04:00.1", machine.root)] == ["nvme1n1"]
-
-
-def test_an_alveo_in_a_slot_of_its_own_has_no_drive_beside_it(machine):
-    machine.drive(0, "0000:00:02.0", "0000:05:00.0")
-    machine.device("0000:00:01.0", "0000:04:00.1", vendor="0x10ee")
-    assert drives_beside("0000:04:00.1", machine.root) == []
+    cards = [_smartssd(machine, n, 0x10 + 0x10 * n, subsystem=subsystem)[0] for n in (0, 1)]
+    found = drives(machine.tree)
+    assert [list(drive.blocks) for drive in found] == [["nvme0n1"], ["nvme1n1"]]
+    near = [[nearness(card, it.address, machine.tree) for it in found] for card in cards]
+    own, far = Nearness.OWN, Nearness.ROOT_COMPLEX
+    assert near == [[own, far], [far, own]]
 
 
 def test_a_directory_lies_on_a_partition_of_a_volume_on_drives(machine, tmp_path):
-    assert drives_of(tmp_path, machine.root) == []  # nothing that sysfs knows
+    assert drives_behind(tmp_path, machine.tree) == []  # nothing that sysfs knows
     _, block = _smartssd(machine, 0, 0x10)
     _, other = _smartssd(machine, 1, 0x20)
     partition = block / "nvme0n1p2"
     partition.mkdir()
+    (partition / "partition").write_text("2")
     machine.mount(tmp_path, partition)
-    assert [it.name for it in drives_of(tmp_path, machine.root)] == ["nvme0n1"]
+    assert [it.name for it in drives_behind(tmp_path, machine.tree)] == ["nvme0"]
     raid = machine.root / "devices/virtual/block/md0"
     (raid / "slaves").mkdir(parents=True)
     for slave in (partition, other):
         (raid / "slaves" / slave.name).symlink_to(slave)
     machine.mount(tmp_path, raid)
-    assert [it.name for it in drives_of(tmp_path, machine.root)] == ["nvme0n1", "nvme1n1"]
+    assert [it.name for it in drives_behind(tmp_path, machine.tree)] == ["nvme0", "nvme1"]
+
+
+def test_an_alveo_has_the_drive_below_its_switch_near_and_one_elsewhere_far(machine, tmp_path):
+    card = "0000:04:00.1"
+    machine.device("0000:00:01.0", "0000:01:00.0", vendor="0x10b5")  # a switch of somebody else
+    elsewhere = machine.drive(0, "0000:00:02.0", "0000:05:00.0")
+    beside = machine.drive(1, "0000:00:01.0", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
+    machine.device("0000:00:01.0", "0000:01:00.0", "0000:02:01.0", card, vendor="0x10ee")
+    machine.mount(tmp_path, beside)
+    assert warn_if_far("xrt:0", card, tmp_path, machine.tree) == ""
+    machine.mount(tmp_path, elsewhere)
+    warn_if_far.cache_clear()
+    assert "has nvme1 below the same switch" in warn_if_far("xrt:0", card, tmp_path, machine.tree)
+
+
+def test_an_alveo_that_has_no_drive_near_is_content_with_any(machine, tmp_path):
+    machine.mount(tmp_path, machine.drive(0, "0000:00:02.0", "0000:05:00.0"))
+    machine.device("0000:00:01.0", "0000:04:00.1", vendor="0x10ee")
+    assert warn_if_far("xrt:0", "0000:04:00.1", tmp_path, machine.tree) == ""
 
 
 def test_pages_on_another_drive_than_the_cards_are_said_once(machine, tmp_path, caplog):
     card, block = _smartssd(machine, 0, 0x10)
     _, other = _smartssd(machine, 1, 0x20)
     machine.mount(tmp_path, block)
-    assert warn_if_far("xrt:0", card, str(tmp_path), machine.root) == ""
+    assert warn_if_far("xrt:0", card, tmp_path, machine.tree) == ""
     machine.mount(tmp_path, other)
     warn_if_far.cache_clear()
     for _ in range(2):
-        warn_if_far("xrt:0", card, str(tmp_path), machine.root)
+        warn_if_far("xrt:0", card, tmp_path, machine.tree)
     (record,) = caplog.records
-    assert f"'xrt:0' ({card}) has nvme0n1 in it, and {tmp_path} lies on nvme1n1" in record.message
-    assert record.message.endswith("Choose a directory on nvme0n1")
+    assert f"'xrt:0' ({card}) has nvme0 in it, and {tmp_path} lies on nvme1:" in record.message
+    assert record.message.endswith("Choose a directory on nvme0")
 
 
 def test_attention_tells_of_each_cards_own_shards(machine, tmp_path, monkeypatch):
@@ -155,10 +156,3 @@ def test_attention_tells_of_each_cards_own_shards(machine, tmp_path, monkeypatch
         store.append(0, 0, k, k)
         attention.close()
     assert asked == [("model", "0000:13:00.1", str(directories[0]))]
-
-
-def test_this_machine_can_be_asked():
-    """Whatever it is: it is told, or nothing is."""
-    for drive in drives():
-        assert pairing.drives_beside(drive.address)
-    assert isinstance(drives_of("/"), list)

@@ -170,7 +170,8 @@ class Unit:
         self._control = abi.CTRL_START
         state = self._compute(number, device)
         if state == _COMPLETED:
-            self._words[abi.REG_ISR] = self._words.get(abi.REG_IER, 0) & 3
+            enabled = self._words.get(abi.REG_IER, 0) & (abi.IRQ_DONE | abi.IRQ_READY)
+            self._words[abi.REG_ISR] = self._words.get(abi.REG_ISR, 0) | enabled
             self._control = abi.CTRL_DONE | abi.CTRL_IDLE | abi.CTRL_READY
         elif not self.card.wedged:
             self._control = abi.CTRL_IDLE

@@ -33,7 +33,7 @@ from nearkv_hw import abi, xclbin
 from nearkv_hw.config import PRESETS, Config, preset
 from nearkv_hw.vitis.interface import NAME
 
-from ..io import JobMemory, KvMemory
+from ..io import JobMemory, KvMemory, fpga, pci
 from .errors import CardError
 
 log = logging.getLogger("nearkv")
@@ -574,8 +574,12 @@ class Executor:
                 f"{kv_bytes} bytes of kv memory cannot be allocated in {tag}: {error}",
                 "choose a smaller kv_bytes, or end the programs that use the card",
             )
+        state = "off"
+        if self.pci_address is not None:
+            found, _ = fpga.p2p(pci.function(self.pci_address).folder)
+            state = "on after a reboot only" if found == fpga.P2p.REBOOT else state
         return self._error(
-            f"P2P is off: {tag} gives normal memory, and no P2P memory ({error})",
+            f"P2P is {state}: {tag} gives normal memory, and no P2P memory ({error})",
             f"sudo xbutil configure --device {self._bdf} --p2p enable, then reboot warm; in the BIOS, "
             "'Above 4G decoding' must be on",
         )
