@@ -77,7 +77,7 @@ class XrtCard(pynq.Device):
             while len(cards) < _MOST_DEVICES:
                 card = cls(str(len(cards)))
                 card._open()
-                card._handle = None  # closed until it is used
+                card.close()
                 cards.append(card)
         except CardError as error:  # XRT's C functions do not say how many there are
             log.debug("%s", error)
@@ -98,10 +98,21 @@ class XrtCard(pynq.Device):
             self._handle = xrt.open_device(self.library, self.name, self.where)
         return self._handle
 
+    def close(self) -> None:
+        """Give the device back, as soon as its units and buffers are no longer in use.
+
+        What uses it next opens it again; for PYNQ keeps the device of the last overlay for ever.
+        """
+        self._without_driver.clear()
+        self._handle = None
+
     @property
     def pci_address(self) -> str | None:
         """ "0000:04:00.1"; None of one that is nowhere."""
         return self.library.pci_address(self._open().value)
+
+    def __repr__(self):
+        return f"<card {self.name!r}>"
 
     # --- the xclbin: what PYNQ calls --------------------------------------------------------------
 
@@ -309,7 +320,14 @@ class Run(xrt.Run):
         RuntimeError
             If it failed.
         """
-        super().wait(timeout_s)
+        try:
+            super().wait(timeout_s)
+        except TimeoutError:
+            raise  # it goes on, and uses them
+        except RuntimeError:
+            self.buffers = ()
+            raise
+        self.buffers = ()
 
 
 class Kernel(pynq.DefaultIP):
@@ -400,6 +418,7 @@ class Kernel(pynq.DefaultIP):
         with self._lock:
             self._run.close()
             self.unit.handle.close()
+        self._last = None  # and its buffers
 
 
 def _word(name: str, value: Any) -> int:
@@ -459,6 +478,7 @@ class Executor(xrt.Executor):
 
     def _close_device(self) -> None:
         self._driver.close()
+        self._driver.device.close()
 
 
 def open_executor(name: str, unit: str, *, path: str | os.PathLike | None, **options) -> Executor:
