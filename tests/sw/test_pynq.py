@@ -339,6 +339,7 @@ def test_a_closed_card_gives_all_of_it_back(simulate):
         with open_card("pynq:0", **SMALL) as card:
             card.run(1024, 0, 0)
         assert not simulation.cards[0].buffers
+    del card  # with its reader
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
 

@@ -301,7 +301,8 @@ class Memory:
         memory.keep = buffer  # type: ignore[attr-defined]  # for arrays that are no PynqBuffer
         return PynqBuffer(
             shape, dtype, buffer=memory,
-            device=card, device_address=buffer.address, bo=buffer, coherent=p2p,
+            device=card, device_address=buffer.address, coherent=p2p,
+            bo=buffer,  # type: ignore[arg-type]  # is whatever the device flushes by
         )  # fmt: skip
 
 
@@ -377,7 +378,7 @@ class Kernel(pynq.DefaultIP):
             If XRT does not start it: an earlier run may be under way.
         """
         library, run = self.device.library, self._run.value
-        given = self.signature.bind(*args, **kwargs).arguments
+        given = self._signature.bind(*args, **kwargs).arguments
         buffers = []
         for index, (name, register) in enumerate(self._arguments):
             value = given[name]
