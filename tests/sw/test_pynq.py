@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +83,11 @@ def _allocate(overlay, memories):
     return kv, job
 
 
+def _of_device(card):
+    """Buffers in a simulated card's memory, without XRT's own for its commands."""
+    return [it for it in card.buffers.values() if it.bytes is not None]
+
+
 def _arguments(memories):
     return memories.queue, memories.n_jobs, memories.summary
 
@@ -151,6 +157,12 @@ def test_memory_that_was_not_copied_is_not_on_the_card(load, jobs):
     assert abi.SUMMARY.unpack(bytes(part))["abi_version"] == abi.ABI_VERSION
     job[jobs.summary : end] = before[jobs.summary : end]
     np.testing.assert_array_equal(job, before)  # nothing else has come
+    job[:] = 7
+    job[4096:8192].sync_to_device()
+    job[:] = 0
+    job.sync_from_device()
+    assert (job[4096:8192] == 7).all()
+    assert not job[8192:].any()
 
 
 def test_registers_by_name_and_by_offset(load):
@@ -190,7 +202,7 @@ def test_what_a_drive_reads_into_p2p_memory_is_on_the_card(load, tmp_path):
     assert kv.virtual_address % abi.PAGE_ALIGN_BYTES == 0
     with open(tmp_path / "pages", "rb") as file:
         assert os.preadv(file.fileno(), [kv[1:3]], 0) == len(data)
-    (buffer,) = (it for it in card.buffers.values() if it.bytes is not None)
+    (buffer,) = _of_device(card)
     np.testing.assert_array_equal(buffer.bytes[4096:12288], data)
 
 
@@ -232,6 +244,32 @@ print(type(pynq.Overlay({str(simulation.xclbin)!r}).nearkv_1).__name__)
     assert done.stdout.splitlines() == ["['xrt:0', 'xrt:1', 'xrt:2']", "Kernel"]
 
 
+def test_a_kernel_without_a_driver_has_registers_for_as_long_as_its_overlay(load):
+    _, overlay = load()
+    description = overlay.ip_dict["nearkv_1"] | {"driver": pynq.DefaultIP}
+    kernel = pynq.DefaultIP(description)
+    gc.collect()
+    assert kernel.register_map.CTRL.AP_IDLE == 1
+    overlay.download()
+    with pytest.raises(CardError, match="no compute unit that is open"):
+        kernel.read(0)
+
+
+@pytest.mark.parametrize("root", [None, "/nowhere"])
+def test_without_xrt_there_are_no_devices_and_it_is_said_why(simulate, root):
+    environment = os.environ | simulate().environment
+    environment.pop("XILINX_XRT")
+    if root is not None:
+        environment["XILINX_XRT"] = root  # XRT itself would end the process
+    code = "import nearkv.cards.pynq, pynq; print(pynq.Device.devices)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == "[]"
+    assert "PYNQ finds no cards: XILINX_XRT is" in done.stderr
+    assert "nearkv xrt-sim -- PROGRAM" in done.stderr
+
+
 # --- what goes wrong ---------------------------------------------------------------------------------
 
 
@@ -253,13 +291,22 @@ def test_arguments_that_do_not_fit_are_named(load, jobs):
 
 
 def test_a_run_that_hangs_times_out_and_says_so(load, jobs):
-    _, overlay = load(faults=[Fault("hang", 0)])
+    card, overlay = load(faults=[Fault("hang", 0)])
     kv, job = _allocate(overlay, jobs)
     run = overlay.nearkv_1.start(kv, job, 0, 0, 0)
     with pytest.raises(TimeoutError, match="XRT says it is"):
         run.wait(0.2)
     with pytest.raises(RuntimeError, match="cannot be started: .*; wait for the run"):
         overlay.nearkv_1.start(kv, job, 0, 0, 0)
+    del kv, job
+    gc.collect()
+    assert len(_of_device(card)) == 2  # the card may still use them
+    overlay.nearkv_1.close()
+    with pytest.raises(RuntimeError, match="it was given up"):
+        run.wait(0.2)
+    del run
+    gc.collect()
+    assert not _of_device(card)
 
 
 def test_a_run_that_fails_says_how(load, jobs):
@@ -332,15 +379,19 @@ def test_a_card_that_hangs_is_reset_and_goes_on(simulate):
 
 def test_a_closed_card_gives_all_of_it_back(simulate):
     simulation = simulate()
-    open_card("pynq:0", **SMALL).close()
+    open_card("xrt:0", **SMALL).close()
+    pynq.Clocks.set_device(None)  # of an earlier test
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         with open_card("pynq:0", **SMALL) as card:
             card.run(1024, 0, 0)
         assert not simulation.cards[0].buffers
-    del card  # with its reader
+    del card
     gc.collect()
+    end = time.monotonic() + 60  # a reader's thread gives its ring back when it has woken up
+    while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < end:
+        time.sleep(0.01)
     assert len(os.listdir("/proc/self/fd")) <= before
 
 

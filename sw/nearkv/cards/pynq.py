@@ -74,6 +74,11 @@ class XrtCard(pynq.Device):
             return []  # a board that PYNQ itself drives, by XRT too
         cards: list[XrtCard] = []
         try:
+            xrt.library()
+        except CardError as error:
+            log.warning("PYNQ finds no cards: %s", error)
+            return cards
+        try:
             while len(cards) < _MOST_DEVICES:
                 card = cls(str(len(cards)))
                 card._open()
@@ -298,11 +303,10 @@ class Memory:
                 card.name, f"{what} cannot be allocated: {error}", remedy
             ) from error
         memory = (ctypes.c_ubyte * nbytes).from_address(buffer.mapped)
-        memory.keep = buffer  # type: ignore[attr-defined]  # for arrays that are no PynqBuffer
         return PynqBuffer(
             shape, dtype, buffer=memory,
             device=card, device_address=buffer.address, coherent=p2p,
-            bo=buffer,  # type: ignore[arg-type]  # is whatever the device flushes by
+            bo=buffer,  # type: ignore[arg-type]  # kept by every part of the array
         )  # fmt: skip
 
 
