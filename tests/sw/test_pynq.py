@@ -38,17 +38,11 @@ def simulate(monkeypatch):
             monkeypatch.setenv(name, value)
         return opened[-1]
 
-    # PYNQ's objects form cycles. A collection that closes cards must not happen in the thread of this
-    # process that serves them: it would wait for itself.
-    gc.disable()
-    try:
-        yield start
-        pynq.Clocks.set_device(None)  # which PYNQ would keep
-        gc.collect()  # cards that a failed test has left open
-        for simulation in opened:
-            simulation.close()
-    finally:
-        gc.enable()
+    yield start
+    pynq.Clocks.set_device(None)  # which PYNQ would keep
+    gc.collect()  # cards that a failed test has left open
+    for simulation in opened:
+        simulation.close()
 
 
 @pytest.fixture
