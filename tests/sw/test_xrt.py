@@ -532,7 +532,7 @@ if how != "registers":  # which it has not
     xrt.Executor._check_build = lambda self, kernel: preset("smartssd")
     xrt.Executor._check_idle = lambda self, timeout_s: None
 if how == "run":
-    xrt._P2P = 0  # those are not aligned
+    xrt.P2P = 0  # those are not aligned
 try:
     with open_card("xrt:0", xclbin=path) as card:
         card.run(1024, 0, 0)

@@ -55,10 +55,15 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
 
 def _xrt(name, unit, *, config=None, kv_bytes=KV_BYTES, job_bytes=JOB_BYTES, reads_in_flight=None,
          reader="auto", timeout_s=60.0, xclbin=None):  # fmt: skip
-    """The opener of a card behind XRT."""
-    from . import xrt
-
-    executor = xrt.open_executor(
+    """The opener of a card behind XRT, by itself or through PYNQ."""
+    family = name.partition(":")[0]
+    try:
+        module = importlib.import_module(f".{family}", __package__)
+    except ModuleNotFoundError as error:
+        raise CardError(
+            f"card {name!r} needs the package {error.name}; install it with: pip install 'nearkv[{family}]'"
+        ) from error
+    executor = module.open_executor(
         name, unit,
         config=config, kv_bytes=kv_bytes, job_bytes=job_bytes, timeout_s=timeout_s, path=xclbin,
     )  # fmt: skip
@@ -80,6 +85,7 @@ _FAMILIES: dict[str, Callable[..., Card]] = {
     "twin": _simulated("nearkv_sim.twin", "TwinCard", timeout_s=60.0),
     "rtl": _simulated("nearkv_sim.rtl", "RtlCard", timeout_s=600.0),
     "xrt": _xrt,
+    "pynq": _xrt,
 }
 
 

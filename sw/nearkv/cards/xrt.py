@@ -24,7 +24,7 @@ from pathlib import Path
 import tempfile
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 import weakref
 
 import numpy as np
@@ -41,8 +41,8 @@ log = logging.getLogger("nearkv")
 _LIBRARY = "libxrt_coreutil.so.2"
 _INSTALLED = Path("/opt/xilinx/xrt")
 # Of a buffer. Ref: xrt_mem.h
-_P2P = 1 << 30
-_TO_DEVICE, _FROM_DEVICE = 0, 1
+P2P = 1 << 30
+TO_DEVICE, FROM_DEVICE = 0, 1
 # Ref: ert.h, enum ert_cmd_state
 _COMPLETED, _TIMEOUT = 4, 8
 _STATES = {1: "NEW", 2: "QUEUED", 3: "RUNNING", 5: "ERROR", 6: "ABORT", 7: "SUBMITTED",
@@ -53,7 +53,7 @@ _INDEX = {register.name: index for index, register in enumerate(_ARGUMENTS)}
 _OFFSET = {register.name: register.offset for register in abi.REGISTERS}
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """XRT did not do it."""
 
     def __init__(self, what: str, number: int, said: str):
@@ -89,6 +89,7 @@ class Library:
             "KernelArgGroupId": (integer, [handle, integer]),
             "KernelArgOffset": (word, [handle, integer]),
             "KernelReadRegister": (integer, [handle, word, ctypes.POINTER(word)]),
+            "KernelWriteRegister": (integer, [handle, word, word]),
             "BOAlloc": (handle, [handle, size, ctypes.c_uint64, word]),
             "BOFree": (integer, [handle]),
             "BOMap": (handle, [handle]),
@@ -121,7 +122,7 @@ class Library:
         ctypes.set_errno(0)
         result = function(*arguments)
         if result is None or function.restype is ctypes.c_int and result != 0:
-            raise _Refused(f"xrt{name}", ctypes.get_errno(), self.said())
+            raise Refused(f"xrt{name}", ctypes.get_errno(), self.said())
         return result
 
     def pci_address(self, device: int) -> str | None:
@@ -205,13 +206,13 @@ def _keep_messages(lib: ctypes.CDLL):
     return file
 
 
-class _Handle:
+class Handle:
     """Something of XRT's that is closed once: by `close`, or when nobody has it any more.
 
     What it `needs` is closed later: XRT uses a device that was closed before its buffers.
     """
 
-    def __init__(self, library: Library, value: int, closer: str, *needs: _Handle):
+    def __init__(self, library: Library, value: int, closer: str, *needs: Handle):
         self.value = value
         self.close = weakref.finalize(self, _close, library, value, closer, os.getpid(), needs)
 
@@ -221,17 +222,17 @@ def _close(library: Library, handle: int, closer: str, process: int, needs) -> N
         return  # it is a parent's
     try:
         library.call(closer, handle)
-    except _Refused as error:
+    except Refused as error:
         log.warning("%s", error)
 
 
 class Buffer:
     """A buffer on the card, mapped here. It is freed when nobody has it any more."""
 
-    def __init__(self, library: Library, device: _Handle, nbytes: int, flags: int, group: int):
+    def __init__(self, library: Library, device: Handle, nbytes: int, flags: int, group: int):
         self.nbytes, self.group, self._library = nbytes, group, library
         value = library.call("BOAlloc", device.value, nbytes, flags, group)
-        self._handle = _Handle(library, value, "BOFree", device)
+        self._handle = Handle(library, value, "BOFree", device)
         self.handle = value
         self.mapped = library.call("BOMap", value)
         self.address: int = library.get("BOAddress")(value)
@@ -270,10 +271,10 @@ class _Job(JobMemory):
         self._view, self.bytes, self._buffer = memoryview(b""), np.empty(0, np.uint8), None
 
     def sync_to_device(self, offset: int, nbytes: int) -> None:
-        self._sync(_TO_DEVICE, offset, nbytes)
+        self._sync(TO_DEVICE, offset, nbytes)
 
     def sync_from_device(self, offset: int, nbytes: int) -> None:
-        self._sync(_FROM_DEVICE, offset, nbytes)
+        self._sync(FROM_DEVICE, offset, nbytes)
 
     def _sync(self, direction: int, offset: int, nbytes: int) -> None:
         buffer = self._buffer
@@ -281,7 +282,7 @@ class _Job(JobMemory):
             raise CardError(f"card {self._executor.name!r} is closed; open it again")
         try:
             buffer.sync(direction, offset, nbytes)
-        except _Refused as error:
+        except Refused as error:
             raise CardError(
                 f"card {self._executor.name!r}: job memory cannot be copied: {error}; see the kernel's "
                 f"log (dmesg), then reset the card", recoverable=True
@@ -301,12 +302,59 @@ class _DeviceInfo(ctypes.Structure):
     ]  # fmt: skip
 
 
+def offset_of(name: str) -> int:
+    """Of a register of `abi.REGISTERS`, or of "control"."""
+    return abi.REG_CTRL if name == "control" else _OFFSET[name]
+
+
+def card_error(name: str, what: str, remedy: str) -> CardError:
+    return CardError(f"card {name!r}: {what}; {remedy}")
+
+
+def open_device(library: Library, name: str, where: str) -> Handle:
+    """A device by its number or PCI address, for the card of that name. Raises CardError."""
+    try:
+        if where.isdigit():
+            value = library.call("DeviceOpen", int(where))
+        else:
+            value = library.call("DeviceOpenByBDF", where.encode())
+    except Refused as error:
+        raise card_error(
+            name, f"XRT has no device {where} ({error})", "xbutil examine lists those there are"
+        ) from error
+    return Handle(library, value, "DeviceClose")
+
+
+def load_xclbin(library: Library, name: str, device: Handle, path: Path, platform: str) -> None:
+    """Load an xclbin, which is for that platform. Raises CardError."""
+    try:
+        library.call("DeviceLoadXclbinFile", device.value, os.fsencode(path))
+    except Refused as error:
+        raise card_error(
+            name, f"XRT does not load {path}, which is for platform {platform} ({error})",
+            "xbutil examine shows the card's platform, and whether another process uses the card",
+        ) from error  # fmt: skip
+
+
+def open_unit(library: Library, name: str, device: Handle, uuid: bytes, unit: str) -> Handle:
+    """A compute unit, "kernel:{unit}", of the xclbin that is loaded, for us alone. Raises CardError."""
+    try:
+        value = library.call("PLKernelOpenExclusive", device.value, uuid, unit.encode())
+    except Refused as error:
+        raise card_error(
+            name, f"kernel {unit} is in use by another process ({error})",
+            "end that process (xbutil examine --report dynamic-regions shows the kernel's users), or "
+            "choose another card",
+        ) from error  # fmt: skip
+    return Handle(library, value, "KernelClose", device)
+
+
 class _Opened(NamedTuple):
     """What is open of a device."""
 
-    device: _Handle
-    kernel: _Handle
-    run: _Handle
+    device: Handle
+    kernel: Handle
+    run: Handle
 
 
 class Executor:
@@ -349,13 +397,18 @@ class Executor:
         self.pci_address: str | None = None
         self._engine = int(engine or 0)
         self._sizes, self._timeout_s = (kv_bytes, job_bytes), timeout_s
-        self._xclbin, self._kernel_name = self._look_into_xclbin()
+        self._xclbin, self._unit = self._look_into_xclbin()
         self._library = library()
         self._lock = threading.Lock()  # of who waits for a run
-        self._run: _Run | None = None  # the last one
+        self._run: Run | None = None  # the last one
         self._open_device()
         self.rows, self.max_head_dim = self._built.rows, self._built.max_head_dim
         self.config_hash = self._built.hash32
+
+    @property
+    def _unit_name(self) -> str:
+        """As XRT wants it."""
+        return f"{self._unit.kernel}:{{{self._unit.name}}}"
 
     @property
     def _bdf(self) -> str:
@@ -367,16 +420,16 @@ class Executor:
     def attach(self, kv: KvMemory, job: JobMemory) -> None:
         assert (kv, job) == (self.kv, self.job), "the memories of another card"
 
-    def start(self, queue: int, n_jobs: int, summary: int) -> _Run:
+    def start(self, queue: int, n_jobs: int, summary: int) -> Run:
         run = self._opened.run.value
         for name, value in (("queue", queue), ("n_jobs", n_jobs), ("summary", summary)):
             if self._library.set_word(run, _INDEX[name], value):
                 raise RuntimeError(f"XRT does not take argument {name}: {self._library.said()}")
         try:
             self._library.call("RunStart", run)
-        except _Refused as error:
+        except Refused as error:
             raise RuntimeError(f"the kernel cannot be started: {error}") from error
-        self._run = _Run(self, run)
+        self._run = Run(self._library, run, self._lock, self._bdf)
         return self._run
 
     def stop(self) -> None:
@@ -396,8 +449,8 @@ class Executor:
 
     # --- opening -------------------------------------------------------------------------------------
 
-    def _look_into_xclbin(self) -> tuple[xclbin.Xclbin, str]:
-        """Check what v++ says that it linked; the name of the compute unit."""
+    def _look_into_xclbin(self) -> tuple[xclbin.Xclbin, xclbin.Unit]:
+        """Check what v++ says that it linked; the compute unit."""
         try:
             found = xclbin.Xclbin.read(self._path)
             kernels = {kernel.name: kernel for kernel in found.kernels}
@@ -422,41 +475,21 @@ class Executor:
                 f"there is no compute unit {self._engine} in {self._path}, only {len(units)}",
                 f"choose one of 0 to {len(units) - 1}",
             )
-        return found, f"{kernel.name}:{{{units[self._engine].name}}}"
+        return found, units[self._engine]
 
     def _open_device(self) -> None:
         library, call = self._library, self._library.call
-        try:
-            if self._where.isdigit():
-                value = call("DeviceOpen", int(self._where))
-            else:
-                value = call("DeviceOpenByBDF", self._where.encode())
-        except _Refused as error:
-            raise self._error(
-                f"XRT has no device {self._where} ({error})", "xbutil examine lists those there are"
-            ) from error
-        device = _Handle(library, value, "DeviceClose")
-        self.pci_address = library.pci_address(value)
-        try:
-            call("DeviceLoadXclbinFile", value, os.fsencode(self._path))
-        except _Refused as error:
-            raise self._not_loaded(error) from error
-        try:
-            uuid, unit = self._xclbin.uuid.bytes, self._kernel_name.encode()
-            value = call("PLKernelOpenExclusive", value, uuid, unit)
-        except _Refused as error:
-            raise self._error(
-                f"kernel {self._kernel_name} is in use by another process ({error})",
-                "end that process (xbutil examine --report dynamic-regions shows the kernel's users), or "
-                "choose another card",
-            ) from error
-        kernel = _Handle(library, value, "KernelClose", device)
+        device = open_device(library, self.name, self._where)
+        self.pci_address = library.pci_address(device.value)
+        load_xclbin(library, self.name, device, self._path, self._xclbin.platform)
+        kernel = open_unit(library, self.name, device, self._xclbin.uuid.bytes, self._unit_name)
+        value = kernel.value
         try:
             group = self._check_arguments(value)
             self._built = self._check_build(value)
             self._check_idle(value)
             kv, job = self._allocate(device, group)
-            run = _Handle(library, call("RunOpen", value), "RunClose", kernel)
+            run = Handle(library, call("RunOpen", value), "RunClose", kernel)
             for name, buffer in (("kv", kv), ("job", job)):
                 if library.set_buffer(run.value, _INDEX[name], buffer.handle):
                     raise self._error(
@@ -466,7 +499,10 @@ class Executor:
             kernel.close()
             raise
         self._opened = _Opened(device, kernel, run)
-        self.kv, self.job = _Kv(self, kv), _Job(self, job)
+        self.kv, self.job = self._memories_of(kv, job)
+
+    def _memories_of(self, kv: Buffer, job: Buffer) -> tuple[KvMemory, JobMemory]:
+        return _Kv(self, kv), _Job(self, job)
 
     def _close_device(self) -> None:
         """Close the kernel. Its buffers, and the device, stay for as long as somebody has them."""
@@ -524,27 +560,27 @@ class Executor:
         )  # fmt: skip
 
     def _read_register(self, kernel: int, name: str) -> int:
-        offset = abi.REG_CTRL if name == "control" else _OFFSET[name]
+        offset = offset_of(name)
         value = ctypes.c_uint32()
         try:
             self._library.call("KernelReadRegister", kernel, offset, ctypes.byref(value))
-        except _Refused as error:
+        except Refused as error:
             raise self._error(
                 f"register {name} cannot be read: {error}",
                 f"reset the card (sudo xbutil reset --device {self._bdf})",
             ) from error
         return value.value
 
-    def _allocate(self, device: _Handle, group: int) -> tuple[Buffer, Buffer]:
+    def _allocate(self, device: Handle, group: int) -> tuple[Buffer, Buffer]:
         kv_bytes, job_bytes = self._sizes
         tag = self._xclbin.memories[group].tag
         try:
-            kv = Buffer(self._library, device, kv_bytes, _P2P, group)
-        except _Refused as error:
+            kv = self._buffer(device, kv_bytes, P2P, group)
+        except Refused as error:
             raise self._no_p2p(device, group, error) from error
         try:
-            job = Buffer(self._library, device, job_bytes, 0, self._groups["job"])
-        except _Refused as error:
+            job = self._buffer(device, job_bytes, 0, self._groups["job"])
+        except Refused as error:
             raise self._error(
                 f"{job_bytes} bytes of job memory cannot be allocated in {tag}: {error}",
                 "choose a smaller job_bytes, or end the programs that use the card",
@@ -563,13 +599,16 @@ class Executor:
                 )  # fmt: skip
         return kv, job
 
-    def _no_p2p(self, device: _Handle, group: int, error: _Refused) -> CardError:
+    def _buffer(self, device: Handle, nbytes: int, flags: int, group: int) -> Buffer:
+        return Buffer(self._library, device, nbytes, flags, group)
+
+    def _no_p2p(self, device: Handle, group: int, error: Refused) -> CardError:
         """Why a P2P buffer was refused: is P2P off, or memory short?"""
         kv_bytes, _ = self._sizes
         tag = self._xclbin.memories[group].tag
         try:
-            Buffer(self._library, device, kv_bytes, 0, group)
-        except _Refused:
+            self._buffer(device, kv_bytes, 0, group)
+        except Refused:
             return self._error(
                 f"{kv_bytes} bytes of kv memory cannot be allocated in {tag}: {error}",
                 "choose a smaller kv_bytes, or end the programs that use the card",
@@ -584,13 +623,6 @@ class Executor:
             "'Above 4G decoding' must be on",
         )
 
-    def _not_loaded(self, error: _Refused) -> CardError:
-        platform = self._xclbin.platform
-        return self._error(
-            f"XRT does not load {self._path}, which is for platform {platform} ({error})",
-            "xbutil examine shows the card's platform, and whether another process uses the card",
-        )
-
     def _check_idle(self, kernel: int) -> None:
         """CardError if a run is on the card that nobody waits for any more."""
         until = time.monotonic() + self._timeout_s
@@ -603,17 +635,21 @@ class Executor:
             time.sleep(0.01)
 
     def _error(self, what: str, remedy: str) -> CardError:
-        return CardError(f"card {self.name!r}: {what}; {remedy}")
+        return card_error(self.name, what, remedy)
 
 
 _BUILD = "build it with: make bitstream BOARD=..., with this version of nearkv"
 
 
-class _Run:
-    """A run of XRT's. There is one for each executor, which is used again and again."""
+class Run:
+    """A run that was started, as `nearkv.cards.executor.Run`.
 
-    def __init__(self, executor: Executor, handle: int):
-        self._executor, self._handle = executor, handle
+    XRT's run is used again and again, for one of these after the other; `lock` is held by whoever waits
+    for it, or closes it. `device` is where it runs, as xbutil wants it.
+    """
+
+    def __init__(self, library: Library, handle: int, lock: threading.Lock, device: str):
+        self._library, self._handle, self._lock, self._device = library, handle, lock, device
         self._state = 0
         self.given_up = False  # its handle is closed
 
@@ -623,10 +659,10 @@ class _Run:
             left = until - time.monotonic()
             if self._state and left <= 0:
                 raise TimeoutError(self._describe())
-            with self._executor._lock:
+            with self._lock:
                 if self.given_up:
                     raise RuntimeError("it was given up when the card was reset")
-                wait_for = self._executor._library.get("RunWaitFor")
+                wait_for = self._library.get("RunWaitFor")
                 # 0 would be for ever.
                 milliseconds = max(1, math.ceil(1000 * min(_SLICE_S, left)))
                 if self._state in (0, _TIMEOUT):  # nobody has seen its end
@@ -638,11 +674,10 @@ class _Run:
             )
 
     def _describe(self) -> str:
-        executor = self._executor
-        state = executor._library.get("RunState")(self._handle)
+        state = self._library.get("RunState")(self._handle)
         return (
             f"XRT says it is {_STATES.get(state, state)}; if a reset does not help: sudo xbutil reset "
-            f"--device {executor._bdf}"
+            f"--device {self._device}"
         )
 
 
@@ -657,6 +692,9 @@ def find_xclbin(name: str, given: str | os.PathLike | None) -> Path:
     return Path(path)
 
 
+E = TypeVar("E", bound=Executor)
+
+
 def open_executor(
     name: str,
     unit: str,
@@ -666,13 +704,15 @@ def open_executor(
     job_bytes: int,
     timeout_s: float,
     path: str | os.PathLike | None,
-) -> Executor:
+    kind: type[E] = Executor,
+) -> E:
     """An executor, by the unit's name: `Executor` says how it is built."""
     where, _, engine = unit.partition("/")
+    family = name.partition(":")[0]
     if not where or engine and not engine.isdigit():
         raise CardError(
-            f"no card {name!r}; say which: 'xrt:0', 'xrt:0000:04:00.1', or 'xrt:0/1' for its second "
-            "compute unit"
+            f"no card {name!r}; say which: '{family}:0', '{family}:0000:04:00.1', or '{family}:0/1' for "
+            "its second compute unit"
         )
     config = preset(config) if isinstance(config, str) else config
-    return Executor(name, unit, find_xclbin(name, path), config, kv_bytes, job_bytes, timeout_s)
+    return kind(name, unit, find_xclbin(name, path), config, kv_bytes, job_bytes, timeout_s)
