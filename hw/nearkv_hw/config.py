@@ -25,8 +25,10 @@ class Config:
     max_head_dim : int
         Largest head_dim. A multiple of 32, up to `abi.MAX_HEAD_DIM`.
     beat_fifo_beats : int
-        Beats between the read master and the datapath. A power of two. It holds a whole block
-        while its largest exponent is found, so it needs at least twice `max_head_dim` and a burst.
+        Beats between the read master and the datapath, those on their way included. A power of two.
+        It holds a whole block while its largest exponent is found, so it needs at least twice
+        `max_head_dim`; what is left of it beyond a block and a burst is the latency in cycles that
+        it covers without a pause: 1024 cover 600 at any head_dim.
     lookahead_tiles : int
         K tiles that stream ahead of the V tile they precede, 1 to 3: the tile times that the softmax
         has to finish. At rows = 8 and head_dim 64 it is as busy as the array, and short tiles of
@@ -36,7 +38,7 @@ class Config:
     name: str
     rows: int
     max_head_dim: int = abi.MAX_HEAD_DIM
-    beat_fifo_beats: int = 512
+    beat_fifo_beats: int = 1024
     lookahead_tiles: int = 3
 
     def __post_init__(self):

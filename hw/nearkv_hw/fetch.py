@@ -193,7 +193,7 @@ class KvFetch(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.master = master = ReadMaster(self._depth)
-        m.submodules.passes = passes = Queue(Pass, 16)
+        m.submodules.passes = passes = Queue(Pass, 32)
         wiring.connect(m, master.ar, wiring.flipped(self.ar))
         wiring.connect(m, wiring.flipped(self.r), master.r)
         m.d.comb += self.burst.eq(master.issued)
@@ -278,7 +278,7 @@ class KvFetch(wiring.Component):
 
     def _inspect(self, m, master, passes, blocks):
         """Follow the beats: queue them, find exponents, check CRCs."""
-        m.submodules.beats = beats = Queue(BEAT_BITS, self._depth + 1)
+        m.submodules.beats = beats = Queue(BEAT_BITS, self._depth + 1, ram="ultra")
         wiring.connect(m, beats.o, wiring.flipped(self.o_beat))
 
         # Stage 0: place of the beat in its pass.

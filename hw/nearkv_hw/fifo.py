@@ -5,6 +5,8 @@ from amaranth import Cat, Module, Signal
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from .primitives import UltraScalePlus
+
 
 class Queue(wiring.Component):
     """First in, first out, with full stream rules on both sides.
@@ -14,22 +16,27 @@ class Queue(wiring.Component):
     shape : ShapeLike
         Payload.
     depth : int
-        Entries it holds, at least 1. Up to 32 they lie in LUT RAM, above that in block RAM (one
-        entry more than a power of two fills a block RAM of that power exactly, because the entry
-        at the output sits in the RAM's output register).
+        Entries it holds, at least 1.
+    ram : str, optional
+        Where they lie. "lut": in LUT RAM. "block": in block RAM; one entry more than a power of two
+        fills a block RAM of that power exactly, because the entry at the output sits in the RAM's
+        output register. "ultra": in UltraRAM where the family has it, else as "block"; for wide
+        queues, since an UltraRAM is 72 bits wide and 4096 deep whatever is used of it. Default:
+        "lut" up to 32 entries, "block" above.
 
     Members
     -------
     i, o : streams of `shape`
     level : Out, entries inside.
 
-    Timing: an entry leaves one cycle after it came, two with block RAM.
+    Timing: an entry leaves one cycle after it came, two with block RAM or UltraRAM.
     """
 
-    def __init__(self, shape, depth: int):
+    def __init__(self, shape, depth: int, ram: str | None = None):
         if depth < 1:
             raise ValueError(f"a queue holds at least 1 entry, not {depth}")
         self._shape, self._depth = shape, depth
+        self._ram = ram or ("lut" if depth <= 32 else "block")
         super().__init__(
             {
                 "i": In(stream.Signature(shape)),
@@ -44,10 +51,12 @@ class Queue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        kind = fifo.SyncFIFO if self._depth <= 32 else fifo.SyncFIFOBuffered
+        kind = fifo.SyncFIFO if self._ram == "lut" else fifo.SyncFIFOBuffered
         bits = self.i.payload.as_value() if isinstance(self.i.payload, data.View) else (
             self.i.payload
         )  # fmt: skip
+        if self._ram == "ultra" and isinstance(platform, UltraScalePlus):
+            kind = _InUltraRam
         m.submodules.fifo = inner = kind(width=len(bits), depth=self._depth)
         out = Signal(len(bits))
         m.d.comb += [
@@ -60,6 +69,15 @@ class Queue(wiring.Component):
             inner.r_en.eq(self.o.ready),
             self.level.eq(inner.level),
         ]
+        return m
+
+
+class _InUltraRam(fifo.SyncFIFOBuffered):
+    """# Ref: AMD UG901, "RAM_STYLE". A tool that cannot do so falls back to block RAM."""
+
+    def elaborate(self, platform):
+        m = super().elaborate(platform)
+        m.submodules.storage.attrs["ram_style"] = "ultra"
         return m
 
 

@@ -4,7 +4,9 @@
     job record -> checks -> query block into the q store -> page table -> tiles, in order
 
 Runs ahead of the datapath by as many jobs as the q store has banks and as many tiles as the queue
-behind it holds; so the next job's first tile is known long before this job's last one is done.
+behind it holds; so the next job's first tile is known long before this job's last one is done. What a
+job needs is asked for at once, and the record of the job behind it too: a job costs one latency of
+the memory.
 """
 
 from functools import reduce
@@ -16,13 +18,14 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from . import abi, shapes
-from .axi import Burst, ControlArgs, ReadBeat, ReadMaster
+from .axi import Burst, ControlArgs, ReadBeat, ReadMaster, Span
 from .fifo import Queue
 from .number import Q_EXPONENT_BITS, SCALE_BITS, WEIGHT_BITS
 from .shapes import BEAT_LOG2, LANES_LOG2, TILE_LOG2
 
-Q_BANKS = 2
+Q_BANKS = 4
 Q_BANK = range(Q_BANKS)
+READ_AHEAD_BEATS = 128  # asked for and not yet used: the query block of most jobs
 
 
 class Params(data.Struct):
@@ -171,8 +174,10 @@ class JobReader(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.master = master = ReadMaster(32, max_burst=16)
-        m.submodules.beats = beats = Queue(ReadBeat, 32)
+        m.submodules.master = master = ReadMaster(READ_AHEAD_BEATS)
+        m.submodules.beats = beats = Queue(ReadBeat, READ_AHEAD_BEATS, ram="lut")
+        m.submodules.spans = spans = Queue(Span, 4)  # of one job at most 3
+        wiring.connect(m, spans.o, master.spans)
         wiring.connect(m, master.ar, wiring.flipped(self.ar))
         wiring.connect(m, wiring.flipped(self.r), master.r)
         m.d.comb += [
@@ -217,11 +222,11 @@ class JobReader(wiring.Component):
 
         def request(address, count):
             m.d.comb += [
-                master.spans.p.address.eq(address),
-                master.spans.p.beats.eq(count),
-                master.spans.valid.eq(1),
+                spans.i.p.address.eq(address),
+                spans.i.p.beats.eq(count),
+                spans.i.valid.eq(1),
             ]
-            return master.spans.ready
+            return spans.i.ready
 
         tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[TILE_LOG2:])
         most_per_page = abi.n_tiles(1, abi.MAX_PAGE_TOKENS)
@@ -250,14 +255,13 @@ class JobReader(wiring.Component):
                         self.error.eq(0),
                         tile.q_bank.eq(0),
                     ]
-                    m.next = "Ask Job"
+                    m.next = "Ask First Job"
                     with m.If(self.args.queue[:BEAT_LOG2] != 0):
                         m.d.sync += [self.error.eq(1), self.finished.eq(1)]
                         m.next = "Idle"
-            with m.State("Ask Job"):
+            with m.State("Ask First Job"):
                 with m.If(jobs_left == 0):
-                    m.d.sync += self.finished.eq(1)
-                    m.next = "Idle"
+                    m.next = "Finish"
                 with m.Else():
                     with m.If(request(job_address, 1)):
                         m.next = "Read Job"
@@ -306,13 +310,26 @@ class JobReader(wiring.Component):
                     info.legal.eq(legal),
                     info.faults.illegal.eq(~legal),
                 ]
-                m.next = "Report"
+                m.next = "Ask Next Job"
                 with m.If(legal):
                     m.next = "Ask Query"
             with m.State("Ask Query"):
                 with m.If(q_used != Q_BANKS):
                     with m.If(request(self.args.job + q_offset, head_dim)):
                         m.d.comb += q_take.eq(1)
+                        m.next = "Ask Pages"
+            with m.State("Ask Pages"):
+                with m.If(request(self.args.job + table_offset, (pages_left + 1)[1:])):
+                    m.next = "Ask Next Job"
+            with m.State("Ask Next Job"):
+                asked = Signal()
+                with m.If(jobs_left == 0):
+                    m.d.comb += asked.eq(1)
+                with m.Else():
+                    m.d.comb += asked.eq(request(job_address, 1))
+                with m.If(asked):
+                    m.next = "Report"
+                    with m.If(info.legal):
                         m.next = "Read Query"
             with m.State("Read Query"):
                 m.d.comb += beats.o.ready.eq(1)
@@ -331,10 +348,7 @@ class JobReader(wiring.Component):
                     with m.If(bus_error):
                         m.d.sync += info.faults.bus_error.eq(1)
                     with m.If(channel == head_dim - 1):
-                        m.next = "Ask Pages"
-            with m.State("Ask Pages"):
-                with m.If(request(self.args.job + table_offset, (pages_left + 1)[1:])):
-                    m.next = "Read Page Entry"
+                        m.next = "Read Page Entry"
             with m.State("Read Page Entry"):
                 half = abi.PAGE_ENTRY.bytes
 
@@ -405,9 +419,14 @@ class JobReader(wiring.Component):
             with m.State("Report"):
                 m.d.comb += [self.o_job.p.eq(info), self.o_job.valid.eq(1)]
                 with m.If(self.o_job.ready):
-                    m.next = "Ask Job"
+                    m.next = "Read Job"
+                    with m.If(jobs_left == 0):
+                        m.next = "Finish"
+            with m.State("Finish"):
+                m.d.sync += self.finished.eq(1)
+                m.next = "Idle"
         self.probes = {
             "tile": tile, "info": info, "head_dim": head_dim, "channel": channel,
-            "pages_left": pages_left, "second": second, "q_used": q_used,
+            "pages_left": pages_left, "second": second, "q_used": q_used, "jobs_left": jobs_left,
         }  # fmt: skip
         return m

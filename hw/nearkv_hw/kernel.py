@@ -3,7 +3,7 @@
 
 s_axi_control -> Control -> JobReader --tiles--> KvFetch --blocks, beats--> Align -> MacArray
                               |  m_axi_job         m_axi_kv                  ^  ^       |  |
-                              +--q--> q store (two banks) ----weights--------+  |       |  |
+                              +--q--> q store (four banks) ---weights--------+  |       |  |
                                                  p store (four banks) --weights-+       |  |
                                                     ^                                   |  |
                                                  Softmax <---------- K sums ------------+  |
@@ -32,6 +32,7 @@ from .shapes import BEAT_LOG2, LANES, TILE_LOG2
 from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
 
 RESET_CYCLES = 32  # longer than any delay line
+TILE_QUEUE = 8  # tiles between the job reader and the fetch
 
 
 class Kernel(wiring.Component):
@@ -76,7 +77,7 @@ class Kernel(wiring.Component):
 
         m.submodules.control = control = Control(config.hash32)
         m.submodules.jobs = jobs = JobReader(rows, config.max_head_dim)
-        m.submodules.tiles = tiles = Queue(Tile, 8)
+        m.submodules.tiles = tiles = Queue(Tile, TILE_QUEUE)
         m.submodules.job_infos = job_infos = Queue(JobInfo, 8)
         m.submodules.fetch = fetch = KvFetch(
             config.max_head_dim, config.beat_fifo_beats, config.lookahead_tiles
@@ -158,7 +159,7 @@ class Kernel(wiring.Component):
         is_v = Signal()
         m.d.sync += is_v.eq(at.is_v)
         m.d.comb += [
-            read.addr.eq(Cat(at.row, at.bank[0])),
+            read.addr.eq(Cat(at.row, at.bank)),
             softmax.p_address.eq(Cat(at.row[:TILE_LOG2], at.bank)),
             array.x.eq(align.o_x),
             array.step.eq(align.o_step),

@@ -9,6 +9,7 @@ behind it. It simulates no cycle and no data. `nearkv bench stream` holds it aga
 """
 
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ from nearkv_hw import abi
 from nearkv_hw.align import Align
 from nearkv_hw.array import MacArray
 from nearkv_hw.axi import WriteMaster
-from nearkv_hw.config import Config
+from nearkv_hw.config import OUTSTANDING_BURSTS, Config
+from nearkv_hw.jobs import Q_BANKS, READ_AHEAD_BEATS
+from nearkv_hw.kernel import TILE_QUEUE
 from nearkv_hw.merge import V_QUEUE_CHANNELS
 from nearkv_hw.shapes import BURST_BEATS, LANES
 from nearkv_hw.softmax import (
@@ -37,6 +40,13 @@ _INSPECT = 8
 # From a beat that leaves the beat queue to the address of the burst that takes its place.
 _ASK = 4
 _BURST_OVERHEAD = 4  # the read master takes so many cycles per burst
+# From a request of the job reader to its first burst, and from a beat at the bus to the reader.
+_REQUEST, _ARRIVE = 5, 1
+_ENTRY = 3  # the job reader takes so many cycles for a page table entry and its first tile
+# From a tile's emission to the address of its first burst.
+_CHOOSE = 9
+# From the last beat of a job's K to the request that takes its bank of the q store.
+_BANK = 3
 # From a block's last beat to its first result at the head of the queue behind the array.
 _LEAVE = Align.latency + MacArray.latency + 2
 # From a tile's last score to its maxima, from its last weight to its V pass.
@@ -146,7 +156,12 @@ class _Steps:
         return done
 
 
-def predict(config: Config, jobs: list[JobShape], dram: Dram | None = None) -> Prediction:
+def predict(
+    config: Config,
+    jobs: list[JobShape],
+    dram: Dram | None = None,
+    read_latency: int = READ_LATENCY,
+) -> Prediction:
     """Counters of a run over these jobs.
 
     Parameters
@@ -155,16 +170,24 @@ def predict(config: Config, jobs: list[JobShape], dram: Dram | None = None) -> P
     jobs : list of JobShape
     dram : Dram, optional
         Default: a bus for each port that always moves a beat a cycle.
+    read_latency : int
+        Cycles from an accepted address to its first beat, on both ports.
     """
-    return _Run(config, dram).through(jobs)
+    return _Run(config, dram, read_latency).through(jobs)
 
 
 class _Run:
     """The state of all stations, as far as the passes have been worked through."""
 
-    def __init__(self, config: Config, dram: Dram | None):
-        self.config, self.dram = config, dram
+    def __init__(self, config: Config, dram: Dram | None, latency: int):
+        self.config, self.dram, self.latency = config, dram, latency
         self.read_beats, self.read_end = 0, -1.0  # arrival of the last beat
+        self.flying = deque([-np.inf] * OUTSTANDING_BURSTS, OUTSTANDING_BURSTS)  # ends of bursts
+        # The job reader: when it has time, when the next record is there, when each tile of the
+        # queue behind it was taken, when each job's last K pass ended.
+        self.reader, self.record = 0.0, _REQUEST + latency + _ARRIVE
+        self.chosen = deque([-np.inf] * TILE_QUEUE, TILE_QUEUE)
+        self.k_ends = deque([-np.inf] * Q_BANKS, Q_BANKS)
         self.array = _Steps()
         self.starved = self.stalled = 0.0
         self.score, self.weigh, self.merge = _Steps(), _Steps(), _Steps()
@@ -178,13 +201,18 @@ class _Run:
         waiting: list[_Tile] = []
         for job in jobs:
             self._share(job)
+            self._query(job)
             layout = abi.PageLayout(job.head_dim, job.page_tokens)
             pairs = -(-job.group_size // abi.ROW_STEP)
             for first in range(0, job.n_tokens, job.page_tokens):
+                self.reader += _ENTRY
                 for _, tokens in layout.tiles(min(job.page_tokens, job.n_tokens - first)):
+                    self.reader = max(self.reader, self.chosen[0]) + 1
                     if len(waiting) > self.config.lookahead_tiles:
                         self._v_pass(waiting.pop(0))
                     waiting.append(self._k_pass(job.head_dim, pairs, tokens))
+            self.k_ends.append(self.array.times[-1])
+            self.reader += 1
         for tile in waiting:
             self._v_pass(tile)
         times = self.array.times
@@ -195,19 +223,43 @@ class _Run:
             stalled_cycles=round(self.stalled),
         )
 
-    def _read(self, blocks: int, rows: int) -> Iterator[float]:
+    def _query(self, job: JobShape) -> None:
+        """When the reader has the job's query block and the beginning of its page table, which it
+        asks for at once with the next job's record."""
+        ask = max(self.reader, self.record) + 2
+        ask = max(ask, self.k_ends[0] + _BANK) + _REQUEST
+        entries = -(-job.n_tokens // job.page_tokens) * abi.PAGE_ENTRY.bytes
+        arrived = array("d")  # when each beat is there
+        for span in (job.head_dim, min(-(-entries // abi.BEAT_BYTES), READ_AHEAD_BEATS), 1):
+            for begin in range(0, span, BURST_BEATS):
+                beats = min(BURST_BEATS, span - begin)
+                # What arrived of the query block has made room.
+                full = len(arrived) + beats - READ_AHEAD_BEATS
+                if full > 0:
+                    ask = max(ask, arrived[full - 1] + _ASK)
+                start = max(ask + self.latency, arrived[-1] + 1 if arrived else 0)
+                arrived.extend(start + n for n in range(beats))
+                ask += _BURST_OVERHEAD
+        self.reader = arrived[job.head_dim - 1] + _ARRIVE
+        self.record = arrived[-1] + _ARRIVE
+
+    def _read(self, blocks: int, rows: int, not_before: float = -np.inf) -> Iterator[float]:
         """When each block of a pass can be issued, as far as reading goes.
 
-        Reading a block may need the room of the one before it: issue each before the next.
+        Reading a block may need the room of the one before it: issue each before the next. The
+        first address comes not before the time given.
         """
         for _ in range(blocks):
             for begin in range(0, rows, BURST_BEATS):
                 beats = min(BURST_BEATS, rows - begin)
-                # A burst is asked for when the beat queue has room for all of it.
+                # A burst is asked for when the beat queue has room for all of it, and not too many
+                # are under way.
                 full = self.read_beats + beats - self.config.beat_fifo_beats
                 asked = self.array.at(full - 1) + _ASK if full > 0 else -np.inf
-                start = max(self.read_end + 1, asked + READ_LATENCY)
+                asked = max(asked, self.flying[0] + _ASK, not_before)
+                start = max(self.read_end + 1, asked + self.latency)
                 self._move(start, max(beats, _BURST_OVERHEAD))
+                self.flying.append(self.read_end)
                 self.read_beats += beats
             yield self.read_end + _INSPECT
 
@@ -243,7 +295,10 @@ class _Run:
 
     def _k_pass(self, head_dim: int, pairs: int, tokens: int) -> _Tile:
         tiles = len(self.weigh_ends)
-        for n, ready in enumerate(self._read(-(-tokens // LANES), head_dim)):
+        asked = self.reader + _CHOOSE
+        for n, ready in enumerate(self._read(-(-tokens // LANES), head_dim, asked)):
+            if n == 0:  # about when the tile left the queue of tiles
+                self.chosen.append(self.read_end - self.latency - head_dim - _CHOOSE)
             lanes = min(LANES, tokens - n * LANES)
             room = self.raw_freed.at(self.raw_taken + LANES - RAW_QUEUE_TOKENS - 1) + 1
             end = self._issue(head_dim, ready, room)

@@ -40,7 +40,7 @@ def follow_span(b, dut, burst):
 
 
 # As the jobs' port and the kv port have it.
-@pytest.mark.parametrize(("depth", "max_burst"), [(32, 16), (512, 64)])
+@pytest.mark.parametrize(("depth", "max_burst"), [(128, 64), (1024, 64)])
 def test_reads_follow_the_span_and_never_outgrow_the_reserved_space_by_induction(
     bench, depth, max_burst
 ):

@@ -19,10 +19,12 @@ def fetching(b, monkeypatch, n_passes: int, n_beats: int):
     """A KvFetch, its memory, and claims of where its states and counters may be.
 
     Returns it, and how many beats are on their way. Its queues have room for the largest pass, for a
-    short proof; they are built with 16 passes and 32 blocks.
+    short proof; they are built with 32 passes and 32 blocks.
     """
     depths = {Pass: n_passes, Block: 8}
-    monkeypatch.setattr(fetch, "Queue", lambda shape, n: Queue(shape, depths.get(shape, n)))
+    monkeypatch.setattr(
+        fetch, "Queue", lambda shape, n, ram=None: Queue(shape, depths.get(shape, n))
+    )
     dut = b.add(KvFetch(256, n_beats, 3))
     b.assume(within(dut.i_tile.p), when=dut.i_tile.valid)
     issued, burst_beats = dut.ar.valid & dut.ar.ready, dut.ar.p.beats_less_1 + 1

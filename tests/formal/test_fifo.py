@@ -8,21 +8,24 @@ from nearkv_hw.fifo import Queue
 BITS = 4
 
 
-# One entry; LUT RAM up to 32 entries, also with a depth that is no power of two; block RAM above.
-@pytest.mark.parametrize("depth", [1, 4, 12, 32, 33, 48, 1025])
-def test_queue_keeps_order_and_never_overflows_by_induction(bench, depth):
+# One entry; LUT RAM, also with a depth that is no power of two; block RAM.
+@pytest.mark.parametrize(
+    "depth, ram",
+    [*((n, "lut") for n in (1, 4, 12, 32, 128)), *((n, "block") for n in (33, 48, 1025))],
+)
+def test_queue_keeps_order_and_never_overflows_by_induction(bench, depth, ram):
     """One arbitrary entry is followed from when it goes in, behind `ahead` others, until it leaves:
     just after those, unchanged. A queue in block RAM says early that it is full, when its last
     place is the output register and that is still empty."""
     b, m = bench, bench.m
-    dut = b.add(Queue(BITS, depth))
+    dut = b.add(Queue(BITS, depth, ram))
     puts, gets = dut.i.valid & dut.i.ready, dut.o.valid & dut.o.ready
     held = b.counter(puts, gets)
     b.claim_stream(dut.o)
     b.claim(dut.level == held)
     b.claim(held <= depth)
     b.claim(~dut.i.ready, when=held == depth)
-    b.claim(dut.i.ready, when=held < (depth if depth <= 32 else depth - 1))
+    b.claim(dut.i.ready, when=held < (depth if ram == "lut" else depth - 1))
     b.claim(~dut.o.valid, when=held == 0)
 
     following, ahead = b.ghost(1, "following"), b.ghost(16, "ahead")
@@ -42,7 +45,7 @@ def test_queue_keeps_order_and_never_overflows_by_induction(bench, depth):
     # Where it lies meanwhile.
     level, oldest, size = b.claim_queue(dut)
     at_output = 0
-    if depth > 32:
+    if ram == "block":
         at_output = dut.inside("fifo").r_rdy
         first = following & at_output & (ahead == 0)
         b.claim(dut.o.payload == followed, when=first)

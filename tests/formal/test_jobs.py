@@ -4,12 +4,16 @@
 from amaranth import Elaboratable, Module, Mux
 from amaranth.lib import wiring
 
+from nearkv_hw.abi import MAX_TILES
+from nearkv_hw.axi import Span
 from nearkv_hw.fifo import Queue
 from nearkv_hw.jobs import Q_BANKS, JobInfo, JobReader
 from nearkv_hw.merge import PartialWriter
 
-READING = ("Ask Pages", "Read Page Entry", "Check Page", "Emit Tile")
-IN_JOB = ("Check Job", "Ask Query", "Read Query", *READING, "Report")
+READING = ("Read Page Entry", "Check Page", "Emit Tile")
+BEFORE_TILES = ("Check Job", "Ask Query", "Ask Pages", "Ask Next Job", "Read Query")
+LEGAL = ("Ask Query", "Ask Pages", "Read Query", *READING)
+IN_JOB = (*BEFORE_TILES, *READING, "Report")
 
 
 def assume_runs(b, start, done, args):
@@ -51,27 +55,34 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     b.cover(reports & dut.o_job.p.faults.illegal & (dut.n_jobs == 1))
 
     tile, info = dut.inside("tile"), dut.inside("info")
-    before_tiles = reader("Check Job", "Ask Query", "Read Query", "Ask Pages")
-    in_tiles = reader(*READING[1:])
+    before_tiles, in_tiles = reader(*BEFORE_TILES), reader(*READING)
     b.claim(dut.states())
     b.claim(~opened, when=~in_tiles)
     b.claim(~ended, when=~reader("Report"))
     b.claim(opened == ~tile.job_first, when=in_tiles)
     b.claim(tile.job_first, when=before_tiles)
-    b.claim(info.legal, when=reader("Ask Query", "Read Query", *READING))
+    b.claim(info.legal, when=reader(*LEGAL))
     b.claim(info.legal == ended, when=reader("Report"))
 
     # Beats: asked for, less those used.
     head_dim, channel = dut.inside("head_dim"), dut.inside("channel")
-    left, second = dut.inside("pages_left"), dut.inside("second")
+    left, second, jobs = dut.inside("pages_left"), dut.inside("second"), dut.inside("jobs_left")
     pages_due = Mux(left == 0, 0, (left + second + 1)[1:])
-    due = Mux(reader("Read Job"), 1, Mux(reader("Read Query"), head_dim - channel,
-              Mux(in_tiles, pages_due, 0)))  # fmt: skip
+    query_due = Mux(reader("Ask Pages") | (reader("Ask Next Job") & info.legal), head_dim,
+                    Mux(reader("Read Query"), head_dim - channel, 0))  # fmt: skip
+    table_asked = in_tiles | reader("Read Query") | (reader("Ask Next Job") & info.legal)
+    job_asked = reader("Read Job") | ((in_tiles | reader("Read Query", "Report")) & (jobs != 0))
+    due = query_due + Mux(table_asked, pages_due, 0) + job_asked
     b.claim(channel < head_dim, when=reader("Read Query"))
-    b.claim((head_dim != 0) & (head_dim <= 64), when=reader("Ask Query", "Read Query"))
-    b.claim((channel == 0) & ~second, when=reader("Check Job", "Ask Query"))
-    b.claim(~second, when=reader("Read Query", "Ask Pages"))
-    b.claim(left != 0, when=reader("Ask Query", "Read Query", "Ask Pages", "Read Page Entry"))
+    b.claim(
+        (head_dim != 0) & (head_dim <= 64), when=info.legal & before_tiles & ~reader("Check Job")
+    )
+    b.claim((channel == 0) & ~second, when=before_tiles & ~reader("Read Query"))
+    b.claim(~second, when=reader("Read Query"))
+    b.claim((left != 0) & (left <= MAX_TILES),
+            when=info.legal & before_tiles & ~reader("Check Job"))  # fmt: skip
+    b.claim((left != 0) & (left <= MAX_TILES), when=reader("Read Page Entry"))
+    b.claim(left <= MAX_TILES, when=in_tiles)
     issued = dut.ar.valid & dut.ar.ready
     burst_beats = dut.ar.p.beats_less_1 + 1
     on_the_way = b.counter(Mux(issued, burst_beats, 0), dut.r.valid, name="on_the_way")
@@ -79,20 +90,28 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     beats = dut.inside("beats")
     b.claim(beats.i.ready, when=beats.i.valid)
     b.claim_queue(dut, "beats")
+    spans, waiting_beats, waiting_spans = dut.inside("spans"), 0, 0
+    for span, there in b.entries(dut, "spans", Span):
+        waiting_beats += Mux(there, span.beats, 0)
+        waiting_spans += there
+        b.claim((span.beats != 0) & (span.beats <= MAX_TILES), when=there)
+    b.claim(waiting_spans == spans.level)
+    b.claim(spans.i.ready, when=spans.i.valid)
     master = dut.inside("master.left"), dut.inside("master.beats"), dut.inside("master.reserved")
     idle, issuing = dut.state("master.Take Span"), dut.state("master.Issue Burst")
-    b.claim(due == Mux(idle, 0, master[0]) + on_the_way + beats.level)
+    b.claim(due == waiting_beats + Mux(idle, 0, master[0]) + on_the_way + beats.level)
     b.claim(master[2] == on_the_way + beats.level + Mux(issuing, master[1], 0))
     b.claim(master[2] <= beats.depth)
     b.claim((master[0] != 0) | idle)
-    b.claim((master[1] != 0) & (master[1] <= master[0]) & (master[1] <= 16),
+    b.claim((master[1] != 0) & (master[1] <= master[0]) & (master[1] <= 64),
             when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
     b.claim(dut.states("master"))
 
     # Banks of the q store: of the job being read, and of those whose tiles are all on their way.
     waiting = b.counter(tiles & dut.o_tile.p.job_last, dut.q_free, bits=4, name="waiting")
     b.assume(waiting != 0, when=dut.q_free)
-    b.claim(dut.inside("q_used") == waiting + reader("Read Query", *READING))
+    taken = reader("Ask Pages", "Read Query", *READING) | (reader("Ask Next Job") & info.legal)
+    b.claim(dut.inside("q_used") == waiting + taken)
     b.claim(dut.inside("q_used") <= Q_BANKS)
     b.prove(depth=2, reach=16)
 
@@ -153,7 +172,7 @@ def test_every_job_read_is_answered_before_done_by_induction(bench):
     queued = sum((there & info.legal for info, there in b.entries(dut, "infos", JobInfo)), start=0)
     b.claim(unanswered == queued + reporting)
     info = dut.inside("reader.info")
-    b.claim(info.legal, when=dut.state(*(f"reader.{name}" for name in IN_JOB[1:-1])))
+    b.claim(info.legal, when=dut.state(*(f"reader.{name}" for name in LEGAL)))
     b.claim((headers + infos.level + in_job)[:32] == reader.n_jobs)
     b.claim(writer_rests & reader_rests & (infos.level == 0), when=~running)
     b.claim(~writer_rests, when=running)

@@ -10,6 +10,7 @@ from nearkv_hw import align
 from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align, Step, WeightAddress
 from nearkv_hw.fetch import Block
+from nearkv_hw.jobs import Q_BANKS
 from nearkv_hw.number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
 from nearkv_hw.shapes import LANES
 
@@ -214,7 +215,7 @@ def check(bench, blocks, run):
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_align_equals_its_model(bench, pauses, rng, kv_type):
-    q_exponents = rng.integers(-8, 8, (2, Q_CHANNELS))
+    q_exponents = rng.integers(-8, 8, (Q_BANKS, Q_CHANNELS))
     q_exponents[:, ::17] = -512
     q_exponents[1, ::29] = 511
     blocks = []
@@ -223,13 +224,15 @@ def test_align_equals_its_model(bench, pauses, rng, kv_type):
         rows = int(rng.integers(1, 70)) if is_v else int(rng.choice([32, 64]))
         lanes = int(rng.choice([32, 32, 0])) if is_v else int(rng.integers(0, 33))
         blocks.append(
-            random_block(rng, kv_type, pattern, is_v, rows, lanes, n % 2, n % 3 != 0, q_exponents)
+            random_block(
+                rng, kv_type, pattern, is_v, rows, lanes, n % Q_BANKS, n % 3 != 0, q_exponents
+            )
         )
     check(bench, blocks, simulate(bench, blocks, q_exponents, pauses(0), pauses(1)))
 
 
 def test_short_blocks_end_32_cycles_apart_and_longer_ones_follow_without_a_gap(bench, rng):
-    q_exponents = np.zeros((2, Q_CHANNELS), int)
+    q_exponents = np.zeros((Q_BANKS, Q_CHANNELS), int)
     lengths = [1, 1, 5, 31, 32, 33, 64, 2, 30, 32, 32, 1, 128]
     blocks = [
         random_block(rng, KvType.FP16, close, True, rows, 32, 0, True, q_exponents)
@@ -247,7 +250,7 @@ def test_short_blocks_end_32_cycles_apart_and_longer_ones_follow_without_a_gap(b
 
 
 def test_a_block_waits_for_may_start_but_then_runs_to_its_end(bench, rng):
-    q_exponents = np.zeros((2, Q_CHANNELS), int)
+    q_exponents = np.zeros((Q_BANKS, Q_CHANNELS), int)
     blocks = [
         random_block(rng, KvType.BF16, close, False, 32, 32, 0, True, q_exponents) for _ in range(3)
     ]

@@ -10,7 +10,7 @@ import pytest
 from nearkv_hw import align
 from nearkv_hw.abi import KvType, PageLayout
 from nearkv_hw.fetch import Block, Crc, KvFetch
-from nearkv_hw.jobs import Faults, Tile
+from nearkv_hw.jobs import Q_BANKS, Faults, Tile
 from nearkv_hw.number import EXPONENT_FLOOR, KV_FORMATS
 from nearkv_hw.shapes import LANES
 
@@ -133,7 +133,9 @@ def make_jobs(rng, shapes):
     jobs = []
     for n, (head_dim, page_tokens, lens) in enumerate(shapes):
         layout = PageLayout(head_dim, page_tokens, KvType(n % 2))
-        jobs.append(Job(layout, [make_page(rng, layout, page_len) for page_len in lens], n % 2))
+        jobs.append(
+            Job(layout, [make_page(rng, layout, page_len) for page_len in lens], n % Q_BANKS)
+        )
     return jobs
 
 
@@ -143,7 +145,7 @@ class Fetch:
     def __init__(self, rng, jobs, lookahead=2):
         self.jobs, self.lookahead = jobs, lookahead
         self.memory, self.tiles, self.responses = bytearray(), [], {}
-        self.q_exponents = rng.integers(-40, 40, (2, Q_CHANNELS))
+        self.q_exponents = rng.integers(-40, 40, (Q_BANKS, Q_CHANNELS))
         self.q_exponents[:, 5], self.q_exponents[1, 9] = -512, 511
         self.passes = {}  # (tile, is_v) -> (list of (Block fields, beats))
         for job in jobs:

@@ -2,6 +2,7 @@
 """Jobs become tiles, query writes and job infos as the ABI says; illegal ones are refused."""
 
 from dataclasses import dataclass, field
+import itertools
 
 import numpy as np
 import pytest
@@ -156,13 +157,13 @@ class Run:
     """One simulation of the reader, over one or more queues in turn."""
 
     def __init__(self, bench, queue, pauses=None, *, n_jobs=None, error=None, free=None, limit=9000,
-                 runs=1, misalign=0, rows=ROWS, max_head_dim=MAX_HEAD_DIM):  # fmt: skip
+                 latency=7, runs=1, misalign=0, rows=ROWS, max_head_dim=MAX_HEAD_DIM):  # fmt: skip
         self.bench, self.dut = bench, JobReader(rows, max_head_dim)
         dut, pause = self.dut, pauses or (lambda side: None)
         self.run = run = bench(dut)
         lost = error or {}
         self.memory = run.read_memory(
-            dut.ar, dut.r, queue.read, pause(0), pause(1), latency=7,
+            dut.ar, dut.r, queue.read, pause(0), pause(1), latency=latency,
             error=lambda address: lost.get(address - JOB_BASE, 0),
         )  # fmt: skip
         self.tiles, self.infos = run.sink(dut.o_tile, pause(2)), run.sink(dut.o_job, pause(3))
@@ -432,8 +433,8 @@ class _Once(dict):
         return self.pop(key, default)
 
 
-def test_the_query_of_the_third_job_waits_for_a_free_bank(bench, rng):
-    queue = Queue(rng, [Job(head_dim=32) for _ in range(5)])
+def test_a_query_waits_for_a_free_bank(bench, rng):
+    queue = Queue(rng, [Job(head_dim=32) for _ in range(Q_BANKS + 3)])
     frees = (900, 1500, 1501)
 
     def free(run, dut):
@@ -443,9 +444,24 @@ def test_the_query_of_the_third_job_waits_for_a_free_bank(bench, rng):
     run = Run(bench, queue, free=free)
     run.check(queue)
     begun = run.q.cycles[::32]
-    assert begun[1] < 900
-    # The first bank to come free takes the third job's query, soon; the others likewise.
-    assert 900 < begun[2] < 1000
-    assert 1500 < begun[3] < 1600
-    assert begun[3] < begun[4] < 1800
-    assert q_layout(ROWS)["bank"].width == 1
+    assert begun[Q_BANKS - 1] < 900
+    # The first bank to come free takes the next job's query, soon; the others likewise.
+    assert 900 < begun[Q_BANKS] < 1000
+    assert 1500 < begun[Q_BANKS + 1] < 1600
+    assert begun[Q_BANKS + 1] < begun[Q_BANKS + 2] < 1800
+    assert 1 << q_layout(ROWS)["bank"].width == Q_BANKS
+
+
+def test_a_job_costs_one_latency_of_the_memory(bench, rng):
+    """Query block and page table are asked for together, with the record of the next job."""
+    queue = Queue(rng, [Job(head_dim=32) for _ in range(4)])
+    latency = 150
+
+    def free(run, dut):
+        while True:
+            yield [(dut.q_free, 0)]
+
+    run = Run(bench, queue, free=free, latency=latency)
+    run.check(queue)
+    begun = run.q.cycles[::32]
+    assert all(b - a < latency + 60 for a, b in itertools.pairwise(begun))

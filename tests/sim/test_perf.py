@@ -35,7 +35,7 @@ def test_refresh_takes_its_share():
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("memory", bench_stream.MEMORIES)
+@pytest.mark.parametrize("memory", bench_stream.NEAR)
 @pytest.mark.parametrize("head_dim, group", [(64, 8), (128, 8), (128, 1), (256, 5)])
 @pytest.mark.parametrize("queue", SHORT)
 def test_model_predicts_the_cycles_of_the_rtl_within_1_percent(queue, head_dim, group, memory):
@@ -45,3 +45,21 @@ def test_model_predicts_the_cycles_of_the_rtl_within_1_percent(queue, head_dim, 
     assert row.of_supply >= 0.995, row
     if memory == "ideal":
         assert row.used >= 0.99, row
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("head_dim, group", [(64, 4), (128, 8), (256, 8)])
+@pytest.mark.parametrize("queue, memory", bench_stream.FAR)
+def test_a_far_memory_is_read_at_full_rate(queue, memory, head_dim, group):
+    row = bench_stream.measure(preset("smartssd"), queue, head_dim, group, memory)
+    assert 0.99 <= row.predicted <= 1.01, row
+    assert row.used >= (0.99 if head_dim > 64 else 0.95), row
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_model_predicts_what_short_jobs_cost_in_front_of_a_far_memory(head_dim):
+    """Here the job reader sets the pace."""
+    row = bench_stream.measure(preset("smartssd"), "64 x 128", head_dim, 2, "600 cycles")
+    assert row.used < 0.9
+    assert 0.99 <= row.predicted <= 1.01, row

@@ -24,8 +24,19 @@ QUEUES = {
     "8 x 4096": [4096] * 8,
     "64 mixed": [int(n) for n in np.random.default_rng(5).integers(64, 4000, 64)],
     "64 x 300": [300] * 64,
+    "64 x 128": [128] * 64,
 }
-MEMORIES = {"ideal": None, "DDR4-2400": perf.DDR4_2400}
+# Name of the memory -> its timings, and its latency in cycles. The far ones are buses that always
+# move a beat a cycle, late.
+MEMORIES = {
+    "ideal": (None, perf.READ_LATENCY),
+    "DDR4-2400": (perf.DDR4_2400, perf.READ_LATENCY),
+    "200 cycles": (None, 200),
+    "600 cycles": (None, 600),
+}
+NEAR = ("ideal", "DDR4-2400")
+# What far memories are there to show: short jobs, and a long stream.
+FAR = (("64 x 128", "200 cycles"), ("8 x 4096", "600 cycles"))
 
 
 @dataclass
@@ -73,19 +84,19 @@ def measure(
     RuntimeError
         If a job fails.
     """
-    lengths, dram = QUEUES[queue], MEMORIES[memory]
+    lengths, (dram, latency) = QUEUES[queue], MEMORIES[memory]
     rng = np.random.default_rng(0)
     data = rng.standard_normal((2, max(lengths), head_dim)).astype(np.float16).view(np.uint16)
     q = rng.standard_normal((group_size, head_dim))
     jobs = [workload.Job(q, data[0, :n], data[1, :n]) for n in lengths]
     memories = workload.place(jobs, rng)
-    with rtl.RtlCard(config, read_latency=perf.READ_LATENCY, dram=dram) as card:
+    with rtl.RtlCard(config, read_latency=latency, dram=dram) as card:
         summary = memories.summary_of(memories.execute(card))
         run = card.last_run
     if summary["n_failed"]:
         raise RuntimeError(f"{summary['n_failed']} of {len(jobs)} jobs failed")
     shapes = [perf.JobShape(head_dim, group_size, n) for n in lengths]
-    expected = perf.predict(config, shapes, dram)
+    expected = perf.predict(config, shapes, dram, latency)
     stream, beats = summary["stream_cycles"], summary["kv_beats"]
     return Figures(
         queue=queue, memory=memory, head_dim=head_dim, group_size=group_size, kv_beats=beats,
@@ -107,7 +118,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--group", type=int, action="append", help="default: 1, 4, 5 and 8, as far as built"
     )
-    parser.add_argument("--memory", choices=MEMORIES, action="append", help="default: both")
+    parser.add_argument(
+        "--memory", choices=MEMORIES, action="append",
+        help=f"default: {' and '.join(NEAR)}, and the far ones for {' and '.join(q for q, _ in FAR)}",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="figures as JSON")
 
 
@@ -121,21 +135,23 @@ def run(args) -> int:
     head = ("queue", "memory", "d", "g", "beats", "cycles", "used", "of supply", "cyc/token",
             "starved", "stalled", "tail", "drain", "predicted", "sim c/s")  # fmt: skip
     form = (
-        "{:>9} {:>9} {:>3} {:>2} {:>8} {:>8} {:>7} {:>9} {:>9} {:>7} {:>7} {:>6} {:>5} {:>9} {:>8}"
+        "{:>9} {:>10} {:>3} {:>2} {:>8} {:>8} {:>7} {:>9} {:>9} {:>7} {:>7} {:>6} {:>5} {:>9} {:>8}"
     )
     if not args.json:
         print(f"preset {config.name}, fp16, pages of {abi.TILE_TOKENS} tokens; limit: used 100%")
         print(form.format(*head))
-    for queue in args.queue or QUEUES:
-        for memory in args.memory or MEMORIES:
-            for head_dim in args.head_dim or (64, 128, 256):
-                for group in args.group or (1, 4, 5, 8):
-                    if head_dim > config.max_head_dim or group > config.rows:
-                        continue
-                    row = measure(config, queue, head_dim, group, memory)
-                    rows.append(row)
-                    if not args.json:
-                        print(_line(form, row), flush=True)
+    runs = [(q, memory) for q in args.queue or QUEUES for memory in args.memory or NEAR]
+    if not args.memory:
+        runs += [run for run in FAR if run[0] in (args.queue or QUEUES)]
+    for queue, memory in runs:
+        for head_dim in args.head_dim or (64, 128, 256):
+            for group in args.group or (1, 4, 5, 8):
+                if head_dim > config.max_head_dim or group > config.rows:
+                    continue
+                row = measure(config, queue, head_dim, group, memory)
+                rows.append(row)
+                if not args.json:
+                    print(_line(form, row), flush=True)
     if args.json:
         json.dump(
             {"config": config.name, "abi": abi.ABI_VERSION, "runs": [vars(row) for row in rows]},

@@ -97,8 +97,9 @@ def open_card(name: str | None = None, **options) -> Card:
     name : str, optional
         "model": the bit-exact model in numpy. "twin": the same bits, native and fast. "rtl": the
         emitted Verilog in Verilator. "xrt:0": the first card that XRT has, with nearkv's xclbin;
-        "xrt:0000:04:00.1": by its PCI address; "xrt:0/1": its second compute unit. Default: "twin", or
-        "model" with a warning where the native part cannot be used.
+        "xrt:0000:04:00.1": by its PCI address; "xrt:0/1": its second compute unit. "pynq:0", and so
+        on: the same through PYNQ. Default: "twin", or "model" with a warning where the native part
+        cannot be used.
     config : str or nearkv_hw.config.Config
         The build to imitate, "smartssd" by default; or that a card must be, by default any.
     kv_bytes, job_bytes : int
