@@ -417,7 +417,7 @@ def main(argv=None) -> int:
     parser.add_argument("--config", action="append", help="may be repeated; default: all presets")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/footprint"), help="folder")
     parser.add_argument("--check", type=Path, metavar="JSON",
-                        help=f"fail if anything grew by more than {GROWTH:.0%} over this record")  # fmt: skip
+                        help=f"fail if anything grew by more than {GROWTH:.0%}% over this record")  # fmt: skip
     parser.add_argument("--paths", type=int, default=1, help="slowest paths to print")
     args = parser.parse_args(argv)
     costs, grown = {}, []
