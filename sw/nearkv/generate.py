@@ -52,11 +52,12 @@ def add_arguments(parser) -> None:
         "--max-new-tokens", type=whole(0), default=64, metavar="N",
         help="default: %(default)s; 0 only reads the prompt, for --keep",
     )  # fmt: skip
-    add("--card", help="model, twin, rtl or xrt:0; several with commas (default: twin)")
+    add("--card", help="model, twin, rtl, xrt:0 or pynq:0; several with commas (default: twin)")
     add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
     add(
         "--kv-dir", type=existing_directory, action="append", metavar="DIR",
-        help="where page files go; may be repeated, once for each card (default: for temporary files)",
+        help="where page files go; may be repeated, up to once for each card, or engine of a card "
+        "(default: for temporary files)",
     )  # fmt: skip
     add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
     add("--page-tokens", type=whole(), metavar="N", help="default: 128, or as planned")
@@ -88,7 +89,7 @@ def run(options) -> int:
     # What is quick to check comes first: nobody should wait for a card or a model to learn of a slip.
     extras.require("nearkv generate", "torch", "transformers", "safetensors")
     cards = options.card.split(",") if options.card else [None]
-    where = _directories(options, len(cards))
+    where = _directories(options, _count(cards))
     prompt = None if options.prompt is None else _prompt(options.prompt)
     machine = _machine(options.machine)
     from .hf import models
@@ -131,7 +132,7 @@ def run(options) -> int:
 
 
 def _directories(options, n_cards: int) -> list | None:
-    """Where pages go: one directory, or one for each card; None: where temporary files do.
+    """Where pages go: directories, one for each card at most; None: where temporary files do.
 
     Raises
     ------
@@ -156,12 +157,19 @@ def _directories(options, n_cards: int) -> list | None:
         _check_not_kept(options.keep)
     name = "resume" if options.resume else "keep" if options.keep else "kv_dir"
     given = getattr(options, name)
-    if given and not options.resume and len(given) not in (1, n_cards):
+    if given and not options.resume and len(given) > n_cards:
         raise ValueError(
-            f"--{name.replace('_', '-')} is given {len(given)} times, and there are {n_cards} in "
-            "--card; give it once, or once for each card"
+            f"--{name.replace('_', '-')} is given {len(given)} times, and --card has {n_cards} to serve "
+            "them; give it once for each at most"
         )
     return given
+
+
+def _count(names: list) -> int:
+    """How many cards, or engines of cards, there will be."""
+    from .cards import engine_names
+
+    return sum(len(engine_names(name)) if name else 1 for name in names)
 
 
 def _check_not_kept(where: list) -> None:

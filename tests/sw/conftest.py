@@ -2,9 +2,11 @@
 """Cards for the host's tests."""
 
 import errno
+import gc
 import mmap
 import os
 import queue
+import sys
 import threading
 import time
 
@@ -96,6 +98,27 @@ def tiny_model(save_model, tmp_path_factory):
 def card():
     with nearkv.open_card("model") as card:
         yield card
+
+
+@pytest.fixture
+def simulate(monkeypatch):
+    """simulate(...) is a nearkv_sim.xrt.Simulation in whose environment this process is."""
+    from nearkv_sim.xrt import Simulation
+
+    opened = []
+
+    def start(*args, **options):
+        opened.append(Simulation(*args, **{"config": "tiny"} | options))
+        for name, value in opened[-1].environment.items():
+            monkeypatch.setenv(name, value)
+        return opened[-1]
+
+    yield start
+    if pynq := sys.modules.get("pynq"):
+        pynq.Clocks.set_device(None)  # which PYNQ would keep
+    gc.collect()  # cards that a failed test has left open
+    for simulation in opened:
+        simulation.close()
 
 
 class Drive:

@@ -186,7 +186,7 @@ def test_a_comma_in_the_name_of_a_directory_is_part_of_it(capsys, tiny_model, tm
     each = ["--kv-dir", both[0], "--kv-dir", both[1]]
     assert _run(capsys, *model, *each, "--card", "model,model")[0] == 0
     _assert_error(
-        _run(capsys, *model, *each), "--kv-dir is given 2 times, and there are 1 in --card"
+        _run(capsys, *model, *each), "--kv-dir is given 2 times, and --card has 1 to serve them"
     )
 
 

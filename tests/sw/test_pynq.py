@@ -28,24 +28,6 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "pynq_attention.ipynb"
 
 
 @pytest.fixture
-def simulate(monkeypatch):
-    """simulate(...) is a Simulation in whose environment this process is."""
-    opened = []
-
-    def start(*args, **options):
-        opened.append(Simulation(*args, **{"config": "tiny"} | options))
-        for name, value in opened[-1].environment.items():
-            monkeypatch.setenv(name, value)
-        return opened[-1]
-
-    yield start
-    pynq.Clocks.set_device(None)  # which PYNQ would keep
-    gc.collect()  # cards that a failed test has left open
-    for simulation in opened:
-        simulation.close()
-
-
-@pytest.fixture
 def load(simulate):
     """load(...) is the simulated card, and the overlay on it."""
     from nearkv.cards.pynq import XrtCard
@@ -360,14 +342,6 @@ def test_the_card_answers_as_the_twin(simulate, backend, reader_kind):
     assert simulated.units[0].runs > 3
     assert not simulated.complaints
     assert not simulated.buffers
-
-
-def test_two_units_are_two_cards(simulate):
-    (card,) = simulate(board="u250").cards
-    with open_card("pynq:0", **SMALL) as first, open_card("pynq:0/1", **SMALL) as second:
-        _check_attend(first)
-        _check_attend(second)
-        assert [unit.runs > 0 for unit in card.units] == [True, True, False, False]
 
 
 def test_a_card_that_hangs_is_reset_and_goes_on(simulate):

@@ -11,7 +11,7 @@ from nearkv_hw import pages
 from nearkv_hw.abi import KvType, PageLayout
 from nearkv_hw.number import score_scale
 
-from ..cards import Card, open_cards
+from ..cards import Card, Engines, open_cards
 from ..store import KvStore
 from .scheduler import PageAttention, check_card
 
@@ -20,7 +20,7 @@ def attend(
     q,
     k,
     v,
-    card: Card | str | Sequence[Card | str] | None = None,
+    card: Card | Engines | str | Sequence[Card | Engines | str] | None = None,
     scale=None,
     kv_dtype=None,
     page_tokens=128,
@@ -35,15 +35,16 @@ def attend(
         than the card is built for.
     k, v : (kv_len, n_kv_heads, head_dim)
         numpy or torch, like q: float16, bfloat16, float32 or float64. Rounded to `kv_dtype`.
-    card : Card, str, or a sequence of them, optional
+    card : Card, Engines, str, or a sequence of them, optional
         Names are opened for this call. Several share the work. Default: as `open_card`.
     scale : float, optional
         Of the softmax: positive. Default 1/sqrt(head_dim).
     kv_dtype : "fp16" or "bf16", optional
         Default bf16 for bf16 K, otherwise fp16.
     page_tokens : int
-    directory : path, optional
-        Where the pages go. Default: the system's directory for temporary files.
+    directory : path, or a sequence of them, optional
+        Where the pages go: as for `KvStore`, with a shard for each card. Default: the system's
+        directory for temporary files.
 
     Returns
     -------

@@ -23,7 +23,7 @@ import numpy as np
 from nearkv_hw import pages
 from nearkv_hw.abi import PageLayout
 
-from ..cards import Card, CardError, Turns, warn_if_far
+from ..cards import Card, CardError, Engines, Turns, engines_of, warn_if_far
 from ..io import FlashError, shards_of
 from ..store import KvStore
 from .partial import Partial
@@ -42,8 +42,8 @@ class PageAttention:
 
     Parameters
     ----------
-    card : Card or a sequence of them
-        Card i serves the shards i, i + n_cards, .. of the store (`io.shards_of`).
+    card : Card, Engines, or a sequence of them
+        Card i serves the shards i, i + n_cards, .. of the store (`io.shards_of`). Every engine counts.
     store : KvStore
     ahead : bool
         Fetch what the next call will want while the host is busy elsewhere.
@@ -65,14 +65,14 @@ class PageAttention:
 
     def __init__(
         self,
-        card: Card | Sequence[Card],
+        card: Card | Sequence[Card | Engines],
         store: KvStore,
         *,
         ahead: bool = True,
         segments: int = SEGMENTS,
         ring_bytes: int = RING_BYTES,
     ):
-        self.cards = list(card) if isinstance(card, Sequence) else [card]
+        self.cards = engines_of(card)
         self.store, self.ahead = store, ahead
         self.figures = Figures()
         for one in self.cards:

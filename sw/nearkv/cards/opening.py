@@ -6,9 +6,12 @@ import functools
 import importlib
 import logging
 import os
+from types import ModuleType
+from typing import Literal, overload
 
 from ..io import JobMemory, KvMemory
 from .card import Card
+from .engines import Engines, engines_of
 from .errors import CardError
 from .executor import Simulated
 
@@ -53,16 +56,21 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
     return opener
 
 
-def _xrt(name, unit, *, config=None, kv_bytes=KV_BYTES, job_bytes=JOB_BYTES, reads_in_flight=None,
-         reader="auto", timeout_s=60.0, xclbin=None):  # fmt: skip
-    """The opener of a card behind XRT, by itself or through PYNQ."""
+def _module_of(name: str) -> ModuleType:
+    """nearkv.cards.xrt or nearkv.cards.pynq. Raises CardError if what it needs is not installed."""
     family = name.partition(":")[0]
     try:
-        module = importlib.import_module(f".{family}", __package__)
+        return importlib.import_module(f".{family}", __package__)
     except ModuleNotFoundError as error:
         raise CardError(
             f"card {name!r} needs the package {error.name}; install it with: pip install 'nearkv[{family}]'"
         ) from error
+
+
+def _xrt(name, unit, *, config=None, kv_bytes=KV_BYTES, job_bytes=JOB_BYTES, reads_in_flight=None,
+         reader="auto", timeout_s=60.0, xclbin=None):  # fmt: skip
+    """The opener of a card behind XRT, by itself or through PYNQ."""
+    module = _module_of(name)
     executor = module.open_executor(
         name, unit,
         config=config, kv_bytes=kv_bytes, job_bytes=job_bytes, timeout_s=timeout_s, path=xclbin,
@@ -89,26 +97,59 @@ _FAMILIES: dict[str, Callable[..., Card]] = {
 }
 
 
-def open_card(name: str | None = None, **options) -> Card:
+def engine_names(name: str, xclbin: str | os.PathLike | None = None) -> list[str]:
+    """What `open_card` opens one card each for, by a name: ["xrt:0/0", "xrt:0/1"] for "xrt:0".
+
+    Parameters
+    ----------
+    name : str
+        A card of one engine stands for itself alone, as does "xrt:0/1".
+    xclbin : path, optional
+        As for `open_card`. It says how many engines there are; XRT is not asked.
+
+    Raises
+    ------
+    CardError
+        As `open_card`, if the name or the xclbin is not what it must be.
+    """
+    family, _, unit = name.partition(":")
+    if family not in _FAMILIES:
+        known = ", ".join(repr(known) for known in _FAMILIES)
+        raise CardError(f"no card {name!r}; there are {known}")
+    if _FAMILIES[family] is not _xrt:
+        return [name]
+    n_engines = _module_of(name).count_engines(name, unit, xclbin)
+    return [f"{name}/{engine}" for engine in range(n_engines)] if n_engines > 1 else [name]
+
+
+@overload
+def open_card(name: Literal["model", "twin", "rtl"] | None = None, **options) -> Card: ...
+@overload
+def open_card(name: str | None = None, **options) -> Card | Engines: ...
+def open_card(name=None, **options):
     """Open a card. Use it as a context manager, or close it.
 
     Parameters
     ----------
     name : str, optional
         "model": the bit-exact model in numpy. "twin": the same bits, native and fast. "rtl": the
-        emitted Verilog in Verilator. "xrt:0": the first card that XRT has, with nearkv's xclbin;
-        "xrt:0000:04:00.1": by its PCI address; "xrt:0/1": its second compute unit. "pynq:0", and so
-        on: the same through PYNQ. Default: "twin", or "model" with a warning where the native part
-        cannot be used.
+        emitted Verilog in Verilator. "xrt:0": the first card that XRT has, with nearkv's xclbin, and
+        with all engines that the xclbin has; "xrt:0000:04:00.1": by its PCI address; "xrt:0/1": its
+        second engine alone. "pynq:0", and so on: the same through PYNQ. Default: "twin", or "model"
+        with a warning where the native part cannot be used.
     config : str or nearkv_hw.config.Config
         The build to imitate, "smartssd" by default; or that a card must be, by default any.
     kv_bytes, job_bytes : int
-        Sizes of the card's memories.
+        Sizes of the card's memories; of each engine's.
     timeout_s : float
         How long a load or a run may take, unless it brings its own limit.
     **options
         Passed to the card's backend. Of a card behind XRT: xclbin, the path of its file; by default
         what NEARKV_XCLBIN names.
+
+    Returns
+    -------
+    Card, or Engines if it has several
 
     Raises
     ------
@@ -127,21 +168,22 @@ def open_card(name: str | None = None, **options) -> Card:
             log.warning("%s; going on with the card model, which is slow", error)
             options = {key: options[key] for key in options if key in _MEMORY_OPTIONS}
             return open_card("model", **options)
+    names = engine_names(name, options.get("xclbin"))
     family, _, unit = name.partition(":")
-    if family not in _FAMILIES:
-        known = ", ".join(repr(known) for known in _FAMILIES)
-        raise CardError(f"no card {name!r}; there are {known}")
-    return _FAMILIES[family](name, unit, **options)
+    opener = _FAMILIES[family]
+    if names == [name]:
+        return opener(name, unit, **options)
+    return Engines(name, (open_card(engine, **options) for engine in names))
 
 
 def open_cards(
-    card: "str | Card | Sequence[str | Card] | None" = None, **options
+    card: "str | Card | Engines | Sequence[str | Card | Engines] | None" = None, **options
 ) -> tuple[list[Card], list[Card]]:
     """Open one card or several, sharing the processor's cores among those that are programs.
 
     Parameters
     ----------
-    card : str, Card, or a sequence of them, optional
+    card : str, Card, Engines, or a sequence of them, optional
         Cards that are open already stay as they are. Default: as `open_card`.
     **options
         As for `open_card`; of every card that is opened.
@@ -149,6 +191,7 @@ def open_cards(
     Returns
     -------
     cards : list of Card
+        Of a card with several engines, each of them.
     opened : list of Card
         Those of them that this call opened, for the caller to close.
 
@@ -172,9 +215,9 @@ def open_cards(
                 if twins > 1 and one == "twin":
                     cores = len(os.sched_getaffinity(0))
                     more.setdefault("threads", max(1, cores // twins))
-                opened.append(open_card(one, **more))
-                one = opened[-1]
-            cards.append(one)
+                one = open_card(one, **more)
+                opened += engines_of(one)
+            cards += engines_of(one)
     except BaseException:
         for one in opened:
             one.close()

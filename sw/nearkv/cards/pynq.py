@@ -41,6 +41,7 @@ from nearkv_hw.vitis.interface import VLNV
 
 from . import xrt
 from .errors import CardError
+from .xrt import count_engines as count_engines  # the same here
 
 log = logging.getLogger("nearkv")
 

@@ -366,7 +366,7 @@ class Executor:
         Of the card.
     unit : str
         "0": number of the device as XRT counts them, or its PCI address "0000:04:00.1"; with "/1": its
-        second compute unit.
+        second engine, which is a compute unit of the xclbin.
     path : path
         Of the xclbin.
     config : Config or None
@@ -393,11 +393,16 @@ class Executor:
         timeout_s: float,
     ):
         self.name, self._path, self._config = name, path, config
-        self._where, _, engine = unit.partition("/")
+        self._where, engine = split(name, unit)
         self.pci_address: str | None = None
-        self._engine = int(engine or 0)
         self._sizes, self._timeout_s = (kv_bytes, job_bytes), timeout_s
-        self._xclbin, self._unit = self._look_into_xclbin()
+        self._xclbin, units = read_xclbin(name, path)
+        if (engine or 0) >= len(units):
+            raise self._error(
+                f"there is no engine {engine} in {path}, only {len(units)}",
+                f"choose one of 0 to {len(units) - 1}",
+            )
+        self._unit = units[engine or 0]
         self._library = library()
         self._lock = threading.Lock()  # of who waits for a run
         self._run: Run | None = None  # the last one
@@ -448,34 +453,6 @@ class Executor:
         del self._opened, self.kv, self.job
 
     # --- opening -------------------------------------------------------------------------------------
-
-    def _look_into_xclbin(self) -> tuple[xclbin.Xclbin, xclbin.Unit]:
-        """Check what v++ says that it linked; the compute unit."""
-        try:
-            found = xclbin.Xclbin.read(self._path)
-            kernels = {kernel.name: kernel for kernel in found.kernels}
-        except OSError as error:
-            raise self._error(f"cannot read {self._path}: {error.strerror}", _BUILD) from error
-        except xclbin.XclbinError as error:
-            raise self._error(f"xclbin {error}", _BUILD) from error
-        kernel = kernels.get(NAME)
-        if kernel is None:
-            raise self._error(f"{self._path} has no kernel {NAME}: {sorted(kernels)}", _BUILD)
-        theirs = [(it.name, it.offset, 8 * it.size) for it in kernel.arguments]
-        ours = [(it.name, it.offset, it.bits) for it in _ARGUMENTS]
-        if theirs != ours:
-            odd = next((it for it in ours if it not in theirs), theirs[-1])
-            raise self._error(
-                f"{self._path} is of another version of nearkv: its arguments are {theirs}, and "
-                f"{odd} is expected among them", _BUILD
-            )  # fmt: skip
-        units = [unit for unit in found.units if unit.kernel == kernel.name]
-        if self._engine >= len(units):
-            raise self._error(
-                f"there is no compute unit {self._engine} in {self._path}, only {len(units)}",
-                f"choose one of 0 to {len(units) - 1}",
-            )
-        return found, units[self._engine]
 
     def _open_device(self) -> None:
         library, call = self._library, self._library.call
@@ -681,6 +658,48 @@ class Run:
         )
 
 
+def split(name: str, unit: str) -> tuple[str, int | None]:
+    """Where a card is, and which of its engines is meant; None: all. Raises CardError."""
+    where, slash, engine = unit.partition("/")
+    family = name.partition(":")[0]
+    if not where or slash and not engine.isdigit():
+        raise CardError(
+            f"no card {name!r}; say which: '{family}:0', '{family}:0000:04:00.1', or '{family}:0/1' for "
+            "its second engine"
+        )
+    return where, int(engine) if engine else None
+
+
+def count_engines(name: str, unit: str, given: str | os.PathLike | None) -> int:
+    """Of the card that a name stands for. Raises CardError."""
+    _, engine = split(name, unit)
+    return 1 if engine is not None else len(read_xclbin(name, find_xclbin(name, given))[1])
+
+
+def read_xclbin(name: str, path: Path) -> tuple[xclbin.Xclbin, list[xclbin.Unit]]:
+    """Check what v++ says that it linked; the compute units of nearkv's kernel. Raises CardError."""
+    try:
+        found = xclbin.Xclbin.read(path)
+        kernels = {kernel.name: kernel for kernel in found.kernels}
+        units = [unit for unit in found.units if unit.kernel == NAME]
+    except OSError as error:
+        raise card_error(name, f"cannot read {path}: {error.strerror}", _BUILD) from error
+    except xclbin.XclbinError as error:
+        raise card_error(name, f"xclbin {error}", _BUILD) from error
+    kernel = kernels.get(NAME)
+    if kernel is None or not units:
+        raise card_error(name, f"{path} has no kernel {NAME}: {sorted(kernels)}", _BUILD)
+    theirs = [(it.name, it.offset, 8 * it.size) for it in kernel.arguments]
+    ours = [(it.name, it.offset, it.bits) for it in _ARGUMENTS]
+    if theirs != ours:
+        odd = next((it for it in ours if it not in theirs), theirs[-1])
+        raise card_error(
+            name, f"{path} is of another version of nearkv: its arguments are {theirs}, and {odd} is "
+            "expected among them", _BUILD,
+        )  # fmt: skip
+    return found, units
+
+
 def find_xclbin(name: str, given: str | os.PathLike | None) -> Path:
     """The xclbin that is asked for: the one given, or that NEARKV_XCLBIN names."""
     path = given if given is not None else os.environ.get("NEARKV_XCLBIN")
@@ -707,12 +726,5 @@ def open_executor(
     kind: type[E] = Executor,
 ) -> E:
     """An executor, by the unit's name: `Executor` says how it is built."""
-    where, _, engine = unit.partition("/")
-    family = name.partition(":")[0]
-    if not where or engine and not engine.isdigit():
-        raise CardError(
-            f"no card {name!r}; say which: '{family}:0', '{family}:0000:04:00.1', or '{family}:0/1' for "
-            "its second compute unit"
-        )
     config = preset(config) if isinstance(config, str) else config
     return kind(name, unit, find_xclbin(name, path), config, kv_bytes, job_bytes, timeout_s)

@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from nearkv_hw import pages
 
 from ..attention import Figures, check_card, measure_cards
-from ..cards import Card, open_cards
+from ..cards import Card, Engines, open_cards
 from ..io import FlashError
 from ..store import DELAYED_BYTES, KvStore
 from .backing import Backing
@@ -48,11 +48,11 @@ class NearStorageCache(Cache):
     config : transformers.PreTrainedConfig
         Of the model: a decoder with full causal attention and heads of up to 256 channels.
     directory : path, or a sequence of them, optional
-        Where pages go: a directory on the drive to use, or one for each card. Default: that for
-        temporary files.
-    card : Card, str, or a sequence of them, optional
-        Names are opened and closed with the cache. Several cards share every step's work. Default:
-        as `open_card`.
+        Where pages go: a directory on the drive to use, or on each of several drives, up to one for
+        each card. Default: that for temporary files.
+    card : Card, Engines, str, or a sequence of them, optional
+        Names are opened and closed with the cache. Several cards share every step's work, as do the
+        engines of one. Default: as `open_card`.
     page_tokens : int
         32, 64, 96 or a multiple of 128.
     kv_dtype : "fp16" or "bf16", optional
@@ -101,7 +101,7 @@ class NearStorageCache(Cache):
         self,
         config,
         directory=None,
-        card: Card | str | Sequence[Card | str] | None = None,
+        card: Card | Engines | str | Sequence[Card | Engines | str] | None = None,
         page_tokens: int = 128,
         kv_dtype=None,
         *,
@@ -149,7 +149,7 @@ class NearStorageCache(Cache):
         cls,
         directory,
         config,
-        card: Card | str | Sequence[Card | str] | None = None,
+        card: Card | Engines | str | Sequence[Card | Engines | str] | None = None,
         *,
         model: str | None = None,
         tokenizer=None,

@@ -66,7 +66,7 @@ class KvStore:
     Parameters
     ----------
     directory : path, or a sequence of them
-        One for each shard, or one for all. The last component is made if it is missing. A persistent
+        One for each shard, or fewer, which shards go round (`io.shards_of`). The last component is made if it is missing. A persistent
         store that is there already is opened with what it has.
     layout : PageLayout
         head_dim, page_tokens and KV type of every page.
@@ -118,9 +118,9 @@ class KvStore:
         several = not isinstance(directory, (str, os.PathLike))
         paths = [Path(one) for one in directory] if several else [Path(directory)]
         self.n_shards = len(paths) if n_shards is None else n_shards
-        if len(paths) not in (1, self.n_shards) or self.n_shards < 1:
+        if not 1 <= len(paths) <= self.n_shards:
             raise ValueError(
-                f"{self.n_shards} shards need one directory or {self.n_shards}, not {len(paths)}"
+                f"{self.n_shards} shards need from one directory to {self.n_shards}, not {len(paths)}"
             )
         if len({one.resolve() for one in paths}) < len(paths):
             raise ValueError("each shard needs a directory of its own, or all one directory")
