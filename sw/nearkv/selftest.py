@@ -8,7 +8,7 @@ bit-exact model (`nearkv_sim.model`), which computes the same queue on the same 
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 from dataclasses import asdict, dataclass
 import datetime
@@ -30,7 +30,7 @@ from nearkv_hw.config import PRESETS, Config
 
 from . import doctor
 from .arguments import existing_directory, whole
-from .cards import DEFAULT_CARD, Card, CardError, open_card
+from .cards import DEFAULT_CARD, Card, CardError, engines_of, open_card
 from .io import FlashError, KvMemory, PageId, Read
 from .io.files import Directory, File
 
@@ -58,6 +58,8 @@ class Check:
     note : str
         Of a row that has not passed: what happened, and what to do.
     seconds : float
+    engine : str
+        Name of the engine, of a card that has several; "" of the card as a whole.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Check:
     target: str = ""
     note: str = ""
     seconds: float = 0.0
+    engine: str = ""
 
 
 class _Found(NamedTuple):
@@ -92,7 +95,7 @@ class _Skip(Exception):
 
 
 class Selftest:
-    """Runs all checks on a card.
+    """Runs all checks on a card, or on one of its engines.
 
     Parameters
     ----------
@@ -101,6 +104,8 @@ class Selftest:
         Where the file goes from which kv memory is filled.
     say : callable
         Is told of every check when it has ended.
+    engine : str
+        For `Check.engine`.
 
     Attributes
     ----------
@@ -108,9 +113,13 @@ class Selftest:
     """
 
     def __init__(
-        self, card: Card, directory: Path, say: Callable[[Check], None] = lambda check: None
+        self,
+        card: Card,
+        directory: Path,
+        say: Callable[[Check], None] = lambda check: None,
+        engine: str = "",
     ):
-        self.card, self.directory, self.say = card, directory, say
+        self.card, self.directory, self.say, self.engine = card, directory, say, engine
         self.checks: list[Check] = []
         self._unusable, self._late = "", 0
 
@@ -161,7 +170,7 @@ class Selftest:
             except Exception as error:  # whatever it is, it is told and not shown as a stack trace
                 row = Check(name, FAIL, note=f"{_text(error)}{_ATTACH}")
                 self._recover(error)
-        row.seconds = time.perf_counter() - begin
+        row.seconds, row.engine = time.perf_counter() - begin, self.engine
         self.checks.append(row)
         self.say(row)
 
@@ -387,13 +396,17 @@ class Selftest:
 
     def _attend(self) -> _Found:
         """Through the page store, with the host's own scheduling."""
+        self._attend_with([self.card])
+        return _Found("the same", "the same")
+
+    def _attend_with(self, cards: Sequence[Card]) -> None:
         from .attention import attend
 
         rng = np.random.default_rng(11)
-        head_dim = min(64, self.card.max_head_dim)
-        q = rng.standard_normal((2 * self.card.rows, head_dim), np.float32)
-        k, v = rng.standard_normal((2, 1000, 2, head_dim), np.float32)
-        found = attend(q, k, v, card=self.card, directory=self.directory)
+        head_dim, n_heads = min(64, self.card.max_head_dim), max(2, len(cards))
+        q = rng.standard_normal((n_heads * self.card.rows, head_dim), np.float32)
+        k, v = rng.standard_normal((2, 1000, n_heads, head_dim), np.float32)
+        found = attend(q, k, v, card=cards, directory=self.directory)
         with open_card("model", config=self._config) as model:
             want = attend(q, k, v, card=model, directory=self.directory)
         for name, ours, theirs in zip(("out", "lse_ln"), found, want, strict=True):
@@ -401,7 +414,6 @@ class Selftest:
                 raise _Wrong(
                     f"{int((ours != theirs).sum())} of {ours.size} elements of {name} differ"
                 )
-        return _Found("the same", "the same")
 
     # --- counters -----------------------------------------------------------------------------------
 
@@ -484,13 +496,14 @@ class Selftest:
         return _Found(_rate(ours), _rate(LOAD_GOAL * raw), ours >= LOAD_GOAL * raw)
 
     def _speed(self) -> _Found:
-        """K and V that the card attends to in a second, in runs of about a second."""
+        """K and V that the card attends to in a second."""
+        return _speed([self])
+
+    def prepare_long_run(self):
+        """Write a queue that takes about a second; it, and the bytes of K and V it attends to."""
         from nearkv_sim import workload
 
-        from .bench.twin import GOALS
-
         group_size = min(4, self.card.rows)
-        goal = GOALS[4]
         rng = np.random.default_rng(14)
         head_dim = min(128, self.card.max_head_dim)
         jobs = [
@@ -507,10 +520,48 @@ class Selftest:
         most = (self.card.job_bytes - memories.job.nbytes) // (len(jobs) * abi.JOB.bytes) - 1
         long = memories.repeated(max(1, min(most, int(1 / once))))
         self.card.write_job(0, long.job)
-        begin = time.perf_counter()
-        self.card.run(long.queue, long.n_jobs, long.summary)
-        rate = nbytes * long.n_jobs / len(jobs) / (time.perf_counter() - begin)
-        return _Found(_rate(rate), _rate(goal), rate >= goal)
+        return long, nbytes * long.n_jobs // len(jobs)
+
+
+class _Together(Selftest):
+    """What only all engines of a card together can show. Each of them has been tested alone."""
+
+    def __init__(self, engines: Sequence[Selftest]):
+        first = engines[0]
+        super().__init__(first.card, first.directory, first.say)
+        self.engines = engines
+        self._unusable = next((it._unusable for it in engines if it._unusable), "")
+
+    def _all(self) -> Iterable[tuple[str, Callable[[], _Found]]]:
+        yield "attend, all engines", self._attend
+        yield "card, all engines", lambda: _speed(self.engines)
+
+    def _attend(self) -> _Found:
+        cards = [it.card for it in self.engines]
+        before = [card.tenancy.progress for card in cards]
+        self._attend_with(cards)
+        moved = sum(card.tenancy.progress > was for card, was in zip(cards, before, strict=True))
+        return _Found(f"{moved} at work", f"{len(cards)} at work")
+
+    def _recover(self, error: Exception) -> None:
+        for it in self.engines:
+            it._recover(error)
+        self._unusable = next((it._unusable for it in self.engines if it._unusable), "")
+
+
+def _speed(engines: Sequence[Selftest]) -> _Found:
+    """K and V that engines attend to in a second, all at once, in runs of about a second."""
+    from .bench.twin import GOALS
+
+    goal = GOALS[4] * len(engines)
+    prepared = [(it.card, *it.prepare_long_run()) for it in engines]
+    begin = time.perf_counter()
+    started = [(card, card.start_run(long.queue, long.n_jobs, long.summary))
+               for card, long, _ in prepared]  # fmt: skip
+    for card, run in started:
+        card.finish_run(run)
+    rate = sum(nbytes for *_, nbytes in prepared) / (time.perf_counter() - begin)
+    return _Found(_rate(rate), _rate(goal), rate >= goal)
 
 
 _ATTACH = "; please attach the file that --report FILE writes to an issue"
@@ -685,6 +736,8 @@ def run(arguments: argparse.Namespace) -> int:
     about: dict = {"name": arguments.card}
 
     def say(check: Check) -> None:
+        if not quiet and check.engine != (checks[-1].engine if checks else ""):
+            print(f"\n{f'engine {check.engine}' if check.engine else f'card {arguments.card}'}")
         checks.append(check)
         if not quiet:
             print(to_text(check, columns, colour), flush=True)
@@ -711,14 +764,20 @@ def test(arguments: argparse.Namespace, about: dict, say: Callable[[Check], None
         options["kv_bytes"] = arguments.kv_mib << 20
     begin = time.perf_counter()
     row = Check("open", PASS)
-    card = None
+    card, engines = None, []
     try:
         card = open_card(arguments.card, **options)
-        row.measured = f"{card.rows} rows, d {card.max_head_dim}"
-        about |= {
-            "rows": card.rows, "max_head_dim": card.max_head_dim, "kv_bytes": card.kv_bytes,
-            "job_bytes": card.job_bytes, "config_hash": card.executor.config_hash,
-        }  # fmt: skip
+        engines = engines_of(card)
+        row.measured = f"{engines[0].rows} rows, d {engines[0].max_head_dim}"
+        if len(engines) > 1:
+            row.measured = f"{len(engines)} x {row.measured}"
+        about["engines"] = [
+            {
+                "name": it.name, "rows": it.rows, "max_head_dim": it.max_head_dim, "kv_bytes": it.kv_bytes,
+                "job_bytes": it.job_bytes, "config_hash": it.executor.config_hash,
+            }
+            for it in engines
+        ]  # fmt: skip
     except Exception as error:
         row = Check("open", FAIL, note=_text(error))
     row.seconds = time.perf_counter() - begin
@@ -726,7 +785,12 @@ def test(arguments: argparse.Namespace, about: dict, say: Callable[[Check], None
     if card is None:
         return
     try:
-        Selftest(card, Path(arguments.kv_dir or tempfile.gettempdir()), say).run()
+        directory, several = Path(arguments.kv_dir or tempfile.gettempdir()), len(engines) > 1
+        tests = [Selftest(it, directory, say, it.name if several else "") for it in engines]
+        for one in tests:
+            one.run()
+        if several:
+            _Together(tests).run()
     finally:
         begin, row = time.perf_counter(), Check("close", PASS)
         try:

@@ -3,13 +3,16 @@
 
 import dataclasses
 import gc
+import json
 import os
+import re
 import time
 
 import numpy as np
 import pytest
 
 import nearkv
+from nearkv import NearStorageCache, cli
 from nearkv.cards import CardError, Engines, engine_names, open_card, open_cards
 from nearkv.store import space
 from nearkv_hw.abi import PageLayout
@@ -204,3 +207,97 @@ def test_every_engine_is_closed_though_one_does_not_end(simulate):
     card[1]._run._run.given_up = True  # as when XRT gives the run up at last
     card.close()
     assert not simulated.units[1].users
+
+
+@pytest.mark.parametrize("n_directories", [1, 2])
+def test_a_model_answers_on_engines_as_on_the_twin(
+    simulate, family, tmp_path, tiny_model, one_thread, n_directories
+):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    (simulated,) = simulate(board=BOARDS[2]).cards
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="nearkv").eval()
+    ids = torch.randint(100, (3, 200), generator=torch.Generator().manual_seed(0))
+    directories = [tmp_path / f"ssd{n}" for n in range(n_directories)]
+    for one in directories:
+        one.mkdir()
+
+    def logits(card, directories=directories):
+        with torch.no_grad(), NearStorageCache(model.config, directories, card, 32) as cache:
+            done = model.generate(
+                ids, past_key_values=cache, max_new_tokens=8, do_sample=False, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        return torch.stack(done.logits)
+
+    with open_card("twin", config="tiny") as twin:
+        want = logits(twin, directories[0])
+    assert torch.equal(logits(f"{family}:0"), want)
+    assert all(unit.runs > 0 for unit in simulated.units)
+    with open_card(f"{family}:0", **SMALL) as card:
+        assert torch.equal(logits(card), want)
+
+
+def test_generate_counts_the_directories_that_engines_can_have(
+    simulate, family, tmp_path, tiny_model, capsys
+):
+    (simulated,) = simulate(board=BOARDS[2]).cards
+    text = " ".join(f"w{n % 90}" for n in range(100))
+
+    def run(card, n_directories, **options):
+        directories = [tmp_path / f"ssd{n}" for n in range(n_directories)]
+        for one in directories:
+            one.mkdir(exist_ok=True)
+        command = ["generate", "--model", tiny_model, "--prompt", text, "--max-new-tokens", "6",
+                   "--page-tokens", "32", "--card", card]  # fmt: skip
+        status = cli.main([*command, *(f"--kv-dir={one}" for one in directories)])
+        return status, *capsys.readouterr()
+
+    status, want, _ = run("twin", 1)
+    assert status == 0
+    for n in (0, 1, 2):
+        assert run(f"{family}:0", n)[:2] == (0, want)
+    assert all(unit.runs > 0 for unit in simulated.units)
+    status, _, error = run(f"{family}:0", 3)
+    assert status == 2
+    assert "--kv-dir is given 3 times, and --card has 2 to serve them" in error
+
+
+def test_the_selftest_tests_every_engine_and_all_of_them_together(
+    simulate, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    (simulated,) = simulate(board=BOARDS[2]).cards
+    command = ["selftest", "--card", "xrt:0", "--kv-mib", "2", "--kv-dir", str(tmp_path)]
+    assert cli.main(command) == 0
+    out, _ = capsys.readouterr()
+    parts = out.split("\n\n")
+    heads = [part.partition("\n")[0] for part in parts[2:5]]
+    assert heads == ["engine xrt:0/0", "engine xrt:0/1", "card xrt:0"]
+    for part in parts[2:4]:
+        assert part.count(" pass ") > 10
+    assert re.search(r"^attend, all engines +pass +2 at work +2 at work", parts[4], re.M)
+    assert max(map(len, out.splitlines())) <= 80
+
+    simulated.faults.append(Fault("error"))  # of an engine
+    simulated.units[0].card = Healthy(simulated)
+    report = tmp_path / "report.json"
+    assert cli.main([*command, "--report", str(report)]) == 1
+    checks = json.loads(report.read_text())["checks"]
+    failed = {it["engine"] for it in checks if it["result"] == "FAIL"}
+    assert failed == {"xrt:0/1", ""}
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
+class Healthy:
+    """A simulated card, to one of its units, without its faults."""
+
+    def __init__(self, card):
+        self._card = card
+
+    def __getattr__(self, name):
+        return getattr(self._card, name)
+
+    def fault(self, kind, run=None):
+        return None

@@ -227,7 +227,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
             layout,
             args.kv_heads,
             temporary=True,
-            n_shards=max(2, args.cards),
+            n_shards=max(2, len(main)),
             delayed_bytes=DELAYED_BYTES,
         )  # fmt: skip
     )
@@ -244,10 +244,10 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
     with contextlib.suppress(*[CardError] if _is_device(args.card) else []):
         if not refusal():
             ways["threads"] = PageAttention(cards(args.cards, "threads"), store, **ring)
-        if args.cards == 1:
+        if len(main) == 1:
             ways["two cards"] = PageAttention(cards(2), store, **ring)
     if _is_device(args.card):
-        ways["plain twin"] = PageAttention(cards(args.cards, name="twin"), store, **ring)
+        ways["plain twin"] = PageAttention(cards(len(main), name="twin"), store, **ring)
     counters, costs = {name: [] for name in ways}, {name: [] for name in ways}
     paths = store.page_files()
     file_bytes = sum(os.path.getsize(path) for path in paths)
@@ -296,11 +296,11 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
                 store.truncate(sequence, layer, n_pages)
         return kv_bytes / seconds
 
-    raw_depth = depth * args.cards
+    raw_depth = depth * len(main)
     turns: dict[str, Callable[[], float]] = {
-        "drive": lambda: file_bytes / read_raw(paths, raw_depth, ring_bytes * args.cards),
+        "drive": lambda: file_bytes / read_raw(paths, raw_depth, ring_bytes * len(main)),
         "drive, small": lambda: file_bytes / read_raw(paths, raw_depth),
-        "twin": lambda: _card_alone(main[0], store, q[:1, :1], scale) * args.cards,
+        "twin": lambda: _card_alone(main[0], store, q[:1, :1], scale) * len(main),
     }
     turns |= {name: functools.partial(decode, name) for name in ways}
     turns["spilling"] = lambda: spilling(in_step=False)
@@ -352,7 +352,7 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         figures["device"] = {
             "of_plain_twin": quartiles_of_ratio(ours, rates["plain twin"]),
             "host_s_a_run": whole / runs,
-            "thread_s_a_run": own / runs if args.cards == 1 else None,
+            "thread_s_a_run": own / runs if len(main) == 1 else None,
             "run_bytes": run_bytes / runs,
         }
     return figures, rows

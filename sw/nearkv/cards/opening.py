@@ -169,11 +169,9 @@ def open_card(name=None, **options):
             options = {key: options[key] for key in options if key in _MEMORY_OPTIONS}
             return open_card("model", **options)
     names = engine_names(name, options.get("xclbin"))
-    family, _, unit = name.partition(":")
-    opener = _FAMILIES[family]
-    if names == [name]:
-        return opener(name, unit, **options)
-    return Engines(name, (open_card(engine, **options) for engine in names))
+    family, _, _ = name.partition(":")
+    cards = (_FAMILIES[family](one, one.partition(":")[2], **options) for one in names)
+    return next(cards) if names == [name] else Engines(name, cards)
 
 
 def open_cards(
