@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cards with several engines, behind the real XRT library and PYNQ: one card for whoever attends."""
 
-import contextlib
 import dataclasses
 import gc
 import json
@@ -20,9 +19,6 @@ from nearkv_hw.abi import PageLayout
 from nearkv_hw.vitis.boards import load
 from nearkv_sim import xrt
 from nearkv_sim.xrt import Fault
-
-with contextlib.suppress(ImportError):
-    import pynq  # noqa: F401 - here, as its warnings would end a test
 
 pytestmark = [
     pytest.mark.slow,
