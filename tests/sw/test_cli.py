@@ -261,6 +261,7 @@ def _without_reader(arguments, *, of: str) -> tuple[int, bytes]:
     return done.returncode, rest[0 if of == "stderr" else 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--list"]])
 def test_a_closed_pipe_ends_quietly(arguments):
     assert _without_reader(arguments, of="stdout") == (141, b"")

@@ -76,7 +76,10 @@ def test_what_pages_tell_people_to_type_can_be_typed(page, capsys, tmp_path):
     assert commands
     for command in commands:
         words = shlex.split(re.sub(r" [<>] .*", "", command).replace("/mnt/", f"{tmp_path}/"))
-        if words[0] == "mkdir" or words[:2] == ["sudo", "install"]:  # directories must have been made by then
+        if words[0] == "mkdir" or words[:2] == [
+            "sudo",
+            "install",
+        ]:  # directories must have been made by then
             Path(words[-1]).mkdir(parents=True)
         _check(words)
         if "--keep" in words:
