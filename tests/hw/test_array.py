@@ -76,6 +76,7 @@ def check(out, lasts, blocks):
         assert out.cycles[LANES * n : LANES * (n + 1)] == list(range(first, first + LANES))
 
 
+@pytest.mark.slow
 def test_array_equals_its_model_with_any_gaps_within_and_between_blocks(bench, pauses, rng):
     rows = 2
     lengths = (32, 64, 33, 1, 32, 5, 1, 40)
@@ -93,6 +94,7 @@ def test_blocks_follow_each_other_without_a_gap(bench, rng, rows):
     assert np.diff(lasts).tolist() == lengths[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_block_does_not_overflow(bench, sign):
     blocks = [largest_block(sign, 256, 1)]

@@ -72,6 +72,7 @@ def read(bench, dut, spans, depth, pauses, latency=9):
     return memory, idle, arrived
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth, max_burst", [(256, 64), (64, 64), (32, 16), (1, 1)])
 def test_read_master_covers_spans_exactly_within_its_room(bench, pauses, rng, depth, max_burst):
     dut = ReadMaster(depth, max_burst)

@@ -311,6 +311,7 @@ def test_passes_run_on_across_jobs_in_their_order(bench, pauses, rng):
     assert_clean(fetch.simulate(bench, pauses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [1, 2, 3])
 def test_every_lookahead_gives_its_order(bench, rng, lookahead):
     lens = [(32, 32, [9, 5, 1]), (32, 64, [33]), (32, 32, [2])]
@@ -464,6 +465,7 @@ def test_each_fault_is_reported_once_with_its_page_and_its_job(
             assert got[which][2 * n + 1].as_bits() == 0, f"behind {place}"
 
 
+@pytest.mark.slow
 def test_of_several_faults_the_first_page_is_blamed_and_every_kind_is_named(bench, pauses, rng):
     jobs = make_jobs(rng, [(32, 32, [3]), (32, 32, [5, 7, 9]), (32, 32, [2])])
     job = jobs[1]

@@ -344,6 +344,7 @@ def test_softmax_waits_for_a_merge_that_takes_no_sums(bench, rng):
     assert min(sums.cycles) >= 500
 
 
+@pytest.mark.slow
 def test_softmax_is_slowed_but_not_disturbed_by_slow_readers(bench, pauses, rng):
     simulate(bench, Tiles(rng, 2, [(30, 1)] * 6), pauses(1), pauses(0), pauses(2), hold=45)
 

@@ -86,6 +86,7 @@ def process(request):
     return run
 
 
+@pytest.mark.slow
 def test_closing_a_card_stops_the_run_in_another_thread(process):
     """When `close` returns, nothing touches the card's memories any more."""
     out = process("""

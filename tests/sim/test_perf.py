@@ -10,6 +10,7 @@ from nearkv_sim.rtl import bench_stream
 SHORT = ("8 x 4096", "64 x 300")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [4096, 131072])
 @pytest.mark.parametrize("group", [1, 4, 5, 8])
 def test_predicted_cycles_per_token_meet_the_goal_at_d_128(group, length):
@@ -19,6 +20,7 @@ def test_predicted_cycles_per_token_meet_the_goal_at_d_128(group, length):
     assert got.efficiency >= 0.995
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 4, 5, 8])
 def test_predicted_cycles_per_token_meet_the_goal_at_d_64(group):
     shape = perf.JobShape(64, group, 131072)

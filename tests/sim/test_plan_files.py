@@ -140,6 +140,7 @@ def _mutated(lines: list[str], rng: random.Random) -> bytes:
     return "\n".join(lines).encode("latin-1", "replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOAD)
 def test_no_file_leads_to_anything_but_a_description_or_a_refusal_that_names_it(tmp_path, kind):
     rng, path, refusals = random.Random(7), tmp_path / "mine.toml", []

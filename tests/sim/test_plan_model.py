@@ -181,6 +181,7 @@ def test_the_simulation_agrees_with_the_closed_form_where_that_is_right():
         assert trace.seconds <= written * 1.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "machine_name", "context"),
     [("opt-30b", "smartssd-x8", 65536), ("llama-3.1-70b", "alveo-u55c-x4", 65536)],

@@ -130,6 +130,7 @@ def test_without_the_tiers_of_a_system_the_plan_would_be_worse(name, system):
     assert optimise.optimise(model, machine, work).tokens_per_s >= other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("machines"))
 def test_never_worse_on_the_machines_that_come_with_the_package(name):
     machine = load_machine(name)
@@ -143,6 +144,7 @@ def test_never_worse_on_the_machines_that_come_with_the_package(name):
                 assert mine.tokens_per_s >= other.tokens_per_s * (1 - 1e-6), (model_name, system)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["opt-66b", "qwen2.5-32b", "mixtral-8x7b", "falcon-7b"])
 @pytest.mark.parametrize("machine_name", ["smartssd-x16", "nvme-twin", "hilos-a100-ssd4"])
 def test_all_at_once_equals_one_at_a_time(model_name, machine_name):

@@ -106,6 +106,7 @@ def test_scores_out_of_range_are_reported(assert_twin_equals_model, group_size):
     assert_one_failed(memories, got, Status.SATURATED, abi.NO_PAGE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", range(32, 257, 32))
 def test_every_length_around_tile_and_page_edges(assert_twin_equals_model, head_dim):
     rng = np.random.default_rng(head_dim)

@@ -84,6 +84,7 @@ def test_generate_equals_transformers_own_cache(model, cache, n_prompt, rounded_
     assert cache.get_seq_length() == n_prompt + 39
 
 
+@pytest.mark.slow
 def test_a_batch_of_equal_lengths(model, cache, rounded_cache):
     _same(rounded_cache, model, cache, _ids(3, 50))
     assert [cache.store.n_pages(sequence, 1) for sequence in range(3)] == [2, 2, 2]

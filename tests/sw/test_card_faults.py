@@ -389,6 +389,7 @@ def ring_card(open_board, stored):
         yield ring_card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize("few", [0, 8])  # requests by the thread, and in passing
 @pytest.mark.parametrize("after", [0, 2, 5])
@@ -708,6 +709,7 @@ def test_the_attended_page_count_is_checked(stored, card):
 # --- forks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "twin"])
 def test_a_forked_process_has_no_card_and_its_end_disturbs_nothing(tmp_path, name, reader_kind):
     code = """if True:

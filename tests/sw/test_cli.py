@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: streamed text, figures, and errors of one line."""
 
+import argparse
 import contextlib
 import fcntl
 import io
@@ -198,6 +199,29 @@ def test_help_is_quick_and_a_command_is_needed(capsys):
     assert "generate" in capsys.readouterr().out
 
 
+def test_every_command_has_help():
+    """argparse reads a % in a help text as the start of a format."""
+
+    def each(parser):
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    yield from each(child)
+
+    parsers = list(each(cli._parser()))
+    assert len(parsers) > 5
+    for parser in parsers:
+        assert parser.prog in parser.format_help()
+
+
+@pytest.mark.parametrize("module", ["emit", "footprint", "vitis"])
+def test_every_module_that_make_runs_has_help(module):
+    command = [sys.executable, "-m", f"nearkv_hw.{module}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
@@ -237,6 +261,7 @@ def _without_reader(arguments, *, of: str) -> tuple[int, bytes]:
     return done.returncode, rest[0 if of == "stderr" else 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--list"]])
 def test_a_closed_pipe_ends_quietly(arguments):
     assert _without_reader(arguments, of="stdout") == (141, b"")

@@ -56,6 +56,7 @@ def kept(run, tmp_path):
     return directory, words
 
 
+@pytest.mark.slow
 def test_a_kept_text_goes_on_as_if_it_had_not_been_interrupted(run, kept):
     directory, words = kept
     whole, _ = run("--prompt", PROMPT, "--max-new-tokens", 40, "--page-tokens", 32)
@@ -127,6 +128,7 @@ def test_a_copy_of_the_directory_is_a_second_text(run, kept, tmp_path):
     assert run("--resume", directory, "--max-new-tokens", 8)[0] == expected
 
 
+@pytest.mark.slow
 def test_several_cards_keep_in_several_directories(run, tmp_path):
     both = [tmp_path / "a", tmp_path / "b"]
     cards = ["--card", "model,model"]

@@ -158,6 +158,7 @@ def _quiet(test):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ANSWERS)
 @_quiet
 def test_a_class_that_nearkv_can_serve_answers_as_with_its_own_attention(

@@ -147,6 +147,7 @@ def test_after_kill_9_another_process_goes_on_with_the_same_tokens(model, tmp_pa
         assert _in_another_process(resume, tmp_path) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _states())
 def test_an_opened_cache_goes_on_with_the_same_tokens(model, tmp_path, name):
     fill = _states()[name]
@@ -160,6 +161,7 @@ def test_an_opened_cache_goes_on_with_the_same_tokens(model, tmp_path, name):
         assert torch.equal(go_on(model, cache, cache.token_ids), expected)
 
 
+@pytest.mark.slow
 def test_what_is_opened_is_what_was_saved(model, tmp_path):
     ids, mask = _padded()
     with _cache(tmp_path / "kv") as cache:
@@ -182,6 +184,7 @@ def test_what_is_opened_is_what_was_saved(model, tmp_path):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_prefix_that_was_saved_once_serves_many_prompts(model, tmp_path):
     prefix = _ids(1, 70)
     with _cache(tmp_path / "kv") as cache:
@@ -198,6 +201,7 @@ def test_a_prefix_that_was_saved_once_serves_many_prompts(model, tmp_path):
             assert torch.equal(go_on(model, cache, ids), expected)
 
 
+@pytest.mark.slow
 def test_saving_again_replaces_what_was_saved(model, tmp_path):
     with _cache(tmp_path / "kv") as cache:
         first = go_on(model, cache, _ids(1, 40), 30)
@@ -217,6 +221,7 @@ def test_saving_again_replaces_what_was_saved(model, tmp_path):
         assert cache.token_ids is None
 
 
+@pytest.mark.slow
 def test_copies_of_an_opened_cache_have_sequences_of_their_own(model, tmp_path):
     ids = _ids(1, 70)
     with _cache(tmp_path / "kv") as cache:
@@ -239,6 +244,7 @@ def test_copies_of_an_opened_cache_have_sequences_of_their_own(model, tmp_path):
         assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow
 def test_other_options_and_more_cards_change_no_token(model, tmp_path):
     ids, mask = _padded()
     with _cache(tmp_path / "kv", card=["model"] * 2) as cache:
@@ -253,6 +259,7 @@ def test_other_options_and_more_cards_change_no_token(model, tmp_path):
             assert torch.equal(go_on(model, cache, out), expected)
 
 
+@pytest.mark.slow
 def test_faults_are_saved(model, tmp_path):
     with _cache(tmp_path / "kv", on_fault="drop") as cache:
         with torch.no_grad():
@@ -273,6 +280,7 @@ def test_faults_are_saved(model, tmp_path):
             assert torch.equal(model(_ids(3, 2), past_key_values=cache).logits, ours)
 
 
+@pytest.mark.slow
 def test_an_empty_cache_can_be_saved(model, tmp_path):
     with _cache(tmp_path / "kv") as cache:
         cache.save()
@@ -291,6 +299,7 @@ def _saved(a_model, directory, **options):
         cache.save(_ids(1, 40), **options)
 
 
+@pytest.mark.slow
 def test_another_models_config_is_refused_with_both_values(model, tmp_path):
     _saved(model, tmp_path / "kv", model="weights A", tokenizer="tokenizer A")
 
@@ -311,6 +320,7 @@ def test_another_models_config_is_refused_with_both_values(model, tmp_path):
     NearStorageCache.open(tmp_path / "kv", other, "model").close()
 
 
+@pytest.mark.slow
 def test_tokenizers_are_told_apart_by_their_vocabulary():
     class Tokenizer:
         def __init__(self, **vocabulary):
@@ -322,6 +332,7 @@ def test_tokenizers_are_told_apart_by_their_vocabulary():
     assert a.startswith("Tokenizer ")
 
 
+@pytest.mark.slow
 def test_what_was_not_saved_cannot_be_opened(model, tmp_path):
     with pytest.raises(FlashError, match="there is no KV store in this directory"):
         NearStorageCache.open(tmp_path, CONFIG, "model")
@@ -334,6 +345,7 @@ def test_what_was_not_saved_cannot_be_opened(model, tmp_path):
         assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow
 def test_a_saved_cache_is_not_overwritten_by_a_new_one(model, tmp_path):
     _saved(model, tmp_path / "kv")
     with pytest.raises(ValueError, match="a cache is saved in .*kv; go on with it by NearStorage"):
@@ -344,6 +356,7 @@ def test_a_saved_cache_is_not_overwritten_by_a_new_one(model, tmp_path):
             NearStorageCache.open(tmp_path / "kv", CONFIG, "model")
 
 
+@pytest.mark.slow
 def test_temporary_caches_and_wrong_ids_cannot_be_saved(model, tmp_path):
     with NearStorageCache(CONFIG, tmp_path, "model") as cache:
         with pytest.raises(ValueError, match="temporary cache cannot be saved.*persistent=True"):
@@ -358,6 +371,7 @@ def test_temporary_caches_and_wrong_ids_cannot_be_saved(model, tmp_path):
         assert cache.store.saved() is None
 
 
+@pytest.mark.slow
 def test_a_cache_in_the_midst_of_a_forward_pass_is_not_saved(tmp_path):
     with _cache(tmp_path / "kv") as cache:
         cache.update(torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32), 0)
@@ -365,6 +379,7 @@ def test_a_cache_in_the_midst_of_a_forward_pass_is_not_saved(tmp_path):
             cache.save()
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_the_one_before(model, tmp_path, monkeypatch):
     from nearkv.store.home import Home
 
@@ -385,6 +400,7 @@ def test_a_failed_save_leaves_the_one_before(model, tmp_path, monkeypatch):
         assert cache.get_seq_length() == 40
 
 
+@pytest.mark.slow
 def test_states_that_are_damaged_or_strange_are_named(model, tmp_path):
     _saved(model, tmp_path / "kv")
     with NearStorageCache.open(tmp_path / "kv", CONFIG, "model") as cache:

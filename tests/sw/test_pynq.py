@@ -21,7 +21,10 @@ from nearkv_sim.twin import TwinCard
 from nearkv_sim.xrt import Fault, Simulation
 
 pynq = pytest.importorskip("pynq", reason="needs PYNQ; install it with: pip install 'nearkv[pynq]'")
-pytestmark = pytest.mark.skipif(bool(xrt.missing()), reason=xrt.missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(xrt.missing()), reason=xrt.missing()),
+]
 
 SMALL = {"kv_bytes": 1 << 20, "job_bytes": 1 << 18}
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "pynq_attention.ipynb"

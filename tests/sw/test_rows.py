@@ -231,6 +231,7 @@ def _generate(model, attention, cache, ids, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -261,6 +262,7 @@ def test_ways_to_generate_give_the_tokens_of_transformers_own_cache(
     assert torch.equal(ours[0].sequences, theirs[0].sequences)
 
 
+@pytest.mark.slow
 def test_assisted_decoding_gives_the_tokens_of_transformers_own_cache(
     model, card, tmp_path, rounded_cache
 ):
@@ -279,6 +281,7 @@ def test_assisted_decoding_gives_the_tokens_of_transformers_own_cache(
         assert cache.get_seq_length() < 90
 
 
+@pytest.mark.slow
 def test_eight_sequences_over_one_prefix_store_it_once(model, cache, rounded_cache):
     prefix, reference = _ids(1, 96), rounded_cache(CONFIG)
     _same(model, cache, reference, prefix)
@@ -298,6 +301,7 @@ def test_eight_sequences_over_one_prefix_store_it_once(model, cache, rounded_cac
     assert cache.store.n_blocks(0) == 3 + 8
 
 
+@pytest.mark.slow
 def test_beams_share_what_they_have_in_common(model, cache):
     _generate(model, "nearkv", cache, _ids(1, 64), num_beams=8)
     assert cache.batch_size == 8
@@ -396,6 +400,7 @@ def test_a_source_that_could_not_be_written_is_a_fault_of_its_row(
 # --- copies and lifetimes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_prefix_serves_many_prompts_through_copies(model, cache, rounded_cache):
     prefix = _ids(1, 70)
     _forward(model, "nearkv", cache, prefix)

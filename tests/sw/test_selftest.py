@@ -246,6 +246,7 @@ def test_a_forgotten_copy_of_job_memory_shows(run):
     assert "bytes of 4194304 differ" in checks["job memory"]["note"]
 
 
+@pytest.mark.slow
 def test_a_card_that_breaks_down_is_reset_and_fails_row_by_row(run):
     status, _, checks, _ = run(BreaksDown)
     assert status == 1

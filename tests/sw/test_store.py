@@ -96,6 +96,7 @@ def test_64_sequences_of_1000_tokens_take_little_more_than_their_pages(tmp_path)
         assert on_disk <= 1.3 * 64 * 7 * 3 * layout.page_bytes
 
 
+@pytest.mark.slow
 def test_thousands_of_sequences_need_a_handful_of_descriptors(tmp_path):
     k, v = _kv(32)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -803,6 +804,7 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_again(tmp_path):
         KvStore(tmp_path, LAYOUT, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_making_a_store_may_be_killed_at_any_call_and_is_made_again(tmp_path, several):
     """Every state that a killed process leaves behind is a store, or made into one."""
@@ -1254,6 +1256,7 @@ def test_what_is_not_there_raises(tmp_path):
         assert store.stored(4, 0).shape == (2, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temporary", [True, False])
 def test_a_forked_process_has_no_store_and_its_end_disturbs_nothing(tmp_path, temporary):
     code = """if True:
@@ -1363,6 +1366,7 @@ def test_a_link_planted_before_a_store_is_made_is_not_followed(tmp_path):
 
 
 # A signal may also come while a store that nobody has any more is being forgotten.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_wait_until_a_change_is_over(tmp_path, monkeypatch, number):

@@ -163,6 +163,7 @@ def test_a_simulator_reads_the_same_ports(emitted, tmp_path):
 # --- the interface ---
 
 
+@pytest.mark.slow
 def test_the_emitted_kernel_is_one_that_vitis_takes(text):
     ports = read_ports(text)
     interface = Interface.of(ports)
