@@ -26,19 +26,16 @@ import sys
 import tempfile
 import textwrap
 
+from nearkv_hw.vitis import boards
+
 from . import extras
 from .arguments import existing_directory
+from .cards import CardError, installed, pairing, xrt
 from .io import FlashError, fpga, pci, uring
 from .io.files import Directory
 
 OK, NOTE, BAD = "ok", "note", "bad"
 
-_TITLES = {"smartssd": "SmartSSD"}
-
-_INSTALL_XRT = (
-    "install AMD's packages of XRT and of the card's platform (xilinx.com, the card's page, "
-    "Getting Started), then: sudo modprobe xocl"
-)
 _LINUX_URING = (5, 6)
 _LINUX_TRIED = (5, 15)  # the newest that XRT's drivers of 2021.2 to 2023.1 are known to work with
 
@@ -357,12 +354,12 @@ class _Doctor:
 
     def _amd_tools(self) -> None:
         """XRT, Vitis, Vivado: here only what there is. Cards say what they need."""
-        version, where = self.xrt()
+        version, where = installed.find(self.process.environment, self.root)
         if version:
             self.say("software", "XRT", OK, f"{version} in {where}")
         else:
             self.say("software", "XRT", NOTE, "not installed; for FPGA cards, real and simulated",
-                     "to simulate one: apt-get install libxrt1 libxrt-dev uuid-dev")  # fmt: skip
+                     installed.SIMULATE)  # fmt: skip
         for tool in ("Vitis", "Vivado"):
             found = [
                 f"{folder.name} in {folder}"
@@ -374,18 +371,6 @@ class _Doctor:
                 "software", tool, OK if found else NOTE,
                 "; ".join(found) or "not installed; for make bitstream",
             )  # fmt: skip
-
-    def xrt(self) -> tuple[str, str]:
-        """Version of XRT, and where it is; "" if it is not installed."""
-        named = self.process.environment.get("XILINX_XRT", "")
-        for place in dict.fromkeys((named, "/opt/xilinx/xrt")):
-            text = pci.read(self.root / place.lstrip("/") / "version.json") if place else ""
-            with contextlib.suppress(ValueError, AttributeError):
-                if version := json.loads(text).get("BUILD_VERSION"):
-                    return str(version), place
-        for library in sorted(self.root.glob("usr/lib/*/libxrt_coreutil.so.2.*")):
-            return library.name.partition(".so.")[2], f"/{library.parent.relative_to(self.root)}"
-        return "", ""
 
     # --- cards --------------------------------------------------------------------------------------
 
@@ -408,6 +393,8 @@ class _Doctor:
                 )  # fmt: skip
         if not found:
             self.say("cards", "FPGA", OK, "none here; the card twin does its work on the processor")
+            if self._is_simulated():
+                self._check_bitstream("xrt:0")
 
     def _look_at_card(self, card: fpga.Card) -> None:
         it = card.function
@@ -423,7 +410,7 @@ class _Doctor:
         if self._check_driver(it):
             self._check_p2p(it, state, nbytes)
         self._check_pairing(card.board, near)
-        self._check_bitstream(card.board)
+        self._check_bitstream(f"xrt:{it.address}", card.board)
 
     def _check_lanes(self, section: str, name: str, folder: Path) -> None:
         lanes, most = pci.lanes(folder)
@@ -434,10 +421,14 @@ class _Doctor:
             )  # fmt: skip
 
     def _check_driver(self, it: pci.Function) -> bool:
-        version, where = self.xrt()
+        version, _ = installed.find(self.process.environment, self.root)
         if not version:
             self.say(
-                "cards", "XRT", BAD, "XRT, by which the host talks to it, is missing", _INSTALL_XRT
+                "cards",
+                "XRT",
+                BAD,
+                "XRT, by which the host talks to it, is missing",
+                installed.INSTALL,
             )
             return False
         if it.driver != "xocl":
@@ -478,34 +469,26 @@ class _Doctor:
                 f"Linux {self.linux} is newer than {newest}, up to which P2P with XRT is known to work",
                 "if P2P buffers are refused: boot a kernel of 5.4 or 5.15",
             )  # fmt: skip
-        if not self.process.environment.get("XILINX_XRT"):
-            self.say(
-                "cards", "XRT", NOTE, "XILINX_XRT is not set in this shell, by which XRT finds its driver",
-                f"source {where}/setup.sh" if where.startswith("/opt") else f"export XILINX_XRT={where}",
-            )  # fmt: skip
+        trouble = installed.trouble(self.process.environment, self.root)
+        if not self._is_simulated() and trouble:
+            self.say("cards", "XRT", NOTE, f"in this shell {trouble.what}", trouble.remedy)
+        return True
+
+    def _is_simulated(self) -> bool:
+        """Whether XRT opens other cards in this environment; says so."""
         mode = self.process.environment.get("XCL_EMULATION_MODE")
         if mode:
             self.say(
                 "cards", "XRT", NOTE,
-                f"XCL_EMULATION_MODE is {mode}: XRT opens simulated cards in this shell, not this one",
+                f"XCL_EMULATION_MODE is {mode}: XRT opens simulated cards in this shell, and no others",
                 "unset XCL_EMULATION_MODE",
             )  # fmt: skip
-        return True
+        return bool(mode)
 
     def _check_p2p(self, it: pci.Function, state: fpga.P2p, nbytes: int) -> None:
-        enable = f"sudo xbutil configure --device {it.address} --p2p enable"
-        text, remedy = {
-            fpga.P2p.ENABLED: (f"enabled, a window of {_gib(nbytes)}", ""),
-            fpga.P2p.DISABLED: ("disabled: drives cannot write into the card's memory",
-                         f"{enable}, then restart the machine (warm)"),
-            fpga.P2p.REBOOT: ("enabled, but the window has no room in the address space yet",
-                       "restart the machine (warm); 'Above 4G decoding' must be on in its BIOS"),
-            fpga.P2p.ERROR: ("the card's P2P remapper is not set up as its window is",
-                      f"sudo xbutil configure --device {it.address} --p2p disable, then {enable}, then "
-                      "restart the machine"),
-            fpga.P2p.UNSUPPORTED: ("the platform on the card has no P2P window",
-                            "put a platform with P2P on it: sudo xbmgmt examine lists those installed"),
-        }.get(state, ("the driver does not say", f"xbutil examine --device {it.address}"))  # fmt: skip
+        text, remedy = f"enabled, a window of {_gib(nbytes)}", ""
+        if state != fpga.P2p.ENABLED:
+            text, remedy = fpga.p2p_trouble(state, it.address)
         self.say("cards", "P2P", OK if state == fpga.P2p.ENABLED else BAD, text, remedy)
         groups = self.root / "sys/kernel/iommu_groups"
         if state == fpga.P2p.ENABLED and pci.names(groups):
@@ -525,30 +508,49 @@ class _Doctor:
             )  # fmt: skip
             return
         nearness, drive = near
-        way = {
-            pci.Nearness.OWN: "inside the card",
-            pci.Nearness.SWITCH: "below the same PCIe switch",
-            pci.Nearness.ROOT_COMPLEX: "by way of the root complex",
-            pci.Nearness.APART: "on another host bridge",
-        }[nearness]
         far = nearness <= pci.Nearness.ROOT_COMPLEX
         self.say(
-            "cards", "drive", NOTE if far else OK, f"nearest is {drive.name} ({drive.model}), {way}",
+            "cards", "drive", NOTE if far else OK, f"nearest is {drive.name} ({drive.model}), {nearness.words}",
             "if it is slow: put drive and card below one PCIe switch" if far else "",
         )  # fmt: skip
 
-    def _check_bitstream(self, board: str) -> None:
+    def _check_bitstream(self, card: str, board: str = "") -> None:
+        """The xclbin, of a card whose board is known or not."""
         path = self.process.environment.get("NEARKV_XCLBIN", "")
-        if path and (self.root / path.lstrip("/")).is_file():
-            self.say("cards", "xclbin", OK, path)
+        build = f"make bitstream BOARD={board or '...'}, then: export NEARKV_XCLBIN=FILE"
+        if not path:
+            self.say("cards", "xclbin", NOTE, "NEARKV_XCLBIN is not set", build)
             return
-        text = (
-            f"NEARKV_XCLBIN names {path}, which is not there"
-            if path
-            else "NEARKV_XCLBIN is not set"
+        file = self.root / path.lstrip("/")
+        if not file.is_file():
+            self.say(
+                "cards", "xclbin", BAD, f"NEARKV_XCLBIN names {path}, which is not there", build
+            )
+            return
+        try:
+            found, units = xrt.read_xclbin(card, file)
+            banks, at = found.memories, [found.banks_of(unit, 0) for unit in units]
+        except (CardError, ValueError) as error:
+            self.say("cards", "xclbin", BAD, str(error).replace(str(file), path), build)
+            return
+        where = [
+            f"{unit.name} at {'+'.join(banks[it].tag for it in indices) or 'no memory'}"
+            for unit, indices in zip(units, at, strict=True)
+        ]
+        self.say(
+            "cards", "xclbin", OK, f"{path}: {_count(len(units), 'engine')}, {', '.join(where)}"
         )
-        build = f"make bitstream BOARD={board}, then: export NEARKV_XCLBIN=FILE"
-        self.say("cards", "xclbin", BAD if path else NOTE, text, build)
+        if not board:
+            return
+        platform, wanted = (
+            re.sub(r"\W", "_", it) for it in (found.platform, boards.load(board).platform)
+        )
+        if platform != wanted:
+            self.say(
+                "cards", "xclbin", NOTE,
+                f"it is for platform {found.platform}, and this card's is {wanted}, as far as nearkv knows",
+                build,
+            )  # fmt: skip
 
     # --- drives -------------------------------------------------------------------------------------
 
@@ -605,17 +607,19 @@ class _Doctor:
                      "choose one on ext4 or xfs: --kv-dir DIRECTORY")  # fmt: skip
         else:
             self.say("drives", name, OK, f"{text}, read past the page cache")
+        drives = [drive for drive in self.drives if drive.blocks.keys() & set(disks)]
         for card in self.cards:
-            own = {
-                name for drive in self.drives if drive.name == card.drive for name in drive.blocks
-            }
-            if card.nearness in ("own", "switch") and not own & set(disks):
-                self.say(
-                    "drives", name, NOTE,
-                    f"{quoted} does not lie on {card.drive}, which is nearest to card "
-                    f"xrt:{card.address}: pages will take a longer way",
-                    f"choose a directory on {' or '.join(sorted(own)) or card.drive}: --kv-dir DIRECTORY",
-                )  # fmt: skip
+            found = pairing.nearer(card.address, drives, self.root)
+            if found is None:
+                continue
+            nearness, drive = found
+            self.say(
+                "drives", name, NOTE,
+                f"{quoted} does not lie on {drive.name}, which card xrt:{card.address} has "
+                f"{nearness.words}: pages will take a longer way",
+                f"choose a directory on {' or '.join(sorted(drive.blocks)) or drive.name}: --kv-dir "
+                "DIRECTORY",
+            )  # fmt: skip
 
 
 def _assigned(text: str) -> dict[str, str]:
@@ -632,7 +636,8 @@ def _is_below(path: Path, top: str) -> bool:
 
 
 def _title(board: str) -> str:
-    return _TITLES.get(board, f"Alveo {board.upper()}")
+    """In short: without what stands in brackets behind it."""
+    return boards.load(board).title.partition(" (")[0]
 
 
 def _gib(nbytes: float) -> str:

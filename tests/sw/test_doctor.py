@@ -2,7 +2,7 @@
 """The doctor, on recorded machines: tests/data/machines, of which each has a tree and what is said of it.
 
 A tree is a TOML file. `pci` has the functions as they hang on each other, "vendor:device class driver";
-`files` and `links` are files and symbolic links. After a change of the doctor on purpose, look at what it
+`files` and `links` are files and symbolic links, `xclbins` those of boards. After a change of the doctor on purpose, look at what it
 says (the test's message) and put that into the .txt file.
 """
 
@@ -16,7 +16,10 @@ import tomllib
 import pytest
 
 from nearkv import cli, doctor
-from nearkv.io import FlashError, pci
+from nearkv.cards import installed
+from nearkv.io import FlashError, fpga, pci
+from nearkv_hw import xclbin
+from nearkv_hw.vitis.boards import load, names
 
 _MACHINES = Path(__file__).parents[1] / "data/machines"
 _USER = "sys/bus/pci/devices/0000:1a:00.1"
@@ -44,6 +47,11 @@ _WHERE = {
 }  # fmt: skip
 
 
+def plant_xclbin(root: Path, path: str, board: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    xclbin.simulated(load(board)).write(root / path)
+
+
 def plant(root: Path, name: str) -> Path:
     """The tree of a machine, below root."""
     tree = tomllib.loads((_MACHINES / f"{name}.toml").read_text())
@@ -63,6 +71,8 @@ def plant(root: Path, name: str) -> Path:
     for path, text in tree["files"].items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text.removeprefix("\n"))
+    for path, board in tree.get("xclbins", {}).items():
+        plant_xclbin(root, path, board)
     for path, target in links.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).symlink_to(target)
@@ -205,7 +215,7 @@ def _notes(report: doctor.Report) -> list[str]:
          "kernel: Linux 6.8.0-31-generic is newer than 5.15"),
         ((lambda root: (root / "sys/kernel/iommu_groups/0").mkdir(parents=True)), "IOMMU: on"),
         ((lambda root: _rewrite(root / "proc/self/mountinfo", "/mnt/ssd0", "/mnt/other")),
-         "KV directory: /mnt/ssd0/kv does not lie on nvme1, which is nearest to card xrt:0000:1a:00.1"),
+         "KV directory: /mnt/ssd0/kv does not lie on nvme1, which card xrt:0000:1a:00.1 has inside the card"),
         ((lambda root: _unlink(root / "sys/dev/block/259:3")), "nvme1n1: SAMSUNG MZWLJ3T8HBLS-0007C, 3841 GB, "
          "not mounted -> sudo mount /dev/nvme1n1"),
         ((lambda root: _unlink(root / f"{_USER}/rom.u.1703936")), "platform not known yet"),
@@ -229,6 +239,72 @@ def test_a_simulated_card_in_the_environment_and_old_packages_are_notes(smartssd
         "torch: 2.6.0; language models need 2.10 or newer -> pip install 'nearkv[hf]' --upgrade"
         in notes
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "text", "remedy"),
+    [
+        ({}, "in this shell XILINX_XRT is not set", "source /opt/xilinx/xrt/setup.sh"),
+        ({"XILINX_XRT": "/usr"}, "in this shell XILINX_XRT is /usr, where there is no lib/libxrt_core.so.2",
+         "source /opt/xilinx/xrt/setup.sh"),
+    ],
+)  # fmt: skip
+def test_an_environment_that_a_card_would_refuse_is_said(smartssd, environment, text, remedy):
+    notes = {it.name: it for it in examine(smartssd, "smartssd", environment=environment).findings
+             if it.section == "cards" and it.state == doctor.NOTE}  # fmt: skip
+    assert text in notes["XRT"].text
+    assert remedy in notes["XRT"].remedy
+
+
+def test_an_xrt_that_has_no_driver_for_cards_has_to_be_another(smartssd):
+    """As Debian's has none where XILINX_XRT could point to."""
+    shutil.rmtree(smartssd / "opt/xilinx")
+    library = smartssd / "usr/lib/x86_64-linux-gnu/libxrt_coreutil.so.2.13.0"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    report = examine(smartssd, "smartssd", environment={})
+    (note,) = [it for it in report.findings if it.name == "XRT" and it.section == "cards"]
+    assert "XILINX_XRT is not set" in note.text
+    assert note.remedy == installed.INSTALL
+    assert installed.find({}, smartssd) == ("2.13.0", "/usr/lib/x86_64-linux-gnu")
+
+
+def test_the_xclbin_tells_of_every_engine(tmp_path):
+    root = plant(tmp_path, "alveo")
+    plant_xclbin(root, "home/lab/u50.xclbin", "u50")
+    environment = {"NEARKV_XCLBIN": "/home/lab/u50.xclbin"}
+
+    def found():
+        report = examine(root, "alveo", environment=environment)
+        return [(it.state, it.text) for it in report.findings if it.name == "xclbin"]
+
+    engines = ", ".join(
+        f"nearkv_{n + 1} at {it.memory}" for n, it in enumerate(load("u50").engines)
+    )
+    assert found() == [("ok", f"/home/lab/u50.xclbin: 4 engines, {engines}")]
+    plant_xclbin(root, "home/lab/u50.xclbin", "u280")
+    (state, _), (other, text) = found()
+    assert (state, other) == ("ok", "note")
+    assert f"it is for platform {load('u280').platform}" in text
+    (root / "home/lab/u50.xclbin").write_text("xclbin2")
+    ((state, text),) = found()
+    assert state == "bad"
+    assert "/home/lab/u50.xclbin: no xclbin" in text
+    assert str(tmp_path) not in text
+
+
+def test_simulated_cards_are_told_by_their_xclbin(tmp_path):
+    root = plant(tmp_path, "bare")
+    plant_xclbin(root, "tmp/simulated.xclbin", "u280")
+    environment = {"XCL_EMULATION_MODE": "hw_emu", "NEARKV_XCLBIN": "/tmp/simulated.xclbin"}
+    report = examine(root, "bare", environment=environment)
+    assert report.healthy
+    assert any("4 engines" in it.text for it in report.findings)
+
+
+def test_every_card_that_is_recognised_has_a_board_description():
+    assert set(fpga._BOARDS.values()) == {*names()}
+    assert {*fpga._GOLDEN.values()} <= {*names()}
 
 
 def test_a_directory_that_cannot_be_written_to_is_bad(smartssd):

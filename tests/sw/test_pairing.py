@@ -114,7 +114,9 @@ def test_an_alveo_has_the_drive_below_its_switch_near_and_one_elsewhere_far(mach
     assert warn_if_far("xrt:0", card, tmp_path, machine.tree) == ""
     machine.mount(tmp_path, elsewhere)
     warn_if_far.cache_clear()
-    assert "has nvme1 below the same switch" in warn_if_far("xrt:0", card, tmp_path, machine.tree)
+    assert "has nvme1 below the same PCIe switch" in warn_if_far(
+        "xrt:0", card, tmp_path, machine.tree
+    )
 
 
 def test_an_alveo_that_has_no_drive_near_is_content_with_any(machine, tmp_path):
@@ -133,7 +135,10 @@ def test_pages_on_another_drive_than_the_cards_are_said_once(machine, tmp_path, 
     for _ in range(2):
         warn_if_far("xrt:0", card, tmp_path, machine.tree)
     (record,) = caplog.records
-    assert f"'xrt:0' ({card}) has nvme0 in it, and {tmp_path} lies on nvme1:" in record.message
+    assert (
+        f"'xrt:0' ({card}) has nvme0 inside the card, and {tmp_path} lies on nvme1:"
+        in record.message
+    )
     assert record.message.endswith("Choose a directory on nvme0")
 
 

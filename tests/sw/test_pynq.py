@@ -381,7 +381,7 @@ def _refused(match, **options):
 
 def test_what_cannot_be_opened_is_said_as_behind_xrt(simulate):
     simulate(faults=[Fault("no-p2p")])
-    _refused("card 'pynq:0': P2P is off: bank0 gives normal memory.*sudo xbutil configure")
+    _refused("card 'pynq:0': P2P is disabled: .*bank0 gives normal memory.*sudo xbutil configure")
     _refused("card 'pynq:7': XRT has no device 7", name="pynq:7")
     _refused("say which: 'pynq:0', 'pynq:0000:04:00.1'", name="pynq")
     _refused("the card is not the build that was asked for", config="smartssd")

@@ -15,7 +15,7 @@ import pytest
 
 import nearkv
 from nearkv.attention import PageAttention
-from nearkv.cards import CardError, open_card
+from nearkv.cards import CardError, installed, open_card
 from nearkv.cards import xrt as xrt_card
 from nearkv.store import KvStore
 from nearkv_hw import abi, xclbin
@@ -365,7 +365,7 @@ def _xclbin(tmp_path, change) -> Path:
 def test_p2p_that_is_off_is_told_from_memory_that_is_short(simulate):
     simulate(faults=[Fault("no-p2p")])
     _refused(
-        r"P2P is off: bank0 gives normal memory.*sudo xbutil configure --device 0 --p2p enable"
+        r"P2P is disabled: .*bank0 gives normal memory.*sudo xbutil configure --device 0 --p2p enable"
     )
     simulate()
     _refused(
@@ -459,7 +459,7 @@ def test_memory_outside_its_bank_is_refused(simulate, monkeypatch):
         ({"XCL_EMULATION_MODE": "hw"}, "XCL_EMULATION_MODE is 'hw'.*unset XCL_EMULATION_MODE"),
         (
             {"XCL_EMULATION_MODE": None, "XILINX_XRT": None},
-            "XILINX_XRT is not set.*source /opt/xilinx/xrt/setup.sh",
+            "XILINX_XRT is not set.*(source /opt/xilinx/xrt/setup.sh|install AMD's packages of XRT)",
         ),
     ],
 )  # fmt: skip
@@ -479,13 +479,17 @@ def test_an_environment_in_which_xrt_would_end_the_process_is_refused(
 
 def test_a_missing_xrt_is_named_with_the_command_that_installs_it(simulate, monkeypatch):
     simulate()
-    monkeypatch.setattr(xrt_card, "_LIBRARY", "libxrt_of_nobody.so.9")
+    monkeypatch.setattr(installed, "LIBRARY", "libxrt_of_nobody.so.9")
     xrt_card.library.cache_clear()
     try:
         with pytest.raises(CardError, match="XRT is not installed.*apt-get install libxrt1"):
             open_card("xrt:0")
     finally:
         xrt_card.library.cache_clear()
+
+
+def test_the_packages_that_simulate_a_card_are_named_alike():
+    assert xrt.APT in installed.SIMULATE
 
 
 # --- the noop driver, which XRT brings -----------------------------------------------------------------

@@ -275,11 +275,14 @@ def check_card(card: Card, layout: PageLayout) -> None:
 
 def _check_drives(cards: Sequence[Card], store: KvStore) -> None:
     """Say of a card that is in one device with a drive if its pages lie on another one."""
+    told = set()
     for position, card in enumerate(cards):
-        if card.pci_address is not None:
-            for shard in shards_of(position, len(cards), store.n_shards):
-                directory = store.directories[shard % len(store.directories)]
-                warn_if_far(card.name, card.pci_address, str(directory))
+        for shard in shards_of(position, len(cards), store.n_shards):
+            directory = str(store.directories[shard % len(store.directories)])
+            # The engines of a card are in one place.
+            if card.pci_address is not None and (card.pci_address, directory) not in told:
+                told.add((card.pci_address, directory))
+                warn_if_far(card.name, card.pci_address, directory)
 
 
 def measure_cards(

@@ -5,7 +5,7 @@ card.py      Card: two memories, a reader, an executor, and every state these ca
 executor.py  what a kind of card supplies, and how a program becomes one
 engines.py   cards that have several engines
 opening.py   open_card("twin")
-xrt.py       cards behind XRT; pairing.py  which drive belongs to which
+xrt.py       cards behind XRT; installed.py  where that is; pairing.py  which drive belongs to which
 turns.py     whose pages are in a card's memory
 """
 

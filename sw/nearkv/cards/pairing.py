@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a card's pages lie on a drive that is near to it, as sysfs tells (`..io.pci`)."""
 
+from collections.abc import Sequence
 import functools
 import logging
 import os
@@ -10,11 +11,24 @@ from ..io import fpga, pci
 
 log = logging.getLogger("nearkv")
 
-_WHERE = {
-    pci.Nearness.OWN: "in it",
-    pci.Nearness.SWITCH: "below the same switch",
-    pci.Nearness.ROOT_COMPLEX: "on the same root complex",
-}
+
+def nearer(
+    address: str, drives: Sequence[pci.Drive], root: Path = pci.ROOT
+) -> tuple[pci.Nearness, pci.Drive] | None:
+    """The drive that is nearest to a card, if pages on these drives lie farther from it; otherwise None.
+
+    Parameters
+    ----------
+    address : str
+        Where the card is on PCIe: "0000:04:00.1".
+    drives : sequence of Drive
+        On which the pages lie. Those that are nowhere on PCIe do not count.
+    root : Path
+        Of a recorded tree.
+    """
+    ways = [pci.nearness(address, drive.address, root) for drive in drives if drive.address]
+    nearest = fpga.nearest_drive(address, root)
+    return nearest if ways and nearest is not None and min(ways) < nearest[0] else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -34,17 +48,14 @@ def warn_if_far(
     root : Path
         Of a recorded tree.
     """
-    drives = [drive for drive in pci.drives_behind(directory, root) if drive.address]
-    nearest = fpga.nearest_drive(address, root)
-    if not drives or nearest is None:
+    drives = pci.drives_behind(directory, root)
+    found = nearer(address, drives, root)
+    if found is None:
         return ""
-    nearness, drive = nearest
-    farthest = min(pci.nearness(address, it.address, root) for it in drives)
-    if farthest >= nearness:
-        return ""
+    nearness, drive = found
     names = ", ".join(it.name for it in drives)
     said = (
-        f"card {card!r} ({address}) has {drive.name} {_WHERE[nearness]}, and {directory} lies on {names}: "
+        f"card {card!r} ({address}) has {drive.name} {nearness.words}, and {directory} lies on {names}: "
         f"its pages take the way through the host. Choose a directory on {drive.name}"
     )
     log.warning("%s", said)

@@ -39,6 +39,7 @@ from pynq.ps import ON_TARGET
 from nearkv_hw import xclbin
 from nearkv_hw.vitis.interface import VLNV
 
+from ..io import fpga
 from . import xrt
 from .errors import CardError
 from .xrt import count_engines as count_engines  # the same here
@@ -295,10 +296,8 @@ class Memory:
         except xrt.Refused as error:
             remedy = "allocate less, or delete arrays that are not needed"
             if p2p:
-                remedy += (
-                    f"; if P2P is off: sudo xbutil configure --device {card.where} --p2p enable, then "
-                    "reboot warm"
-                )
+                off = fpga.p2p_trouble(fpga.P2p.DISABLED, card.where)
+                remedy += f"; if P2P is off: {off.remedy}"
             what = f"{nbytes} bytes of {'P2P ' if p2p else ''}memory in {self.tag}"
             raise xrt.card_error(
                 card.name, f"{what} cannot be allocated: {error}", remedy

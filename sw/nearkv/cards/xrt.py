@@ -34,12 +34,11 @@ from nearkv_hw.config import PRESETS, Config, preset
 from nearkv_hw.vitis.interface import NAME
 
 from ..io import JobMemory, KvMemory, fpga, pci
+from . import installed
 from .errors import CardError
 
 log = logging.getLogger("nearkv")
 
-_LIBRARY = "libxrt_coreutil.so.2"
-_INSTALLED = Path("/opt/xilinx/xrt")
 # Of a buffer. Ref: xrt_mem.h
 P2P = 1 << 30
 TO_DEVICE, FROM_DEVICE = 0, 1
@@ -72,8 +71,9 @@ class Library:
     """
 
     def __init__(self):
-        _check_environment()
         self._lib = _load()
+        if trouble := installed.trouble(os.environ):  # XRT would end the process
+            raise CardError("; ".join(trouble))
         self._functions: dict[str, Any] = {}
         handle, integer = ctypes.c_void_p, ctypes.c_int
         size, word = ctypes.c_size_t, ctypes.c_uint32
@@ -152,47 +152,13 @@ def library() -> Library:
 
 
 def _load() -> ctypes.CDLL:
-    root = os.environ.get("XILINX_XRT")
-    places = [_LIBRARY, *(str(Path(it) / "lib" / _LIBRARY) for it in (root, _INSTALLED) if it)]
-    for place in places:
+    for place in installed.libraries(os.environ):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(place, use_errno=True)
     raise CardError(
-        f"XRT is not installed: there is no {_LIBRARY}. For a card, install AMD's XRT package for this "
-        "system (2021.2 to 2023.1); to simulate one: apt-get install libxrt1 libxrt-dev uuid-dev"
+        f"XRT is not installed: there is no {installed.LIBRARY}. For a card, {installed.INSTALL}; "
+        f"{installed.SIMULATE}"
     )
-
-
-def _check_environment() -> None:
-    """XRT ends the process when it finds no driver: so look first."""
-    _load()
-    mode = os.environ.get("XCL_EMULATION_MODE")
-    names = {None: "xrt_core", "hw_emu": "xrt_hwemu", "sw_emu": "xrt_swemu", "noop": "xrt_noop"}
-    if mode not in names:
-        raise CardError(
-            f"XCL_EMULATION_MODE is {mode!r}, which XRT does not know; for a card: unset "
-            "XCL_EMULATION_MODE"
-        )
-    remedy = f"source {_INSTALLED}/setup.sh"
-    if mode is not None:
-        remedy = (
-            "for a simulated card: nearkv xrt-sim -- PROGRAM; for a card: unset XCL_EMULATION_MODE"
-        )
-    root = os.environ.get("XILINX_XRT")
-    if not root:
-        raise CardError(f"XILINX_XRT is not set, by which XRT finds its driver; {remedy}")
-    driver = Path(root) / "lib" / f"lib{names[mode]}.so.2"
-    if not driver.is_file() and not _other_driver(mode):
-        raise CardError(f"XILINX_XRT is {root}, where there is no lib/{driver.name}; {remedy}")
-
-
-def _other_driver(mode: str | None) -> bool:
-    """Whether XRT's settings name another driver."""
-    settings = Path(os.environ.get("XRT_INI_PATH") or "xrt.ini")
-    try:
-        return mode is not None and "_em_driver" in settings.read_text()
-    except OSError:
-        return False
 
 
 def _keep_messages(lib: ctypes.CDLL):
@@ -590,15 +556,18 @@ class Executor:
                 f"{kv_bytes} bytes of kv memory cannot be allocated in {tag}: {error}",
                 "choose a smaller kv_bytes, or end the programs that use the card",
             )
-        state = "off"
+        state = fpga.P2p.UNKNOWN
         if self.pci_address is not None:
-            found, _ = fpga.p2p(pci.function(self.pci_address).folder)
-            state = "on after a reboot only" if found == fpga.P2p.REBOOT else state
-        return self._error(
-            f"P2P is {state}: {tag} gives normal memory, and no P2P memory ({error})",
-            f"sudo xbutil configure --device {self._bdf} --p2p enable, then reboot warm; in the BIOS, "
-            "'Above 4G decoding' must be on",
-        )
+            state, _ = fpga.p2p(pci.function(self.pci_address).folder)
+        if state == fpga.P2p.ENABLED:
+            return self._error(
+                f"no {kv_bytes} bytes of the P2P window are free, and {tag} has them ({error})",
+                "choose a smaller kv_bytes, or end the programs that use the card",
+            )
+        if state == fpga.P2p.UNKNOWN:  # the driver does not say, and this does
+            state = fpga.P2p.DISABLED
+        what, remedy = fpga.p2p_trouble(state, self._bdf)
+        return self._error(f"P2P is {what} ({tag} gives normal memory: {error})", remedy)
 
     def _check_idle(self, kernel: int) -> None:
         """CardError if a run is on the card that nobody waits for any more."""

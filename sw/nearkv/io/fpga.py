@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 import re
+from typing import NamedTuple
 
 from . import pci
 
@@ -104,6 +105,34 @@ def p2p(folder: Path) -> tuple[P2p, int]:
     if remap and remap != bar:
         return P2p.ERROR, bar
     return (P2p.ENABLED if bar == values.get("exp_bar") else P2p.DISABLED), bar
+
+
+class Trouble(NamedTuple):
+    what: str  # "P2P is ..."
+    remedy: str
+
+
+def p2p_trouble(state: P2p, card: str) -> Trouble:
+    """What is wrong in a state other than ENABLED, of a card given as xbutil wants it."""
+    enable = f"sudo xbutil configure --device {card} --p2p enable"
+    return {
+        P2p.DISABLED: Trouble(
+            "disabled: drives cannot write into the card's memory",
+            f"{enable}, then restart the machine (warm)",
+        ),
+        P2p.REBOOT: Trouble(
+            "enabled, but the window has no room in the address space yet",
+            "restart the machine (warm); 'Above 4G decoding' must be on in its BIOS",
+        ),
+        P2p.ERROR: Trouble(
+            "set up wrongly: the card's P2P remapper does not fit its window",
+            f"sudo xbutil configure --device {card} --p2p disable, then {enable}, then restart the machine",
+        ),
+        P2p.UNSUPPORTED: Trouble(
+            "missing: the platform on the card has no P2P window",
+            "put a platform with P2P on it: sudo xbmgmt examine lists those installed",
+        ),
+    }.get(state, Trouble("what the driver does not tell of", f"xbutil examine --device {card}"))
 
 
 def platform(folder: Path) -> str:

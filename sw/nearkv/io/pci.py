@@ -31,6 +31,19 @@ class Nearness(IntEnum):
     SWITCH = 2
     OWN = 3  # the switch between them is the card's own: a SmartSSD and its flash
 
+    @property
+    def words(self) -> str:
+        """Where the drive is."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Nearness.APART: "on another host bridge",
+    Nearness.ROOT_COMPLEX: "by way of the root complex",
+    Nearness.SWITCH: "below the same PCIe switch",
+    Nearness.OWN: "inside the card",
+}
+
 
 @dataclass(frozen=True)
 class Function:
