@@ -30,7 +30,7 @@ from nearkv_hw.vitis import boards
 
 from . import extras
 from .arguments import existing_directory
-from .cards import CardError, installed, pairing, xrt
+from .cards import installed, pairing, xrt
 from .io import FlashError, fpga, pci, uring
 from .io.files import Directory
 
@@ -394,7 +394,7 @@ class _Doctor:
         if not found:
             self.say("cards", "FPGA", OK, "none here; the card twin does its work on the processor")
             if self._is_simulated():
-                self._check_bitstream("xrt:0")
+                self._check_bitstream()
 
     def _look_at_card(self, card: fpga.Card) -> None:
         it = card.function
@@ -410,7 +410,7 @@ class _Doctor:
         if self._check_driver(it):
             self._check_p2p(it, state, nbytes)
         self._check_pairing(card.board, near)
-        self._check_bitstream(f"xrt:{it.address}", card.board)
+        self._check_bitstream(card.board)
 
     def _check_lanes(self, section: str, name: str, folder: Path) -> None:
         lanes, most = pci.lanes(folder)
@@ -514,7 +514,7 @@ class _Doctor:
             "if it is slow: put drive and card below one PCIe switch" if far else "",
         )  # fmt: skip
 
-    def _check_bitstream(self, card: str, board: str = "") -> None:
+    def _check_bitstream(self, board: str = "") -> None:
         """The xclbin, of a card whose board is known or not."""
         path = self.process.environment.get("NEARKV_XCLBIN", "")
         build = f"make bitstream BOARD={board or '...'}, then: export NEARKV_XCLBIN=FILE"
@@ -528,9 +528,9 @@ class _Doctor:
             )
             return
         try:
-            found, units = xrt.read_xclbin(card, file)
+            found, units = xrt.check_xclbin(file)
             banks, at = found.memories, [found.banks_of(unit, 0) for unit in units]
-        except (CardError, ValueError) as error:
+        except (OSError, ValueError) as error:
             self.say("cards", "xclbin", BAD, str(error).replace(str(file), path), build)
             return
         where = [

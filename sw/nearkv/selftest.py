@@ -15,6 +15,7 @@ import datetime
 import functools
 import itertools
 import json
+import os
 from pathlib import Path
 import statistics
 import tempfile
@@ -723,11 +724,27 @@ def run(arguments: argparse.Namespace) -> int:
     Raises
     ------
     ValueError
-        If the report cannot be written where it is wanted. Nothing was tested then.
+        If the report cannot be written where it is wanted, or pages where they are to go. Nothing was
+        tested then.
     """
+    directory = Path(arguments.kv_dir or tempfile.gettempdir())
+    try:
+        with _file_of(directory, np.zeros(1, np.uint8)):
+            pass
+    except FlashError as error:
+        raise ValueError(
+            f"pages cannot be written to {directory} ({os.strerror(error.errno) if error.errno else error}); choose a directory that "
+            "you may write to: --kv-dir DIRECTORY"
+        ) from error
     path = arguments.report
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--report {path}: give a file in a directory that exists")
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise ValueError(
+                f"--report {path}: {error.strerror}; give a file that can be written, in a directory "
+                "that exists"
+            ) from error
     columns, colour = doctor.terminal()
     quiet = arguments.json
     if not quiet:

@@ -343,6 +343,22 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_tested(ca
         assert err.count("\n") == 1
 
 
+def test_a_directory_for_pages_that_cannot_be_written_to_is_refused_too(capsys):
+    assert cli.main(["selftest", "--card", "model", "--kv-dir", "/proc"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "pages cannot be written to /proc (" in err
+    assert "--kv-dir DIRECTORY" in err
+    assert err.count("\n") == 1
+
+
+def test_more_memory_than_there_is_has_a_message_of_its_own(capsys):
+    assert cli.main(["selftest", "--card", "twin", "--kv-mib", str(1 << 30)]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "bytes of kv memory and" in text
+    assert "choose a smaller kv_bytes" in text
+
+
 def test_measured_and_target_stand_in_columns_of_their_own():
     checks = [
         selftest.Check("cycles", "pass", "44,100", "44,000 +5%", seconds=1),

@@ -39,7 +39,13 @@ def _simulated(module: str, attribute: str, timeout_s: float) -> Callable[..., C
                 f"card {name!r} needs the package {package}; install it with: pip install {package}"
             ) from error
         config = config if isinstance(config, Config) else preset(config)
-        kv, job = KvMemory(kv_bytes), JobMemory(job_bytes)
+        try:
+            kv, job = KvMemory(kv_bytes), JobMemory(job_bytes)
+        except (MemoryError, OSError, OverflowError) as error:
+            raise CardError(
+                f"card {name!r}: {kv_bytes} bytes of kv memory and {job_bytes} of job memory cannot be "
+                f"allocated ({error}); choose a smaller kv_bytes"
+            ) from error
         try:
             executor = Simulated(functools.partial(backend, config, **options))
         except RuntimeError as error:

@@ -646,26 +646,42 @@ def count_engines(name: str, unit: str, given: str | os.PathLike | None) -> int:
 
 
 def read_xclbin(name: str, path: Path) -> tuple[xclbin.Xclbin, list[xclbin.Unit]]:
-    """Check what v++ says that it linked; the compute units of nearkv's kernel. Raises CardError."""
+    """As `check_xclbin`, for the card of that name. Raises CardError."""
     try:
-        found = xclbin.Xclbin.read(path)
-        kernels = {kernel.name: kernel for kernel in found.kernels}
-        units = [unit for unit in found.units if unit.kernel == NAME]
+        return check_xclbin(path)
     except OSError as error:
         raise card_error(name, f"cannot read {path}: {error.strerror}", _BUILD) from error
     except xclbin.XclbinError as error:
         raise card_error(name, f"xclbin {error}", _BUILD) from error
+
+
+def check_xclbin(path: Path) -> tuple[xclbin.Xclbin, list[xclbin.Unit]]:
+    """What v++ says that it linked; the compute units of nearkv's kernel.
+
+    Raises
+    ------
+    OSError
+    XclbinError
+        If it is damaged, or has not the kernel of this version of nearkv. The message begins with the
+        path.
+    """
+    found = xclbin.Xclbin.read(path)
+    try:
+        kernels = {kernel.name: kernel for kernel in found.kernels}
+        units = [unit for unit in found.units if unit.kernel == NAME]
+    except xclbin.XclbinError as error:
+        raise xclbin.XclbinError(f"{path}: {error}") from error
     kernel = kernels.get(NAME)
     if kernel is None or not units:
-        raise card_error(name, f"{path} has no kernel {NAME}: {sorted(kernels)}", _BUILD)
+        raise xclbin.XclbinError(f"{path}: it has no kernel {NAME}: {sorted(kernels)}")
     theirs = [(it.name, it.offset, 8 * it.size) for it in kernel.arguments]
     ours = [(it.name, it.offset, it.bits) for it in _ARGUMENTS]
     if theirs != ours:
         odd = next((it for it in ours if it not in theirs), theirs[-1])
-        raise card_error(
-            name, f"{path} is of another version of nearkv: its arguments are {theirs}, and {odd} is "
-            "expected among them", _BUILD,
-        )  # fmt: skip
+        raise xclbin.XclbinError(
+            f"{path}: it is of another version of nearkv: its arguments are {theirs}, and {odd} is "
+            "expected among them"
+        )
     return found, units
 
 
