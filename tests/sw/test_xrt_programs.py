@@ -196,19 +196,23 @@ def test_without_libxrt_the_command_says_what_to_install(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_decode_compares_an_xrt_card_with_a_plain_twin(tmp_path):
+@pytest.mark.parametrize("cards", [("--cards", "2"), ("--board", "u50")])
+def test_bench_decode_compares_an_xrt_card_with_a_plain_twin(tmp_path, cards):
     command = [
         sys.executable, "-m", "nearkv.cli", "bench", "decode", "--card", "xrt:0", "--json",
         "--directory", str(tmp_path), "--context", "512", "--layers", "2", "--rounds", "1",
         "--no-peers", "--model-context", "0", "--kv-heads", "1", "--head-dim", "64", "--group", "2",
     ]  # fmt: skip
-    done = _xrt_sim("--cards", "2", "--", *command)
+    done = _xrt_sim(*cards, "--", *command)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert {row["name"] for row in figures["runs"]} >= {"nearkv", "plain twin"}
     record = json.loads((_HERE.parent / "bench/decode_xrt.json").read_text())
     assert set(record) == set(figures)
     assert set(record["device"]) == set(figures["device"])
+    for row in figures["runs"]:
+        assert row.get("waits_for_drive", 0) <= 1
+        assert row.get("card_runs", 0) <= 1
 
 
 @pytest.mark.model

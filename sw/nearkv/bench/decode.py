@@ -15,7 +15,7 @@ and in random turns:
     no ring     the same with one segment: loading, then computing
     threads     nearkv with threads instead of io_uring
     two cards   the same cores and drive, shared by two cards
-    plain twin  where --card is another: nearkv with the card twin
+    plain twin  where --card is another: nearkv with as many of the card twin as --card has engines
     spilling, spilling in step
                 a page is appended to every head of every layer in each step, 128 times as often as
                 decoding does it: written behind the step's back, or before it goes on
@@ -152,7 +152,8 @@ def add_arguments(parser) -> None:
     add("--group", type=whole(), default=4, help="query heads of a kv head (default: %(default)s)")
     add("--page-tokens", type=whole(), default=128, help="default: %(default)s")
     add("--card", default="twin", help="default: %(default)s")
-    add("--cards", type=whole(), default=1, help="how many (default: %(default)s)")
+    add("--cards", type=whole(), default=1,
+        help="how many, each with all its engines (default: %(default)s)")  # fmt: skip
     add("--kv-mib", type=whole(), default=KV_BYTES >> 20, help="kv memory of a card (default: 64)")
     add(
         "--ring-mib",
@@ -275,7 +276,10 @@ def _measure(args, temporary: Path, opened: contextlib.ExitStack) -> tuple[dict,
         counted = attention.figures  # of the layer before the step, too: only shares are told
         whole, own = time.process_time() - begin, time.thread_time() - begin_thread
         costs[name].append((whole, own, counted.runs, counted.kv_bytes))
-        counters[name].append((counted.load_s, counted.run_s, counted.attend_s))
+        # Cards wait and run side by side, and all of them as long as the step lasts.
+        counters[name].append(
+            (counted.load_s, counted.run_s, counted.attend_s * len(attention.cards))
+        )
         attention.discard()  # the next turn has the drive for itself
         return kv_bytes / seconds
 
