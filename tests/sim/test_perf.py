@@ -65,3 +65,13 @@ def test_model_predicts_what_short_jobs_cost_in_front_of_a_far_memory(head_dim):
     row = bench_stream.measure(preset("smartssd"), "64 x 128", head_dim, 2, "600 cycles")
     assert row.used < 0.9
     assert 0.99 <= row.predicted <= 1.01, row
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("head_dim, group, page_tokens", [(128, 4, 32), (128, 8, 32), (32, 8, 128)])
+def test_model_predicts_what_short_tiles_and_small_heads_cost(head_dim, group, page_tokens):
+    """Softmax and merge take two heads a cycle: 8 of them take as long as 64 tokens of 128 channels."""
+    config = preset("smartssd")
+    row = bench_stream.measure(config, "64 x 300", head_dim, group, page_tokens=page_tokens)
+    assert 0.99 <= row.predicted <= 1.01, row
+    assert row.used >= (0.95 if group <= 4 else 0.45), row

@@ -75,7 +75,12 @@ class Figures:
 
 
 def measure(
-    config: Config, queue: str, head_dim: int, group_size: int, memory: str = "ideal"
+    config: Config,
+    queue: str,
+    head_dim: int,
+    group_size: int,
+    memory: str = "ideal",
+    page_tokens: int = abi.TILE_TOKENS,
 ) -> Figures:
     """Run one queue through the simulated kernel.
 
@@ -88,14 +93,14 @@ def measure(
     rng = np.random.default_rng(0)
     data = rng.standard_normal((2, max(lengths), head_dim)).astype(np.float16).view(np.uint16)
     q = rng.standard_normal((group_size, head_dim))
-    jobs = [workload.Job(q, data[0, :n], data[1, :n]) for n in lengths]
+    jobs = [workload.Job(q, data[0, :n], data[1, :n], page_tokens=page_tokens) for n in lengths]
     memories = workload.place(jobs, rng)
     with rtl.RtlCard(config, read_latency=latency, dram=dram) as card:
         summary = memories.summary_of(memories.execute(card))
         run = card.last_run
     if summary["n_failed"]:
         raise RuntimeError(f"{summary['n_failed']} of {len(jobs)} jobs failed")
-    shapes = [perf.JobShape(head_dim, group_size, n) for n in lengths]
+    shapes = [perf.JobShape(head_dim, group_size, n, page_tokens) for n in lengths]
     expected = perf.predict(config, shapes, dram, latency)
     stream, beats = summary["stream_cycles"], summary["kv_beats"]
     return Figures(
@@ -122,6 +127,9 @@ def add_arguments(parser) -> None:
         "--memory", choices=MEMORIES, action="append",
         help=f"default: {' and '.join(NEAR)}, and the far ones for {' and '.join(q for q, _ in FAR)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--page-tokens", type=int, default=abi.TILE_TOKENS, help="default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="figures as JSON")
 
 
@@ -129,6 +137,7 @@ def run(args) -> int:
     config = preset(args.config)
     for head_dim in args.head_dim or ():
         abi.check_head_dim(head_dim)
+    abi.check_page_tokens(args.page_tokens)
     if min(args.group or [1]) < 1:
         raise ValueError(f"--group must be at least 1, not {min(args.group)}")
     rows = []
@@ -138,7 +147,7 @@ def run(args) -> int:
         "{:>9} {:>10} {:>3} {:>2} {:>8} {:>8} {:>7} {:>9} {:>9} {:>7} {:>7} {:>6} {:>5} {:>9} {:>8}"
     )
     if not args.json:
-        print(f"preset {config.name}, fp16, pages of {abi.TILE_TOKENS} tokens; limit: used 100%")
+        print(f"preset {config.name}, fp16, pages of {args.page_tokens} tokens; limit: used 100%")
         print(form.format(*head))
     runs = [(q, memory) for q in args.queue or QUEUES for memory in args.memory or NEAR]
     if not args.memory:
@@ -148,13 +157,13 @@ def run(args) -> int:
             for group in args.group or (1, 4, 5, 8):
                 if head_dim > config.max_head_dim or group > config.rows:
                     continue
-                row = measure(config, queue, head_dim, group, memory)
+                row = measure(config, queue, head_dim, group, memory, args.page_tokens)
                 rows.append(row)
                 if not args.json:
                     print(_line(form, row), flush=True)
     if args.json:
         json.dump(
-            {"config": config.name, "abi": abi.ABI_VERSION, "runs": [vars(row) for row in rows]},
+            {"config": config.name, "abi": abi.ABI_VERSION, "page_tokens": args.page_tokens, "runs": [vars(row) for row in rows]},
             sys.stdout, indent=2,
         )  # fmt: skip
         print()

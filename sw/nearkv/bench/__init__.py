@@ -29,6 +29,10 @@ BENCHES = {
     "twin": ("nearkv.bench.twin", "the native card: GB/s a core, beside torch and the memory"),
     "flash": ("nearkv.bench.flash", "pages from the drive into card memory, beside a raw reader"),
     "decode": ("nearkv.bench.decode", "attention with KV on the drive, beside drive, card, peers"),
+    "accuracy": (
+        "nearkv.bench.accuracy",
+        "errors against float64, beside kernels that round P",
+    ),
     "step": ("nearkv.bench.step", "a step of the demo model, beside transformers' own cache"),
 }
 
