@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention next to storage: the host runtime of the nearkv accelerator.
 
-    open_card(name)           a card: "twin", "model", "rtl"
+    open_card(name)           a card: "twin", "model", "rtl", "xrt:0", "pynq:0"
     attend(q, k, v, card)     attention of one token over a context, through real pages
     merge(outs, lses)         parts of attention into the whole
     NearStorageCache          `past_key_values=` of a model with attn_implementation="nearkv"
