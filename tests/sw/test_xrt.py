@@ -17,6 +17,7 @@ import nearkv
 from nearkv.attention import PageAttention
 from nearkv.cards import CardError, installed, open_card
 from nearkv.cards import xrt as xrt_card
+from nearkv.io import fpga
 from nearkv.store import KvStore
 from nearkv_hw import abi, xclbin
 from nearkv_hw.abi import PageLayout
@@ -372,6 +373,21 @@ def test_p2p_that_is_off_is_told_from_memory_that_is_short(simulate):
         r"8589934592 bytes of kv memory cannot be.*choose a smaller kv_bytes", kv_bytes=8 << 30
     )
     _refused(r"4294967296 bytes of job memory cannot be.*smaller job_bytes", job_bytes=4 << 30)
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        (fpga.P2p.ENABLED, r"no 1048576 bytes of the P2P window are free, .*choose a smaller kv_bytes"),
+        (fpga.P2p.REBOOT, r"P2P is enabled, but the window has no room.*'Above 4G decoding' must be on"),
+        (fpga.P2p.UNSUPPORTED, r"P2P is missing: the platform on the card has no P2P window.*xbmgmt"),
+    ],
+)  # fmt: skip
+def test_why_there_is_no_p2p_memory_is_what_the_driver_says(simulate, monkeypatch, state, match):
+    (simulated,) = simulate(faults=[Fault("no-p2p")]).cards
+    simulated.pci_slot = 0x05 << 8 | 1
+    monkeypatch.setattr(fpga, "p2p", lambda folder: (state, 1 << 30))
+    _refused(match)
 
 
 def test_a_card_that_another_process_has_is_busy(simulate):

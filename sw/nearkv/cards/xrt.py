@@ -567,7 +567,9 @@ class Executor:
         if state == fpga.P2p.UNKNOWN:  # the driver does not say, and this does
             state = fpga.P2p.DISABLED
         what, remedy = fpga.p2p_trouble(state, self._bdf)
-        return self._error(f"P2P is {what} ({tag} gives normal memory: {error})", remedy)
+        return self._error(
+            f"P2P is {what} ({tag} gives normal memory; of P2P memory XRT says: {error})", remedy
+        )
 
     def _check_idle(self, kernel: int) -> None:
         """CardError if a run is on the card that nobody waits for any more."""
