@@ -92,6 +92,15 @@ def test_all_engines_of_a_card_work_and_have_the_twins_bits(
     assert not simulated.buffers
 
 
+@pytest.mark.sim
+def test_engines_of_the_simulated_verilog_have_the_twins_bits(simulate):
+    (simulated,) = simulate("rtl", board=BOARDS[2]).cards
+    with open_card("twin", config="tiny") as twin:
+        want = _attend(twin, tokens=70)
+    _same(_attend("xrt:0", tokens=70), want)
+    assert all(unit.runs > 0 for unit in simulated.units)
+
+
 def test_one_engine_by_its_number_is_a_card_of_its_own(simulate, family, expected):
     (simulated,) = simulate(board=BOARDS[4]).cards
     with open_card(f"{family}:0/1", **SMALL) as second:
