@@ -216,6 +216,17 @@ def test_each_shard_can_have_a_drive_of_its_own(tmp_path, small_extents, expecte
         KvStore([drives[0], drives[0]], LAYOUT, 2)
     with pytest.raises(ValueError, match="1 shards need from one directory to 1, not 2"):
         KvStore(drives, LAYOUT, 2, n_shards=1)
+    fewer = [tmp_path / "fewer" / name for name in "ab"]
+    for drive in fewer:
+        drive.mkdir(parents=True)
+    for _ in range(2):  # made, and opened again
+        with KvStore(fewer, LAYOUT, 2, n_shards=3) as store:
+            if not store.sequences():
+                _fill(store)
+            assert [len(list(drive.glob("*.kv"))) for drive in fewer] == [2, 1]
+            attention = PageAttention(cards, store)
+            _same(_attend(attention, 1, range(4), q, 0.2), whole[1])
+            attention.close()
     with KvStore(drives, LAYOUT, 2, temporary=True) as store:
         _fill(store)
     assert not [path for drive in drives for path in drive.glob("*") if "nearkv" in path.name]

@@ -160,4 +160,9 @@ def test_attention_tells_of_each_cards_own_shards(machine, tmp_path, monkeypatch
         k = np.zeros((2, 32, 32), np.float16)
         store.append(0, 0, k, k)
         attention.close()
-    assert asked == [("model", "0000:13:00.1", str(directories[0]))]
+        first.name, first.pci_address = "xrt:0/0", "0000:13:00.1"
+        second.pci_address = first.pci_address  # another engine of that card
+        with KvStore(directories[0], PageLayout(32, 32), 2, temporary=True, n_shards=2) as store:
+            PageAttention([first, second], store).close()
+    where = "0000:13:00.1", str(directories[0])
+    assert asked == [("model", *where), ("xrt:0/0", *where)]
