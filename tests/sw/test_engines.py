@@ -288,7 +288,8 @@ def test_the_selftest_tests_every_engine_and_all_of_them_together(
     heads = [part.partition("\n")[0] for part in parts[2:5]]
     assert heads == ["engine xrt:0/0", "engine xrt:0/1", "card xrt:0"]
     for part in parts[2:4]:
-        assert part.count(" pass ") > 10
+        assert len(re.findall(" pass | below ", part)) > 10  # speed depends on what else runs
+        assert "FAIL" not in part
     assert re.search(r"^attend, all engines +pass +2 at work +2 at work", parts[4], re.M)
     assert max(map(len, out.splitlines())) <= 80
 
