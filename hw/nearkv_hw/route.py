@@ -17,13 +17,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 import json
-import os
 from pathlib import Path
+import re
 import statistics
 import subprocess
 import sys
 
-from amaranth import ClockDomain, ClockSignal, Elaboratable, Module, Shape, Signal, Value
+from amaranth import ClockDomain, ClockSignal, Const, Elaboratable, Module, Shape, Signal, Value
 from amaranth.back import rtlil
 from amaranth.lib import wiring
 
@@ -91,6 +91,8 @@ class _Alone(Elaboratable):
         m.submodules.stage = self._stage
         feed = fold = i
         for path, member, value in self._stage.signature.flatten(self._stage):
+            if isinstance(value, Const):  # `ready` of what is always taken
+                continue
             name = "_".join(map(str, path))
             bits = Signal(Shape.cast(member.shape).width, name=f"at_{name}", reset_less=True)
             if member.flow is wiring.In:
@@ -152,15 +154,27 @@ def route(stage: str, netlist: Path, speed: int, seed: int) -> Route:
     (clock,) = found["fmax"].values()
     inside = [p for p in found["critical_paths"] if "async" not in p["from"] + p["to"]]
     steps = [
-        f"{step['delay']:6.2f} ns {step['type']:10} {_end(step['from'])} -> {_end(step['to'])}"
-        for step in inside[0]["path"]
+        f"{delay:6.2f} ns {kind:10} {start} -> {end}"
+        for delay, kind, start, end in _steps(inside[0])
     ]
     used = {k: v["used"] for k, v in found["utilization"].items() if v["used"]}
     return Route(stage, speed, seed, clock["achieved"], tuple(steps), used)
 
 
-def _end(end: dict) -> str:
-    return f"{end['cell']}.{end['port']}"
+def _steps(path: dict) -> list[tuple[float, str, str, str]]:
+    """Delay, kind, begin and end of each step of a critical path; a carry chain is one step."""
+    steps = []
+    for step in path["path"]:
+        ends = [step[which]["cell"] for which in ("from", "to")]
+        kind = "carry" if all("$CCU2" in end for end in ends) else step["type"]
+        # Without what synthesis appended to the names of signals.
+        start, end = (re.split("_(?:TRELLIS|LUT4|CCU2C|PFUMX|L6MUX)|\\$", end)[0] for end in ends)
+        delay = step["delay"]
+        if kind == "carry" and steps and steps[-1][1] == "carry":
+            delay += steps[-1][0]
+            start = steps.pop()[2]
+        steps.append((delay, kind, start, end))
+    return steps
 
 
 def _run(command, folder, result) -> None:
@@ -222,7 +236,9 @@ def main(argv=None) -> int:
     except ToolError as error:
         parser.error(str(error))
     print(report(routes))
-    (args.output / "route.json").write_text(json.dumps([asdict(r) for r in routes], indent=1) + "\n")
+    (args.output / "route.json").write_text(
+        json.dumps([asdict(r) for r in routes], indent=1) + "\n"
+    )
     return 0
 
 
