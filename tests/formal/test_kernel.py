@@ -81,12 +81,12 @@ def test_sums_of_a_begun_block_find_room_by_induction(bench):
     b.claim(array.o_lane == oldest - drain, when=draining)
     b.claim(leaving.level == (last < drain + LANES) + (before < drain + LANES))
     b.claim((last != 0) & (before != 0))
-    active = (oldest >= drain - 1) & (oldest < drain + LANES - 1)
+    active = (oldest >= drain - 2) & (oldest < drain + LANES - 2)
     b.claim(
-        dut.inside("array.active") == (active | ((last >= drain - 1) & (last < drain + LANES - 1)))
+        dut.inside("array.active") == (active | ((last >= drain - 2) & (last < drain + LANES - 2)))
     )
-    second = (last >= drain - 1) & (last < drain + LANES - 1)
-    b.claim(dut.inside("array.lane") == Mux(second, last, oldest)[:6] - (drain - 1),
+    second = (last >= drain - 2) & (last < drain + LANES - 2)
+    b.claim(dut.inside("array.lane") == Mux(second, last, oldest)[:6] - (drain - 2),
             when=dut.inside("array.active"))  # fmt: skip
 
     row, gap = dut.inside("align.row"), dut.inside("align.gap")

@@ -3,9 +3,11 @@
 
 from amaranth import Module, Signal
 
-from nearkv_hw.primitives import ADD_NONE, Dsp48e2
+from nearkv_hw.primitives import ADD_NONE, Dsp48e2, Mult18x18d
 
 
 def test_a_value_too_wide_for_a_port_is_refused(refuses):
     with refuses("28 signed bits do not fit a port of 27"):
         Dsp48e2(Module(), "dsp", a=Signal(27), b=Signal(17), add=ADD_NONE)
+    with refuses("24 signed bits do not fit a port of 18"):
+        Mult18x18d(Module(), "multiply", a=Signal(24), b=Signal(18))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With DSP48E2 instances everything is as without, cycle by cycle.
+"""With instances of multipliers everything is as without, cycle by cycle.
 
 Our model of the DSP48E2, `nearkv_sim/rtl/dsp48e2.v`, was compared with the vendor's public simulation
 model (XilinxUnisimLibrary): 200,000 random cycles of each mode, no difference.
@@ -22,7 +22,9 @@ from nearkv_sim import rtl, workload
 from nearkv_sim.workload import KINDS, random_job
 
 pytestmark = pytest.mark.sim
-DSP48E2 = Path(nearkv_sim.__file__).with_name("rtl") / "dsp48e2.v"
+DSP48E2, MULT18X18D = (
+    Path(nearkv_sim.__file__).with_name("rtl") / name for name in ("dsp48e2.v", "mult18x18d.v")
+)
 
 _BENCH = """
 module bench;
@@ -53,12 +55,18 @@ endmodule
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
-    [("mac", Mac), ("mac_cascaded", lambda: Mac(cascaded=True)), ("score", Score), ("exp2", Exp2)],
+    ("family", "name", "make"),
+    [
+        ("ultrascale_plus", "mac", Mac),
+        ("ultrascale_plus", "mac_cascaded", lambda: Mac(cascaded=True)),
+        ("ultrascale_plus", "score", Score),
+        ("ultrascale_plus", "exp2", Exp2),
+        ("ecp5", "mac", lambda: Mac(x_bits=18)),
+    ],
 )
-def test_a_component_is_the_same_in_every_cycle(tools, tmp_path, monkeypatch, name, make):
+def test_a_component_is_the_same_in_every_cycle(tools, tmp_path, monkeypatch, family, name, make):
     monkeypatch.setenv("AMARANTH_USE_YOSYS", "builtin")
-    duts = {family: make() for family in FAMILIES}
+    duts = {"generic": make(), family: make()}
     members = duts["generic"].signature.members
     ports = {port: len(Signal(member.shape)) for port, member in members.items()}
     ins = [port for port, member in members.items() if member.flow.name == "In"]
@@ -88,7 +96,7 @@ def test_a_component_is_the_same_in_every_cycle(tools, tmp_path, monkeypatch, na
     command = [
         "verilator", "--binary", "--timing", "-Wno-fatal", "-Wno-lint", "-Wno-style",
         "--top-module", "bench", "-CFLAGS", "-std=c++20 -fcoroutines", "-MAKEFLAGS",
-        rtl.MAKE_VARIABLES, "-o", "bench", "bench.v", str(DSP48E2),
+        rtl.MAKE_VARIABLES, "-o", "bench", "bench.v", str(DSP48E2), str(MULT18X18D),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=tools, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
