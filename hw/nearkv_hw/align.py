@@ -35,39 +35,61 @@ def unpack(elements, kv_type: KvType):
     return elements >> 15 & 1, significand << form.align_bits, np.maximum(field, 1)
 
 
-def model(elements, kv_type: KvType, channel_exponent, valid):
-    """Align whole blocks, bit for bit as the gateware does.
+def fields(elements, kv_type: KvType, valid):
+    """The largest exponent field of each row of a block, and whether one means Inf or NaN.
 
     Parameters
     ----------
-    elements : uint16 (..., rows, 32)
-        One block in the last two axes: K `[channel][token]` or V `[token][channel]`.
+    elements : uint16 (..., 32)
+        Rows of a block: K `[channel][token]` or V `[token][channel]`.
     kv_type : KvType
-    channel_exponent : int (..., rows), or 0
-        For K the exponent of the query weights of each channel; for V zero.
+    valid : bool, broadcastable to elements
+
+    Returns
+    -------
+    field : int32 (...)
+        At least 1 (as subnormal numbers have it); 0 if nothing in the row is valid.
+    non_finite : bool (...)
+        An Inf or NaN among the valid elements.
+    """
+    _, _, field = unpack(elements, kv_type)
+    largest = np.where(valid, field, 0).max(axis=-1)
+    return largest, largest == KV_FORMATS[kv_type].exponent_max
+
+
+def block_exponent(field, channel_exponent):
+    """The largest exponent of K blocks: int32 (...), EXPONENT_FLOOR if nothing in them is valid.
+
+    field : int32 (..., channels), see `fields`
+    channel_exponent : int (channels,), of the query weights
+    """
+    total = np.where(field > 0, field + np.asarray(channel_exponent, np.int32), EXPONENT_FLOOR)
+    return total.max(axis=-1, initial=EXPONENT_FLOOR)
+
+
+def model(elements, kv_type: KvType, base, valid):
+    """Align rows, bit for bit as the gateware does.
+
+    Parameters
+    ----------
+    elements : uint16 (..., 32)
+    kv_type : KvType
+    base : int (...)
+        What an element of exponent field 0 is shifted right by. For K that is the block's exponent
+        less the channel's; for V see `products.model`.
     valid : bool, broadcastable to elements
         False where an element lies beyond the valid tokens: it counts as zero, whatever its bits.
 
     Returns
     -------
-    x : int32 (..., rows, 32)
-        |x| <= 2^22, rounded half away from zero. Beyond `align_bits` binades below the block's
-        largest exponent bits are lost, at most half a unit each.
-    exponent : int32 (...)
-        Largest exponent of the block, EXPONENT_FLOOR if nothing is valid.
-    non_finite : bool (...)
-        An Inf or NaN among the valid elements.
+    x : int32 (..., 32)
+        |x| <= 2^22, rounded half away from zero. Beyond `align_bits` binades below the largest
+        exponent bits are lost, at most half a unit each.
     """
-    elements = np.asarray(elements)
     sign, magnitude, field = unpack(elements, kv_type)
-    total = field + np.asarray(channel_exponent, np.int32)[..., None]
-    valid = np.broadcast_to(valid, elements.shape)
-    exponent = np.where(valid, total, EXPONENT_FLOOR).max(axis=(-2, -1), initial=EXPONENT_FLOOR)
-    shift = np.clip(exponent[..., None, None] - total, 0, KV_BITS)
+    shift = np.clip(np.asarray(base)[..., None] - field, 0, KV_BITS)
     rounded = (((magnitude << 1) >> shift) + 1) >> 1
-    x = np.where(valid, np.where(sign, -rounded, rounded), 0)
-    non_finite = (valid & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
-    return x, exponent, non_finite
+    return np.where(valid, np.where(sign, -rounded, rounded), 0)
 
 
 class Step(data.Struct):

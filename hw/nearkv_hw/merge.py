@@ -25,7 +25,6 @@ from .number import (
     PLACE_BITS,
     RUN_MAX_EMPTY,
     SUM_SHIFT,
-    SUM_WIDE_SHIFT,
     TILE_MAX_BITS,
     TOP_BITS,
     WINDOW_TOP,
@@ -264,7 +263,7 @@ class Merge(wiring.Component):
             m.d.comb += [
                 o.eq(
                     Mux(in_sums,
-                        Mux(second, pick(tile.tile_wide) << SUM_WIDE_SHIFT,
+                        Mux(second, pick(tile.tile_wide) << SUM_SHIFT,
                             pick(tile.tile_sum) << SUM_SHIFT),
                         pick(v.sums))
                 ),

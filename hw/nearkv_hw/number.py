@@ -90,21 +90,36 @@ TILE_MAX_BITS = 16
 RUN_MAX_EMPTY = -32768  # maximum of no token at all
 
 # --- weights p ----------------------------------------------------------------------------------
+# p = mantissa * 2^(-16 - halvings), with a mantissa in [2^16, 2^17) or 0. A weight has its own exponent,
+# so a token that takes nearly all of the sum does not cost its neighbours their bits.
 P_BITS = 17
 P_MAX = (1 << P_BITS) - 1
-P_WIDE_FRAC_BITS = 22
-P_DROP_BITS = P_WIDE_FRAC_BITS - P_BITS
-TILE_SUM_BITS = P_BITS + (TILE_TOKENS - 1).bit_length()
-TILE_WIDE_BITS = P_WIDE_FRAC_BITS + 1 + (TILE_TOKENS - 1).bit_length()
-# The two denominators enter the accumulator as one more element each, placed as high as o may be.
-SUM_SHIFT, SUM_WIDE_SHIFT = 22, 17
-SUM_UNIT = 39  # both count 2^(tile_max - 39) there
-OUT_UNIT = P_BITS  # o counts 2^(tile_max + E - KvFormat.unit - 17)
+POWER_FRAC_BITS = 22  # of 2^f before it is rounded to a mantissa
+P_DROP_BITS = POWER_FRAC_BITS - (P_BITS - 1)
+HALVINGS_BITS = 6
+HALVINGS_MAX = (1 << HALVINGS_BITS) - 1  # a smaller weight is 0
+# Both denominators of a tile, the sum of p and that of the powers, have so many fraction bits: what is
+# cut off a weight is small against the tile's largest, which is at least 1/2.
+SUM_FRAC_BITS = 30
+TILE_SUM_BITS = SUM_FRAC_BITS + 1 + (TILE_TOKENS - 1).bit_length()
+# They enter the accumulator as one more element each, placed as high as o may be.
+SUM_SHIFT = 9
+SUM_UNIT = SUM_FRAC_BITS + SUM_SHIFT  # both count 2^(tile_max - 39) there
+OUT_UNIT = P_BITS - 1  # o counts 2^(tile_max + E - KvFormat.unit - 16)
+
+# --- products p V -------------------------------------------------------------------------------
+# A token's product with a V block lies below 2^(field - halvings + 1), of the largest exponent field of
+# its 32 elements. The largest of these exponents, E, belongs to one row (query head) and one block.
+# How far a token's lies below it is taken off in two steps: what all rows have in common from
+# the elements, which lose nothing by the first binades, and the rest from each row's mantissa.
+DEPTH_BITS = 6
+DEPTH_MAX = (1 << DEPTH_BITS) - 1  # so far below, nothing is left of any product
+assert DEPTH_MAX >= KV_BITS + P_BITS
 
 # --- exp2 ---------------------------------------------------------------------------------------
 EXP2_SEGMENTS = 16
 EXP2_U_BITS = SCORE_FRAC_BITS - (EXP2_SEGMENTS - 1).bit_length()  # of the place in a segment
-EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to P_WIDE_FRAC_BITS
+EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to POWER_FRAC_BITS
 
 # --- wide accumulator ---------------------------------------------------------------------------
 LIMB_STEP = 16  # one limb counts 2^16 of the limb below
@@ -206,7 +221,7 @@ def exp2(fraction: np.ndarray) -> np.ndarray:
     segment, u = fraction >> EXP2_U_BITS, fraction & ((1 << EXP2_U_BITS) - 1)
     slope = a1[segment] + ((a2[segment] * u) >> EXP2_U_BITS)
     value = a0[segment] + ((slope * u) >> EXP2_U_BITS)
-    drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
+    drop = EXP2_FRAC_BITS - POWER_FRAC_BITS
     return (value + (1 << (drop - 1))) >> drop
 
 

@@ -13,10 +13,11 @@ from .jobs import Params, small_product
 from .number import (
     EXP2_FRAC_BITS,
     EXP2_U_BITS,
+    HALVINGS_MAX,
     P_BITS,
     P_DROP_BITS,
     P_MAX,
-    P_WIDE_FRAC_BITS,
+    POWER_FRAC_BITS,
     RAW_BITS,
     RAW_SHIFT,
     RUN_MAX_EMPTY,
@@ -25,9 +26,9 @@ from .number import (
     SCORE_FRAC_BITS,
     SCORE_LIMIT,
     SCORE_SHIFT_MAX,
+    SUM_FRAC_BITS,
     TILE_MAX_BITS,
     TILE_SUM_BITS,
-    TILE_WIDE_BITS,
 )
 from .primitives import ADD_C, ADD_NONE, ADD_PCIN_17, Dsp48e2, UltraScalePlus
 
@@ -60,12 +61,14 @@ def model(score, valid):
 
     Returns
     -------
-    p : int64 (..., tokens)
-        2^(score - tile_max), 17 bits; 0 where there is no token.
+    mantissa, halvings : int64 (..., tokens)
+        2^(score - tile_max) = mantissa * 2^(-16 - halvings), the mantissa in [2^16, 2^17). Where there
+        is no token, or the weight is below 2^-63, the mantissa is 0 and halvings is HALVINGS_MAX.
     tile_max : int64 (...)
         Smallest integer not below any valid score; RUN_MAX_EMPTY if none is valid.
     tile_sum, tile_wide : int64 (...)
-        Sum of p; sum of 2^(score - tile_max) with 22 fraction bits, not rounded to 17 bits first.
+        Sum of the weights; sum of 2^(score - tile_max) before it is rounded to a mantissa of 17
+        bits. 30 fraction bits, each term truncated to them.
     """
     unit = 1 << SCORE_FRAC_BITS
     valid = np.broadcast_to(valid, score.shape)
@@ -73,10 +76,16 @@ def model(score, valid):
     tile_max = np.where(valid, ceiling, RUN_MAX_EMPTY).max(axis=-1)
     below = np.where(valid, score - tile_max[..., None] * unit, 0)
     power = number.exp2(below & (unit - 1))
-    wide = power >> np.minimum(-(below >> SCORE_FRAC_BITS), P_WIDE_FRAC_BITS + 1)
-    wide = np.where(valid, wide, 0)
-    p = np.minimum((wide + _HALF) >> P_DROP_BITS, P_MAX)
-    return p, tile_max, p.sum(axis=-1), wide.sum(axis=-1)
+    halvings = -(below >> SCORE_FRAC_BITS)
+    some = valid & (halvings <= HALVINGS_MAX)
+    halvings = np.where(some, halvings, HALVINGS_MAX)
+    power = np.where(some, power, 0)
+    mantissa = np.minimum((power + _HALF) >> P_DROP_BITS, P_MAX)
+    sums = (
+        ((value << SUM_FRAC_BITS - bits) >> halvings).sum(axis=-1)
+        for value, bits in ((mantissa, P_BITS - 1), (power, POWER_FRAC_BITS))
+    )
+    return mantissa, halvings, tile_max, *sums
 
 
 RAW_QUEUE_TOKENS = 512
@@ -108,7 +117,7 @@ def tile_sum_layout(rows: int) -> data.StructLayout:
             "head": TileHead,
             "tile_max": data.ArrayLayout(signed(TILE_MAX_BITS), rows),
             "tile_sum": data.ArrayLayout(TILE_SUM_BITS, rows),
-            "tile_wide": data.ArrayLayout(TILE_WIDE_BITS, rows),
+            "tile_wide": data.ArrayLayout(TILE_SUM_BITS, rows),
             "saturated": 1,
         }
     )
@@ -209,7 +218,7 @@ class Exp2(wiring.Component):
                 "score": In(signed(SCORE_BITS)),
                 "tile_max": In(signed(TILE_MAX_BITS)),
                 "p": Out(P_BITS),
-                "wide": Out(P_WIDE_FRAC_BITS + 1),
+                "wide": Out(POWER_FRAC_BITS + 1),
             }
         )
 
@@ -226,12 +235,12 @@ class Exp2(wiring.Component):
         m.d.sync += halvings.eq(self.tile_max - self.score[SCORE_FRAC_BITS:].as_signed())
         fraction = register(self.score[:SCORE_FRAC_BITS], "fraction")
         # 2: that number within bounds; which segment, where in it.
-        most = P_WIDE_FRAC_BITS + 1
+        most = POWER_FRAC_BITS + 1
         n = Signal(range(most + 1), reset_less=True)
         m.d.sync += n.eq(Mux(halvings > most, most, halvings))
         # 2: which segment, and where in it: (a2 u + a1) u + a0.
         segment, u = fraction[EXP2_U_BITS:], fraction[:EXP2_U_BITS]
-        drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
+        drop = EXP2_FRAC_BITS - POWER_FRAC_BITS
         table = number.exp2_table() + [1 << (drop - 1), 0, 0]  # a0 rounds, too
 
         def coefficient(i):
@@ -250,7 +259,7 @@ class Exp2(wiring.Component):
         # The table has room for it.
         slope = (delay(m, a1, 1, "a1") + (curve >> EXP2_U_BITS))[: len(a1)]
         slope = register(slope, "slope")
-        power = Signal(P_WIDE_FRAC_BITS + 1)
+        power = Signal(POWER_FRAC_BITS + 1)
         if isinstance(platform, UltraScalePlus):
             line = Dsp48e2(
                 m, "line", a=slope, b=delay(m, u, 2, "u"),
@@ -507,7 +516,7 @@ class Softmax(wiring.Component):
             for i, exp2 in enumerate(units):
                 row = 2 * j + i
                 total = Signal(TILE_SUM_BITS, name=f"sum_{row}", reset_less=True)
-                wide = Signal(TILE_WIDE_BITS, name=f"wide_{row}", reset_less=True)
+                wide = Signal(TILE_SUM_BITS, name=f"wide_{row}", reset_less=True)
                 with m.If(mine):
                     m.d.sync += [
                         total.eq(Mux(later.first, 0, total) + exp2.p),
