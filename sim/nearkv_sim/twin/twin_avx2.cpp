@@ -64,6 +64,16 @@ struct Avx2 : Generic {
         const __m256i a = (__m256i)eighths[0], b = (__m256i)eighths[1];
         return larger_16((I16)_mm256_permute2x128_si256(a, b, 0x20), (I16)_mm256_permute2x128_si256(a, b, 0x31));
     }
+    static __m128i narrow_32(I64 a) {
+        return _mm256_castsi256_si128(
+            _mm256_permutevar8x32_epi32((__m256i)a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
+    }
+    static void store_32(int32_t* to, I64 a) { _mm_store_si128((__m128i*)to, narrow_32(a)); }
+    static void store_16(int16_t* to, I64 a) {
+        const __m128i b = narrow_32(a);
+        _mm_storel_epi64((__m128i*)to, _mm_packs_epi32(b, b));
+    }
+    static I32 widen_16(I16Half a) { return (I32)_mm256_cvtepi16_epi32((__m128i)a); }
     template <class>
     static void store_weights(double* to, I32 p) {
         _mm256_store_pd(to, _mm256_cvtepi32_pd(_mm256_castsi256_si128((__m256i)p)));

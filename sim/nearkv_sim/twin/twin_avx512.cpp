@@ -57,6 +57,10 @@ struct Avx512 : Generic {
         return larger_16((I16)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88),
                          (I16)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD));
     }
+    static int32_t total_32(I32 a) { return _mm512_reduce_add_epi32((__m512i)a); }
+    static void store_32(int32_t* to, I64 a) { _mm256_store_si256((__m256i*)to, _mm512_cvtepi64_epi32((__m512i)a)); }
+    static void store_16(int16_t* to, I64 a) { _mm_store_si128((__m128i*)to, _mm512_cvtepi64_epi16((__m512i)a)); }
+    static I32 widen_16(I16Half a) { return (I32)_mm512_cvtepi16_epi32((__m256i)a); }
     template <class>
     static I16 halve_32(I16 a, I16 b) {
         constexpr __mmask32 high = 0xAAAAAAAA;

@@ -109,6 +109,15 @@ struct Generic {
         for (int i = 1; i < F64_LANES; i++) most = a[i] > most ? a[i] : most;
         return most;
     }
+    static int32_t total_32(I32 a) {
+        int32_t sum = 0;
+        for (int i = 0; i < F32_LANES; i++) sum += a[i];
+        return sum;
+    }
+    // The same integers in fewer or more bits.
+    static void store_32(int32_t* to, I64 a) { *(I32Half*)to = __builtin_convertvector(a, I32Half); }
+    static void store_16(int16_t* to, I64 a) { *(I16Quarter*)to = __builtin_convertvector(a, I16Quarter); }
+    static I32 widen_16(I16Half a) { return __builtin_convertvector(a, I32); }
     template <class Simd>
     static bool exceeds(I64 a, int64_t limit) { return Simd::largest(a) > limit; }
     static I64 multiply(I64 a, int64_t b) { return a * b; }
@@ -474,9 +483,8 @@ TWIN_INLINE void to_weights(const int64_t* score, int blocks, int32_t* twice_man
         I64 few = smaller(down, all<I64>(HALVINGS_MAX));
         sum += Simd::shift_right(mantissa << (SUM_FRAC_BITS - (P_BITS - 1)), few);
         wide_sum += Simd::shift_right(power << (SUM_FRAC_BITS - POWER_FRAC_BITS), few);
-        *(I32Half*)(twice_mantissa + t) = __builtin_convertvector(mantissa << 1, I32Half);
-        I64 counted = down > HALVINGS_MAX ? all<I64>(NO_WEIGHT) : down;
-        *(I16Quarter*)(halvings + t) = __builtin_convertvector(counted, I16Quarter);
+        Simd::store_32(twice_mantissa + t, mantissa << 1);
+        Simd::store_16(halvings + t, down > HALVINGS_MAX ? all<I64>(NO_WEIGHT) : down);
     }
     tile_sum = Simd::total(sum), tile_wide = Simd::total(wide_sum);
 }
@@ -519,19 +527,22 @@ static __attribute__((noinline)) Products weigh(Scratch& scratch, int heads, int
         }
         for (int i = 0; i < heads; i++) {
             I32 sum{};
-            for (int t = 0; t < n; t += F32_LANES) {
+            for (int t = 0; t < n; t += I16_LANES) {
                 // What the base does not shift, at most so much that the count is legal.
-                const I16Half down = *(const I16Half*)(scratch.halvings[i] + t) +
-                                     int16_t(scratch.above_first[i]) - *(const I16Half*)(scratch.lowest + t);
-                const I32 count = smaller(__builtin_convertvector(down, I32), all<I32>(31));
-                const I32 weight =
-                    (Simd::shift_right_32(*(const I32*)(scratch.twice_mantissa[i] + t), count) + 1) >> 1;
-                sum += weight;
-                Simd::template store_weights<Simd>(scratch.p[i] + t, weight);
+                const I16 rest = *(const I16*)(scratch.halvings[i] + t) + int16_t(scratch.above_first[i]) -
+                                 *(const I16*)(scratch.lowest + t);
+                const I16 count = Simd::smaller_16(rest, all<I16>(int16_t(31)));
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) {
+                    const int first = t + j * F32_LANES;
+                    const I32 twice = *(const I32*)(scratch.twice_mantissa[i] + first);
+                    const I32 weight =
+                        (Simd::shift_right_32(twice, Simd::widen_16(((const I16Half*)&count)[j])) + 1) >> 1;
+                    sum += weight;
+                    Simd::template store_weights<Simd>(scratch.p[i] + first, weight);
+                }
             }
-            int32_t total = 0;
-            for (int t = 0; t < F32_LANES; t++) total += sum[t];
-            scratch.p_sum[i] = total;
+            scratch.p_sum[i] = Simd::total_32(sum);
         }
     }
     I16 least = all<I16>(int16_t(INT16_MAX));
@@ -540,9 +551,9 @@ static __attribute__((noinline)) Products weigh(Scratch& scratch, int heads, int
         // Nothing is left of elements so far below what all heads have; any base as far below will do.
         const I16 kept = base - *(const I16*)(scratch.field + t) < all<I16>(int16_t(KV_BITS)) ? base : all<I16>(NOTHING_LEFT);
         least = Simd::smaller_16(least, kept);
-        for (int i = 0; i < 2; i++)
-            *(I32*)(scratch.base + t + i * F32_LANES) =
-                __builtin_convertvector(((const I16Half*)&kept)[i], I32);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+            *(I32*)(scratch.base + t + j * F32_LANES) = Simd::widen_16(((const I16Half*)&kept)[j]);
     }
     return {Simd::largest_16(most) >> FORMAT.mantissa_bits, -Simd::largest_16(-least)};
 }
