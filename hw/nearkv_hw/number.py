@@ -62,6 +62,10 @@ class KvFormat:
         return bias + self.mantissa_bits + self.align_bits
 
     @property
+    def smallest_normal(self) -> float:
+        return 2.0 ** (1 + (KV_BITS - 2) - self.unit)
+
+    @property
     def align_bits(self) -> int:
         """Zero bits below the significand in the 22-bit magnitude: binades without loss."""
         return KV_BITS - 1 - self.sig_bits
@@ -259,8 +263,9 @@ class ErrorBound:
     total : float
         Of the sum of p that out is divided by, as a share of it, beyond the errors of the weights.
     out : float
-        Of an element of out, as a share of the largest |v|, whatever the data. `out_error` tells far more
-        where they are known. Infinite where the scores' error is no small number.
+        Of an element of out, as a share of the largest |v| (at least the smallest normal number),
+        whatever the data; `out_error` tells far more where they are known. Infinite where scores
+        are so large that their own error may be.
     lse_ln : float
         Of the log-sum-exp, absolute.
     tiles, tile_tokens : int
@@ -301,22 +306,20 @@ class ErrorBound:
         float64 (head_dim,)
         """
         weights, v = np.asarray(weights, np.float64), np.asarray(v, np.float64)
+        if math.isinf(self.out):
+            return np.full(v.shape[1], np.inf)
         total = weights.sum()
         size = np.abs(v)
         mean, out = weights @ size / total, np.abs(weights @ v) / total
         starts = np.arange(0, len(v), self.tile_tokens)
-        form = KV_FORMATS[kv_type]
-        tiny = 2.0 ** (1 - form.unit + KV_BITS - 2)
-        products = weights[:, None] * np.maximum(size, tiny)
+        products = weights[:, None] * np.maximum(size, KV_FORMATS[kv_type].smallest_normal)
         largest = np.maximum.reduceat(products, starts)  # (tiles, head_dim)
         largest = largest.reshape(len(starts), -1, BLOCK_TOKENS).max(axis=2)
         tokens = np.diff(starts, append=len(v))
         lost = self.product * (tokens @ largest) + 2.0**-37 * self.tiles * largest.max(axis=0)
-        return self._out_error(
-            mean,
-            out,
-            np.repeat(lost / total, BLOCK_TOKENS) + self.tile_tokens * 2.0**-62 * size.max(axis=0),
-        )
+        lost = np.repeat(lost / total, BLOCK_TOKENS)
+        lost += 2.0**-62 * self.tile_tokens * size.max(axis=0)
+        return self._out_error(mean, out, lost)
 
     def _out_error(self, mean, out, lost):
         """Of what is lost of the products, as a share of the sum of weights; the other two of |v|."""
