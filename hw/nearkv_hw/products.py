@@ -152,9 +152,7 @@ class Products(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.fields = fields = Memory(
-            shape=FIELD_BITS, depth=SLOTS * TILE_TOKENS, init=[]
-        )
+        m.submodules.fields = fields = Memory(shape=FIELD_BITS, depth=SLOTS * TILE_TOKENS, init=[])
         self.probes = {}
         self._scan(m, fields.write_port())
         self._issue(m, fields.read_port())
