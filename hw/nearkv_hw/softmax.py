@@ -336,8 +336,8 @@ class Softmax(wiring.Component):
     mantissa_address : In(9), bank and token; mantissas : Out(rows x 17 bits), one cycle later
     scan_address, issue_address : In(9); scan, issue : Out(rows x Halvings), one cycle later
     p_ready : Out(1), high once for each tile whose bank is complete
-    p_free : In(1), high when a bank is done with: its first new weight is written `REUSE` cycles
-        later at the earliest
+    p_free : In(1), high when a bank is done with: its first new weight is written
+        `Exp2.latency` + 1 cycles later at the earliest
     """
 
     def __init__(self, rows: int):
