@@ -8,7 +8,6 @@ import numpy as np
 
 from . import shapes
 from .abi import MAX_HEAD_DIM, KvType
-from .fetch import Block
 from .fifo import delay
 from .jobs import Q_BANKS
 from .number import (
@@ -20,8 +19,8 @@ from .number import (
     KV_FORMATS,
     Q_EXPONENT_BITS,
 )
-from .shapes import BEAT_BITS, ELEMENT_BITS, LANES
-from .softmax import P_BANKS
+from .products import Place, base_latency, scanned_layout
+from .shapes import BEAT_BITS, ELEMENT_BITS, LANES, TILE_LOG2
 
 
 def unpack(elements, kv_type: KvType):
@@ -35,39 +34,61 @@ def unpack(elements, kv_type: KvType):
     return elements >> 15 & 1, significand << form.align_bits, np.maximum(field, 1)
 
 
-def model(elements, kv_type: KvType, channel_exponent, valid):
-    """Align whole blocks, bit for bit as the gateware does.
+def fields(elements, kv_type: KvType, valid):
+    """The largest exponent field of each row of a block, and whether one means Inf or NaN.
 
     Parameters
     ----------
-    elements : uint16 (..., rows, 32)
-        One block in the last two axes: K `[channel][token]` or V `[token][channel]`.
+    elements : uint16 (..., 32)
+        Rows of a block: K `[channel][token]` or V `[token][channel]`.
     kv_type : KvType
-    channel_exponent : int (..., rows), or 0
-        For K the exponent of the query weights of each channel; for V zero.
+    valid : bool, broadcastable to elements
+
+    Returns
+    -------
+    field : int32 (...)
+        At least 1 (as subnormal numbers have it); 0 if nothing in the row is valid.
+    non_finite : bool (...)
+        An Inf or NaN among the valid elements.
+    """
+    _, _, field = unpack(elements, kv_type)
+    largest = np.where(valid, field, 0).max(axis=-1)
+    return largest, largest == KV_FORMATS[kv_type].exponent_max
+
+
+def block_exponent(field, channel_exponent):
+    """The largest exponent of K blocks: int32 (...), EXPONENT_FLOOR if nothing in them is valid.
+
+    field : int32 (..., channels), see `fields`
+    channel_exponent : int (channels,), of the query weights
+    """
+    total = np.where(field > 0, field + np.asarray(channel_exponent, np.int32), EXPONENT_FLOOR)
+    return total.max(axis=-1, initial=EXPONENT_FLOOR)
+
+
+def model(elements, kv_type: KvType, base, valid):
+    """Align rows, bit for bit as the gateware does.
+
+    Parameters
+    ----------
+    elements : uint16 (..., 32)
+    kv_type : KvType
+    base : int (...)
+        What an element of exponent field 0 is shifted right by. For K that is the block's exponent
+        less the channel's; for V see `products.model`.
     valid : bool, broadcastable to elements
         False where an element lies beyond the valid tokens: it counts as zero, whatever its bits.
 
     Returns
     -------
-    x : int32 (..., rows, 32)
-        |x| <= 2^22, rounded half away from zero. Beyond `align_bits` binades below the block's
-        largest exponent bits are lost, at most half a unit each.
-    exponent : int32 (...)
-        Largest exponent of the block, EXPONENT_FLOOR if nothing is valid.
-    non_finite : bool (...)
-        An Inf or NaN among the valid elements.
+    x : int32 (..., 32)
+        |x| <= 2^22, rounded half away from zero. Beyond `align_bits` binades below the largest
+        exponent bits are lost, at most half a unit each.
     """
-    elements = np.asarray(elements)
     sign, magnitude, field = unpack(elements, kv_type)
-    total = field + np.asarray(channel_exponent, np.int32)[..., None]
-    valid = np.broadcast_to(valid, elements.shape)
-    exponent = np.where(valid, total, EXPONENT_FLOOR).max(axis=(-2, -1), initial=EXPONENT_FLOOR)
-    shift = np.clip(exponent[..., None, None] - total, 0, KV_BITS)
+    shift = np.clip(np.asarray(base)[..., None] - field, 0, KV_BITS)
     rounded = (((magnitude << 1) >> shift) + 1) >> 1
-    x = np.where(valid, np.where(sign, -rounded, rounded), 0)
-    non_finite = (valid & (field == KV_FORMATS[kv_type].exponent_max)).any(axis=(-2, -1))
-    return x, exponent, non_finite
+    return np.where(valid, np.where(sign, -rounded, rounded), 0)
 
 
 class Step(data.Struct):
@@ -78,47 +99,62 @@ class Step(data.Struct):
     last: 1
 
 
-class WeightAddress(data.Struct):
-    """Row of the q store (K) or of the p store (V)."""
-
-    row: shapes.ROW
-    bank: range(max(Q_BANKS, P_BANKS))
-    is_v: 1
+Q_ADDRESS = range(Q_BANKS * MAX_HEAD_DIM)
 
 
 class Align(wiring.Component):
     """Issue the beats of one block after the other, aligned to the block's largest exponent.
 
-    A block starts when `may_start` says that everything behind has room for it and its weights are
-    there. Its beats then leave one a cycle; blocks end at least 32 cycles apart, so that the array
-    can hand out their results one lane a cycle.
+    A block starts when `may_start` says that everything behind has room for it. Its beats then leave
+    one a cycle; blocks end at least 32 cycles apart, so that the array can hand out their results
+    one lane a cycle.
+
+    A row is issued some cycles before its beat is taken from the queue, where it surely is: until then
+    `Products` works out what a V row is shifted by.
+
+    Parameters
+    ----------
+    rows : int
+        Query heads.
 
     Members
     -------
-    i_block, i_beat : In(stream), see `KvFetch`
+    i_block : In(stream), see `Products`; i_beat : In(stream), see `KvFetch`
     may_start : In(1), for the block that `i_block` shows
-    begin : Out(1), the block on `i_block` starts; end : Out(1), with its last beat
+    begin : Out(1), the block on `i_block` starts; end : Out(1), its last row is issued
+    taken : Out(1), the last beat of a K block was taken: what it needs of the q store was read
+    place : Out(Place), of a V row when it is issued; base : In, `base_latency(rows)` cycles later
     q_address : Out, q_exponent : In, read port of the q store, one cycle later
-    weight_address : Out(WeightAddress), one cycle ahead of o_x
+    weight_address : Out, row of the q store, one cycle ahead of o_x
+    o_is_v : Out(1), with o_x: its weights are those of a V row
     o_x : Out(32 x 24 bits), o_step : Out(Step); always taken
     issued, starved, stalled : Out(1), what happened in this cycle
 
-    Timing: `latency` cycles from a beat to its x.
+    Timing: `latency` cycles from a row that is issued to its x.
     """
 
-    latency = 6
+    @staticmethod
+    def latency_of(rows: int) -> int:
+        """Cycles from a row that is issued to its x."""
+        return base_latency(rows) + 5
 
-    def __init__(self):
+    def __init__(self, rows: int):
+        self._rows = rows
+        self.latency = self.latency_of(rows)
         super().__init__(
             {
-                "i_block": In(stream.Signature(Block)),
+                "i_block": In(stream.Signature(scanned_layout(rows))),
                 "i_beat": In(stream.Signature(BEAT_BITS)),
                 "may_start": In(1),
                 "begin": Out(1),
                 "end": Out(1),
-                "q_address": Out(range(Q_BANKS * MAX_HEAD_DIM)),
+                "taken": Out(1),
+                "place": Out(Place),
+                "base": In(signed(EXPONENT_BITS + 1)),
+                "q_address": Out(Q_ADDRESS),
                 "q_exponent": In(signed(Q_EXPONENT_BITS)),
-                "weight_address": Out(WeightAddress),
+                "weight_address": Out(Q_ADDRESS),
+                "o_is_v": Out(1),
                 "o_x": Out(data.ArrayLayout(signed(ALIGNED_BITS), LANES)),
                 "o_step": Out(Step),
                 "issued": Out(1),
@@ -129,9 +165,8 @@ class Align(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        block = self.i_block.p
+        block = self.i_block.p.block
         row, gap = Signal(shapes.ROWS), Signal(range(LANES + 1))
-        p_bank = Signal(range(P_BANKS))
         starting = Signal()
         m.d.comb += [
             starting.eq(row == 0),
@@ -142,9 +177,9 @@ class Align(wiring.Component):
             self.stalled.eq(self.i_block.valid & ~self.issued),
             self.begin.eq(self.issued & starting),
             self.end.eq(self.issued & (row == block.rows - 1)),
-            self.i_beat.ready.eq(self.issued),
             self.i_block.ready.eq(self.end),
-            self.q_address.eq(Cat(row[: shapes.CHANNEL_LOG2], block.q_bank)),
+            self.place.eq(self.i_block.p.place),
+            self.place.row.eq(row[:TILE_LOG2]),
         ]
         with m.If(gap != 0):
             m.d.sync += gap.eq(gap - 1)
@@ -152,24 +187,45 @@ class Align(wiring.Component):
             m.d.sync += row.eq(row + 1)
         with m.If(self.end):
             m.d.sync += [row.eq(0), gap.eq(LANES)]
-            with m.If(block.is_v & block.pass_last):
-                m.d.sync += p_bank.eq(p_bank + 1)
 
-        # t1: beat and block registered; the exponent of q's channel arrives.
-        beat = Signal(BEAT_BITS, reset_less=True)
-        is_bf16, is_v = Signal(reset_less=True), Signal(reset_less=True)
-        exponent = Signal(signed(EXPONENT_BITS), reset_less=True)
-        lanes = Signal(shapes.VALID_LANES, reset_less=True)
-        m.d.sync += [
-            beat.eq(self.i_beat.payload),
-            is_bf16.eq(block.params.kv_type == KvType.BF16),
-            is_v.eq(block.is_v),
-            exponent.eq(block.exponent),
-            lanes.eq(block.lanes),
+        # t0: the beat is taken, so that its exponents meet the base from `Products` at t1.
+        wait = base_latency(self._rows) - 1
+        now = Signal(
+            data.StructLayout(
+                {
+                    "step": Step,
+                    "is_v": 1,
+                    "is_bf16": 1,
+                    "q_address": Q_ADDRESS,
+                    "exponent": signed(EXPONENT_BITS),
+                    "lanes": shapes.VALID_LANES,
+                }
+            )
+        )
+        m.d.comb += [
+            now.step.valid.eq(self.issued),
+            now.step.first.eq(starting),
+            now.step.last.eq(self.end),
+            now.is_v.eq(block.is_v),
+            now.is_bf16.eq(block.params.kv_type == KvType.BF16),
+            now.q_address.eq(Cat(row[: shapes.CHANNEL_LOG2], block.q_bank)),
+            now.exponent.eq(block.exponent),
+            now.lanes.eq(block.lanes),
         ]
+        taken = delay(m, now, wait, "taken")
+        m.d.comb += [
+            self.i_beat.ready.eq(taken.step.valid),
+            self.q_address.eq(taken.q_address),
+        ]
+
+        # t1: beat registered; the exponent of q's channel arrives.
+        beat = Signal(BEAT_BITS, reset_less=True)
+        m.d.sync += beat.eq(self.i_beat.payload)
+        then = delay(m, taken, 1, "then")
+        is_bf16, lanes = then.is_bf16, then.lanes
         # t2: what an element of exponent field 0 would be shifted by.
         base = Signal(signed(EXPONENT_BITS + 1), reset_less=True)
-        m.d.sync += base.eq(exponent - Mux(is_v, 0, self.q_exponent))
+        m.d.sync += base.eq(Mux(then.is_v, self.base, then.exponent - self.q_exponent))
         fp16, bf16 = KV_FORMATS[KvType.FP16], KV_FORMATS[KvType.BF16]
         for lane in range(LANES):
             element = beat[ELEMENT_BITS * lane : ELEMENT_BITS * (lane + 1)]
@@ -212,19 +268,11 @@ class Align(wiring.Component):
                 + (sign ^ fine[0])
             )
 
-        step = Signal(Step)
         m.d.comb += [
-            step.valid.eq(self.issued),
-            step.first.eq(starting),
-            step.last.eq(self.end),
+            self.weight_address.eq(delay(m, taken.q_address, 5, "weight_address")),
+            self.o_is_v.eq(delay(m, taken.is_v, 6, "is_v")),
+            self.o_step.eq(delay(m, taken.step, 6, "step")),
+            self.taken.eq(self.o_step.valid & self.o_step.last & ~self.o_is_v),
         ]
-        m.d.comb += self.o_step.eq(delay(m, step, self.latency, "step"))
-        address = Signal(WeightAddress)
-        m.d.comb += [
-            address.row.eq(row),
-            address.bank.eq(Mux(block.is_v, p_bank, block.q_bank)),
-            address.is_v.eq(block.is_v),
-        ]
-        m.d.comb += self.weight_address.eq(delay(m, address, self.latency - 1, "address"))
         self.probes = {"row": row, "gap": gap}
         return m

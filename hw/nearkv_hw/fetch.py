@@ -2,7 +2,7 @@
 """First stage: reads pages in stream order, checks them, finds each block's largest exponent.
 
     tiles -> order of passes -> AXI bursts -> beats -+-> beat queue -----------> o_beat
-                                                     +-> largest exponent -----> o_block
+                                                     +-> largest exponent -----> o_block, o_field
                                                      +-> CRC-32C of K and V ---> o_faults_k, _v
 
 The order K(0) K(1) K(2) K(3) V(0) K(4) V(1) ... runs on across jobs: while the softmax works on a tile,
@@ -50,7 +50,9 @@ class Block(data.Struct):
     rows: shapes.ROWS
     lanes: shapes.VALID_LANES  # the others count as zero
     tokens: shapes.TOKENS  # of the tile
-    exponent: signed(EXPONENT_BITS)
+    exponent: signed(
+        EXPONENT_BITS
+    )  # of K, the largest with q's; V has one for each row, see `Products`
     pass_first: 1  # first block of its pass
     pass_last: 1
     job_first: 1  # belongs to the first tile of its job
@@ -166,6 +168,8 @@ class KvFetch(wiring.Component):
     ar, r : AXI read channels of the kv port
     q_address : Out; q_exponent : In, read port of the q store, one cycle later
     o_beat : Out(stream of 512 bits), o_block : Out(stream of Block)
+    o_field : Out(stream), of each V beat the largest exponent field of its elements that are not 0, and
+        0 if all are; before the block is announced, and always to be taken
     o_faults_k, o_faults_v : Out(stream of Faults), once a job
     burst : Out(1), high for each burst issued
     """
@@ -184,6 +188,7 @@ class KvFetch(wiring.Component):
                 "q_exponent": In(signed(Q_EXPONENT_BITS)),
                 "o_beat": Out(stream.Signature(BEAT_BITS)),
                 "o_block": Out(stream.Signature(Block)),
+                "o_field": Out(stream.Signature(FIELD_BITS)),
                 "o_faults_k": Out(stream.Signature(Faults)),
                 "o_faults_v": Out(stream.Signature(Faults)),
                 "burst": Out(1),
@@ -347,7 +352,8 @@ class KvFetch(wiring.Component):
                 Mux(is_bf16, element[bf16.mantissa_bits :], element[fp16.mantissa_bits :])
             )
             kept = Signal(FIELD_BITS, name=f"kept_{lane}", reset_less=True)
-            m.d.sync += kept.eq(Mux(valid, Mux(e == 0, 1, e), 0))
+            there = valid & (~place.pass_.is_v | (element != 0))
+            m.d.sync += kept.eq(Mux(there, Mux(e == 0, 1, e), 0))
             fields.append(kept)
             bad.append(valid & (e == Mux(is_bf16, bf16.exponent_max, fp16.exponent_max)))
         not_finite = Signal(reset_less=True)
@@ -371,12 +377,13 @@ class KvFetch(wiring.Component):
         exponent = Signal(signed(EXPONENT_BITS))
         largest, running = Signal(signed(EXPONENT_BITS)), Signal(signed(EXPONENT_BITS))
         m.d.comb += [
-            exponent.eq(
-                Mux(fields[0] == 0, EXPONENT_FLOOR,
-                    fields[0] + Mux(later.pass_.is_v, 0, q_exponent))
-            ),
+            exponent.eq(Mux(fields[0] == 0, EXPONENT_FLOOR, fields[0] + q_exponent)),
             largest.eq(Mux(~later.block_first & (running > exponent), running, exponent)),
         ]  # fmt: skip
+        m.d.comb += [
+            self.o_field.payload.eq(fields[0]),
+            self.o_field.valid.eq(later.valid & later.pass_.is_v),
+        ]
         block_out = Signal(Block)
         block_valid = Signal()
         with m.If(later.valid):

@@ -30,8 +30,8 @@ from .emit import verilog
 TOP = "nearkv"
 KERNEL = f"{TOP}.kernel"
 # Everything else (queues, q store, write master, counters) counts as `kernel`.
-COMPONENTS = ("control", "jobs", "fetch", "fetch.crc", "align", "array", "softmax", "merge",
-              "writer")  # fmt: skip
+COMPONENTS = ("control", "jobs", "fetch", "fetch.crc", "products", "align", "array", "softmax",
+              "merge", "writer")  # fmt: skip
 DEPTH = ("delay_ps", "levels")
 RESOURCES = ("lut", "ff", "dsp", "bram36", "uram")
 GROWTH = 0.03

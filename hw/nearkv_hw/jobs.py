@@ -34,8 +34,17 @@ class Params(data.Struct):
     kv_type: shapes.KV_TYPE
     parts: shapes.PARTS
     pairs: shapes.PAIRS
+    odd: 1  # the last row of the last pair is padding
     mantissa: SCALE_BITS
     shift: shapes.SHIFT
+
+
+def present(params, row: int):
+    """High if a row belongs to the group: it is neither padding nor beyond the last pair."""
+    pair, second = divmod(row, 2)
+    if second:
+        return (params.pairs > pair + 1) | ((params.pairs == pair + 1) & ~params.odd)
+    return params.pairs > pair
 
 
 class Tile(data.Struct):
@@ -302,6 +311,7 @@ class JobReader(wiring.Component):
                     params.mantissa.eq(mantissa),
                     params.parts.eq(head_dim[LANES_LOG2:]),
                     params.pairs.eq((group_size + 1)[1:]),
+                    params.odd.eq(group_size[0]),
                     tile.v_stride.eq(page_tokens),
                     pages_left.eq(pages),
                     info.address.eq(self.args.job + partial_offset),

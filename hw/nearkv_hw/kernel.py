@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole accelerator: the stages in a row, and the wires with their AXI names.
 
-s_axi_control -> Control -> JobReader --tiles--> KvFetch --blocks, beats--> Align -> MacArray
-                              |  m_axi_job         m_axi_kv                  ^  ^       |  |
-                              +--q--> q store (four banks) ---weights--------+  |       |  |
-                                                 p store (four banks) --weights-+       |  |
-                                                    ^                                   |  |
-                                                 Softmax <---------- K sums ------------+  |
-                                                    |  tile_max, tile_sum                  |
-                                                  Merge <----------- V sums ---------------+
+s_axi_control -> Control -> JobReader --tiles--> KvFetch -----------beats-----> Align -> MacArray
+                              |  m_axi_job         m_axi_kv \\--> Products --blocks--^ ^     ^  |  |
+                              |                               ^  \\----p's weights--------+  |  |
+                              +--q--> q store (four banks) ---|----------weights------+     |  |
+                                             p store (four banks)                           |  |
+                                                    ^                                       |  |
+                                                 Softmax <------------ K sums --------------+  |
+                                                    |  tile_max, tile_sum                      |
+                                                  Merge <------------- V sums -----------------+
                                                     |
                                         PartialWriter -> m_axi_job
 """
 
-from amaranth import Cat, ClockDomain, ClockSignal, Elaboratable, Module, Mux, ResetSignal, Signal
+from amaranth import (
+    Cat,
+    ClockDomain,
+    ClockSignal,
+    Elaboratable,
+    Module,
+    Mux,
+    ResetSignal,
+    Signal,
+    signed,
+)
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -24,12 +35,13 @@ from .array import MacArray
 from .axi import RESP, AxiLite, Burst, Control, ReadBeat, WriteBeat, WriteMaster
 from .config import Config
 from .fetch import KvFetch
-from .fifo import Queue
+from .fifo import Queue, delay
 from .jobs import Q_BANKS, JobInfo, JobReader, Tile
 from .merge import V_QUEUE_CHANNELS, Merge, PartialWriter, v_layout
 from .number import EXPONENT_BITS, Q_EXPONENT_BITS, RAW_SHIFT, SCORE_SHIFT_MAX, WEIGHT_BITS
-from .shapes import BEAT_LOG2, LANES, TILE_LOG2
-from .softmax import P_BANKS, RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
+from .products import Products
+from .shapes import BEAT_LOG2, LANES
+from .softmax import RAW_QUEUE_TOKENS, Softmax, TileHead, raw_layout
 
 RESET_CYCLES = 32  # longer than any delay line
 TILE_QUEUE = 8  # tiles between the job reader and the fetch
@@ -82,7 +94,8 @@ class Kernel(wiring.Component):
         m.submodules.fetch = fetch = KvFetch(
             config.max_head_dim, config.beat_fifo_beats, config.lookahead_tiles
         )
-        m.submodules.align = align = Align()
+        m.submodules.products = products = Products(rows, config.beat_fifo_beats)
+        m.submodules.align = align = Align(rows)
         m.submodules.array = array = MacArray(rows)
         m.submodules.softmax = softmax = Softmax(rows)
         m.submodules.merge = merge = Merge(rows, config.max_head_dim)
@@ -102,7 +115,9 @@ class Kernel(wiring.Component):
         connect(m, tiles.o, fetch.i_tile)
         connect(m, jobs.o_job, job_infos.i)
         connect(m, job_infos.o, writer.i_job)
-        connect(m, fetch.o_block, align.i_block)
+        connect(m, fetch.o_block, products.i_block)
+        connect(m, fetch.o_field, products.i_field)
+        connect(m, products.o_block, align.i_block)
         connect(m, fetch.o_beat, align.i_beat)
         connect(m, fetch.o_faults_k, writer.i_faults_k)
         connect(m, fetch.o_faults_v, writer.i_faults_v)
@@ -127,13 +142,13 @@ class Kernel(wiring.Component):
             # Also when the reader waits for the writer, which may be waiting for a V pass.
             fetch.flush.eq(jobs.finished | (jobs.o_job.valid & ~jobs.o_job.ready)),
         ]
-        self._weights(m, jobs, fetch, align, array, softmax)
+        self._weights(m, jobs, fetch, products, align, array, softmax)
         self._results(m, align, array, softmax, merge)
         self._count(m, control, fetch, align, writer)
         return m
 
-    def _weights(self, m, jobs, fetch, align, array, softmax):
-        """The q store, and the choice between q and p as weights."""
+    def _weights(self, m, jobs, fetch, products, align, array, softmax):
+        """The q store, the p store's readers, and the choice between q and p as weights."""
         rows = self._config.rows
         depth = Q_BANKS * abi.MAX_HEAD_DIM
         weights_shape = data.ArrayLayout(WEIGHT_BITS, rows)
@@ -154,30 +169,41 @@ class Kernel(wiring.Component):
                 read.addr.eq(reader.q_address),
                 reader.q_exponent.eq(read.data.as_signed()),
             ]
-        at = align.weight_address
         read = weights.read_port()
-        is_v = Signal()
-        m.d.sync += is_v.eq(at.is_v)
+        block = align.i_block.p
         m.d.comb += [
-            read.addr.eq(Cat(at.row, at.bank)),
-            softmax.p_address.eq(Cat(at.row[:TILE_LOG2], at.bank)),
+            read.addr.eq(align.weight_address),
+            softmax.scan_address.eq(products.scan_address),
+            products.scan.eq(softmax.scan),
+            softmax.issue_address.eq(products.issue_address),
+            products.issue.eq(softmax.issue),
+            softmax.mantissa_address.eq(products.mantissa_address),
+            products.mantissas.eq(softmax.mantissas),
+            products.p_ready.eq(softmax.p_ready),
+            products.place.eq(align.place),
+            products.exponents.eq(block.exponents),
+            products.params.eq(block.block.params),
+            products.done.eq(align.end & block.block.is_v),
+            align.base.eq(products.base),
             array.x.eq(align.o_x),
             array.step.eq(align.o_step),
         ]
         for row in range(rows):
-            m.d.comb += array.w[row].eq(Mux(is_v, softmax.p[row], read.data[row].as_signed()))
-        block = align.i_block.p
+            m.d.comb += array.w[row].eq(
+                Mux(align.o_is_v, products.weights[row], read.data[row].as_signed())
+            )
+        # A bank of the q store is free when its last weights were read, which is later than its block ends.
+        last = delay(m, block.block.pass_last & block.block.job_last, align.latency, "job_taken")
         m.d.comb += [
-            jobs.q_free.eq(align.end & ~block.is_v & block.pass_last & block.job_last),
-            # The last weights are read some cycles after the last beat was issued. The softmax
-            # needs longer than that from a free bank to its first write.
-            softmax.p_free.eq(align.end & block.is_v & block.pass_last),
+            jobs.q_free.eq(align.taken & last),
+            # Its last weights are read some cycles later, see `Products`.
+            softmax.p_free.eq(align.end & block.block.is_v & block.block.pass_last),
         ]
 
     def _results(self, m, align, array, softmax, merge):
         """Where the array's sums go, and whether there will be room for those of the next block."""
         rows = self._config.rows
-        block = align.i_block.p
+        block, exponents = align.i_block.p.block, align.i_block.p.exponents
         m.submodules.raw = raw = Queue(raw_layout(rows), RAW_QUEUE_TOKENS + 1)
         m.submodules.v = v = Queue(v_layout(rows), V_QUEUE_CHANNELS + 1)
         m.submodules.heads = heads = Queue(TileHead, 8)
@@ -188,17 +214,15 @@ class Kernel(wiring.Component):
         # Results come out of a fixed pipeline, so their places are reserved when a block starts.
         raw_held, v_held = Signal(range(RAW_QUEUE_TOKENS + 1)), Signal(range(V_QUEUE_CHANNELS + 1))
         begin_k, begin_v = align.begin & ~block.is_v, align.begin & block.is_v
-        p_ready = Signal(range(P_BANKS + 1))
         m.d.sync += [
             raw_held.eq(raw_held + Mux(begin_k, block.lanes, 0) - (raw.o.valid & raw.o.ready)),
             v_held.eq(v_held + Mux(begin_v, LANES, 0) - (v.o.valid & v.o.ready)),
-            p_ready.eq(p_ready + softmax.p_ready - (begin_v & block.pass_first)),
         ]
         m.d.comb += [
             align.may_start.eq(
                 Mux(
                     block.is_v,
-                    (v_held <= V_QUEUE_CHANNELS - LANES) & (~block.pass_first | (p_ready != 0)),
+                    v_held <= V_QUEUE_CHANNELS - LANES,
                     (raw_held <= RAW_QUEUE_TOKENS - LANES) & (~block.pass_first | heads.i.ready),
                 )
             ),
@@ -209,7 +233,7 @@ class Kernel(wiring.Component):
             heads.i.valid.eq(begin_k & block.pass_first),
         ]
 
-        self.probes = {"raw_held": raw_held, "v_held": v_held, "p_ready": p_ready}
+        self.probes = {"raw_held": raw_held, "v_held": v_held}
 
         # What the results of an ended block need to know; at most two blocks are on their way.
         leaving_layout = data.StructLayout(
@@ -217,7 +241,7 @@ class Kernel(wiring.Component):
                 "is_v": 1,
                 "lanes": shapes.VALID_LANES,
                 "shift": range(SCORE_SHIFT_MAX + 1),
-                "exponent": EXPONENT_BITS,
+                "exponents": data.ArrayLayout(signed(EXPONENT_BITS), rows),
             }
         )
         m.submodules.leaving = leaving = Queue(leaving_layout, 4)
@@ -226,7 +250,7 @@ class Kernel(wiring.Component):
         m.d.comb += [
             leaving.i.p.is_v.eq(block.is_v),
             leaving.i.p.lanes.eq(block.lanes),
-            leaving.i.p.exponent.eq(block.exponent),
+            leaving.i.p.exponents.eq(exponents),
             leaving.i.p.shift.eq(
                 Mux(shift < 0, 0, Mux(shift > SCORE_SHIFT_MAX, SCORE_SHIFT_MAX, shift[:shift_bits]))
             ),
@@ -235,7 +259,7 @@ class Kernel(wiring.Component):
             raw.i.valid.eq(array.o_valid & ~leaving.o.p.is_v & (array.o_lane < leaving.o.p.lanes)),
             raw.i.p.shift.eq(leaving.o.p.shift),
             v.i.valid.eq(array.o_valid & leaving.o.p.is_v),
-            v.i.p.exponent.eq(leaving.o.p.exponent.as_signed()),
+            v.i.p.exponents.eq(leaving.o.p.exponents),
         ]
         for row in range(rows):
             m.d.comb += [

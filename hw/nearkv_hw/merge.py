@@ -25,7 +25,6 @@ from .number import (
     PLACE_BITS,
     RUN_MAX_EMPTY,
     SUM_SHIFT,
-    SUM_WIDE_SHIFT,
     TILE_MAX_BITS,
     TOP_BITS,
     WINDOW_TOP,
@@ -47,9 +46,12 @@ class WideNumber(data.Struct):
 
 
 def v_layout(rows: int) -> data.StructLayout:
-    """The array's sums for one channel of a V block, and the block's exponent."""
+    """The array's sums for one channel of a V block, and the exponent of each row."""
     return data.StructLayout(
-        {"sums": data.ArrayLayout(signed(ACC_BITS), rows), "exponent": signed(EXPONENT_BITS)}
+        {
+            "sums": data.ArrayLayout(signed(ACC_BITS), rows),
+            "exponents": data.ArrayLayout(signed(EXPONENT_BITS), rows),
+        }
     )
 
 
@@ -264,11 +266,10 @@ class Merge(wiring.Component):
             m.d.comb += [
                 o.eq(
                     Mux(in_sums,
-                        Mux(second, pick(tile.tile_wide) << SUM_WIDE_SHIFT,
-                            pick(tile.tile_sum) << SUM_SHIFT),
+                        Mux(second, pick(tile.tile_wide), pick(tile.tile_sum)) << SUM_SHIFT,
                         pick(v.sums))
                 ),
-                exponent.eq(pick(tile.tile_max) + Mux(in_sums, 0, v.exponent)),
+                exponent.eq(pick(tile.tile_max) + Mux(in_sums, 0, pick(v.exponents))),
                 unit.o.eq(o),
                 unit.exponent.eq(exponent),
                 unit.fresh.eq(head.job_first),

@@ -9,15 +9,17 @@ head and one tile of at most 128 tokens:
     S[token]       sum over r of w * x, exact, below 2^47
     s[token]       score in log2 units, 20 fraction bits: (S >> 13) * mantissa >> shift
     tile_max       the smallest integer not below any s
-    p[token]       2^(s - tile_max): 17 bits for the V pass, 22 fraction bits for the wide sum
-    o[channel]     sum over tokens of p * x, with x now V aligned to its block's exponent: below 2^47
+    p[token]       2^(s - tile_max) = mantissa * 2^(-16 - halvings): 17 bits and an exponent of its own
+    E              of a block of 32 channels of V: the largest exponent of a product p * v
+    o[channel]     sum over tokens of p * x, with p and x now scaled so that the products of the tokens
+                   have the exponent E in common: below 2^47
     out[channel]   sum over tiles of o * 2^(tile_max + E), exact in a window of 64 bits: `Wide`
 
 Every sum is exact and every rounding depends on one block or one tile alone. Therefore the order of
 tokens in a block, of tiles in a job, and of partials in a merge changes no bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from functools import cache
 import hashlib
@@ -26,7 +28,7 @@ import math
 
 import numpy as np
 
-from .abi import MAX_TILES, SCALE_BITS, TILE_TOKENS, WIDE_BYTES, KvType
+from .abi import BLOCK_TOKENS, MAX_TILES, SCALE_BITS, TILE_TOKENS, WIDE_BYTES, KvType
 
 # --- K and V ------------------------------------------------------------------------------------
 KV_BITS = 23  # an aligned element: sign and magnitude up to 2^22
@@ -60,6 +62,10 @@ class KvFormat:
         return bias + self.mantissa_bits + self.align_bits
 
     @property
+    def smallest_normal(self) -> float:
+        return 2.0 ** (1 + (KV_BITS - 2) - self.unit)
+
+    @property
     def align_bits(self) -> int:
         """Zero bits below the significand in the 22-bit magnitude: binades without loss."""
         return KV_BITS - 1 - self.sig_bits
@@ -90,21 +96,36 @@ TILE_MAX_BITS = 16
 RUN_MAX_EMPTY = -32768  # maximum of no token at all
 
 # --- weights p ----------------------------------------------------------------------------------
+# p = mantissa * 2^(-16 - halvings), with a mantissa in [2^16, 2^17) or 0. A weight has its own exponent,
+# so a token that takes nearly all of the sum does not cost its neighbours their bits.
 P_BITS = 17
 P_MAX = (1 << P_BITS) - 1
-P_WIDE_FRAC_BITS = 22
-P_DROP_BITS = P_WIDE_FRAC_BITS - P_BITS
-TILE_SUM_BITS = P_BITS + (TILE_TOKENS - 1).bit_length()
-TILE_WIDE_BITS = P_WIDE_FRAC_BITS + 1 + (TILE_TOKENS - 1).bit_length()
-# The two denominators enter the accumulator as one more element each, placed as high as o may be.
-SUM_SHIFT, SUM_WIDE_SHIFT = 22, 17
-SUM_UNIT = 39  # both count 2^(tile_max - 39) there
-OUT_UNIT = P_BITS  # o counts 2^(tile_max + E - KvFormat.unit - 17)
+POWER_FRAC_BITS = 22  # of 2^f before it is rounded to a mantissa
+P_DROP_BITS = POWER_FRAC_BITS - (P_BITS - 1)
+HALVINGS_BITS = 6
+HALVINGS_MAX = (1 << HALVINGS_BITS) - 1  # a smaller weight is 0
+# Both denominators of a tile, the sum of p and that of the powers, have so many fraction bits: what is
+# cut off a weight is small against the tile's largest, which is at least 1/2.
+SUM_FRAC_BITS = 30
+TILE_SUM_BITS = SUM_FRAC_BITS + 1 + (TILE_TOKENS - 1).bit_length()
+# They enter the accumulator as one more element each, placed as high as o may be.
+SUM_SHIFT = 9
+SUM_UNIT = SUM_FRAC_BITS + SUM_SHIFT  # both count 2^(tile_max - 39) there
+OUT_UNIT = P_BITS - 1  # o counts 2^(tile_max + E - KvFormat.unit - 16)
+
+# --- products p V -------------------------------------------------------------------------------
+# A token's product with a V block lies below 2^(field - halvings + 1), of the largest exponent field of
+# its 32 elements. The largest of these exponents, E, belongs to one row (query head) and one block.
+# How far a token's lies below it is taken off in two steps: what all rows have in common from
+# the elements, which lose nothing by the first binades, and the rest from each row's mantissa.
+DEPTH_BITS = 6
+DEPTH_MAX = (1 << DEPTH_BITS) - 1  # so far below, nothing is left of any product
+assert DEPTH_MAX >= KV_BITS + P_BITS
 
 # --- exp2 ---------------------------------------------------------------------------------------
 EXP2_SEGMENTS = 16
 EXP2_U_BITS = SCORE_FRAC_BITS - (EXP2_SEGMENTS - 1).bit_length()  # of the place in a segment
-EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to P_WIDE_FRAC_BITS
+EXP2_FRAC_BITS = 26  # of the coefficients; the result is rounded to POWER_FRAC_BITS
 
 # --- wide accumulator ---------------------------------------------------------------------------
 LIMB_STEP = 16  # one limb counts 2^16 of the limb below
@@ -206,7 +227,7 @@ def exp2(fraction: np.ndarray) -> np.ndarray:
     segment, u = fraction >> EXP2_U_BITS, fraction & ((1 << EXP2_U_BITS) - 1)
     slope = a1[segment] + ((a2[segment] * u) >> EXP2_U_BITS)
     value = a0[segment] + ((slope * u) >> EXP2_U_BITS)
-    drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
+    drop = EXP2_FRAC_BITS - POWER_FRAC_BITS
     return (value + (1 << (drop - 1))) >> drop
 
 
@@ -235,15 +256,77 @@ class ErrorBound:
     ----------
     score : float
         Of one score, in log2 units.
+    weight : float
+        Of one weight p, as a share of it.
+    product : float
+        Of one product p * v, as a share of the largest of its tile, for its head and 32 channels.
+    total : float
+        Of the sum of p that out is divided by, as a share of it, beyond the errors of the weights.
     out : float
-        Of an element of out, as a share of the largest |v|.
+        Of an element of out, as a share of the largest |v| (at least the smallest normal number),
+        whatever the data; `out_error` tells far more where they are known. Infinite where scores
+        are so large that their own error may be.
     lse_ln : float
         Of the log-sum-exp, absolute.
+    tiles, tile_tokens : int
     """
 
     score: float
+    weight: float
+    product: float
+    total: float
     out: float
     lse_ln: float
+    tiles: int
+    tile_tokens: int
+
+    def out_error(self, weights, v, kv_type: KvType) -> np.ndarray:
+        """The bound of each element of one head's out.
+
+        With w the exact weights, a = sum of w |v| / sum of w and m the largest w |v| in a tile and a block
+        of 32 channels (elements below the smallest normal number count as that there):
+
+        - out is a weighted mean that is normalised by the same weights; so weights that are off by a
+          share e, each in its own direction, move it by e / (1 - e) * (a + |out|) at most;
+        - each product is off by the share `product` of m, the tokens of a tile by as many times that;
+        - each tile may lose a unit of the largest E of all tiles, 2^-37 of the largest m;
+        - the sum of p moves out by its own share;
+        - of tokens whose weights are so small that they are 0, 2^-62 |v| each is lost.
+
+        Parameters
+        ----------
+        weights : float64 (kv_len,)
+            Exact weights, 2^score in any unit.
+        v : float64 (kv_len, head_dim)
+            Stored values.
+        kv_type : KvType
+
+        Returns
+        -------
+        float64 (head_dim,)
+        """
+        weights, v = np.asarray(weights, np.float64), np.asarray(v, np.float64)
+        if math.isinf(self.out):
+            return np.full(v.shape[1], np.inf)
+        total = weights.sum()
+        size = np.abs(v)
+        mean, out = weights @ size / total, np.abs(weights @ v) / total
+        starts = np.arange(0, len(v), self.tile_tokens)
+        products = weights[:, None] * np.maximum(size, KV_FORMATS[kv_type].smallest_normal)
+        largest = np.maximum.reduceat(products, starts)  # (tiles, head_dim)
+        largest = largest.reshape(len(starts), -1, BLOCK_TOKENS).max(axis=2)
+        tokens = np.diff(starts, append=len(v))
+        lost = self.product * (tokens @ largest) + 2.0**-37 * self.tiles * largest.max(axis=0)
+        lost = np.repeat(lost / total, BLOCK_TOKENS)
+        lost += 2.0**-62 * self.tile_tokens * size.max(axis=0)
+        return self._out_error(mean, out, lost)
+
+    def _out_error(self, mean, out, lost):
+        """Of what is lost of the products, as a share of the sum of weights; the other two of |v|."""
+        moved = self.weight / (1 - self.weight) * (mean + out)
+        # The products are those of the card's own weights, and so is their sum.
+        lost = lost * (1 + self.weight) / (1 - self.weight)
+        return (moved + lost + self.total * out) / (1 - self.total)
 
 
 def error_bound(
@@ -258,14 +341,17 @@ def error_bound(
     - K is off by half a unit of x and q by half a unit of w (nothing if q_exact), with w <= 2^17 and
       x <= 2^22: S by at most head_dim * (2^16 + 2^21 + 1/4) units; dropping 13 bits: 2^13 more;
     - the scale has 24 bits: 2^-24 of |score| <= head_dim * f; the score is rounded: 2^-21.
-    - 2^(score - tile_max) is off by the share 2^score_error - 1 + 2^-20.5. On top of it a weight is
-      off by 2^-17 (truncation to 22 bits, rounding to 17, and p < 1), the wide weight by 2^-22.
-    - A tile's largest weight is at least 1/2, so over a tile of T tokens the weights' errors are at
-      most the share e = share + T * 2^-16 of their sum, and out, a weighted mean of values within
-      |v| <= v_max that is normalised by the same weights, moves by at most 2 e v_max / (1 - e).
-      V itself is off by half a unit of x, 2^-22 of its block's largest element.
-    - Sums are exact but for limbs dropped below 2^X: one unit per tile, against a largest weight
-      of 2^16 units and elements of 2^21: 2^-37 per tile of out, less in the denominators.
+    - 2^(score - tile_max) is off by the share 2^score_error * (1 + 2^-20.5) - 1, and its mantissa of 17
+      bits by 2^-17 more.
+    - A token's product lies `common + rest` binades below the largest of its head and block, E. x loses
+      half a unit by the first, against a weight of at most 2^(17 - rest); the weight half a unit by
+      the second (nothing if that is 0), against x of at most 2^22. The largest product is at least
+      2^16 * 2^21 of these units; so a product is off by 2^-16 + 2^-22 of it.
+    - Each term of the sums is cut off to 30 fraction bits. A tile's largest weight is at least 1/2: the
+      sum over its T tokens is off by T * 2^-29 of itself. Limbs that are dropped: one unit of the largest
+      tile's for each tile, 2^-38 of the sum. Weights below 2^-63 are 0: T * 2^-62.
+    - Without knowing the data, the weighted mean of |v| is at most v_max, and T times the largest
+      product of each tile at most T v_max times the sum of the weights.
 
     The worst case is far from the usual one: errors of 128 tokens rarely have one sign.
 
@@ -274,21 +360,25 @@ def error_bound(
     head_dim, kv_len, tile_tokens : int
     product_max : float
         The largest over channels r and tokens of |q[r]| * |k[r]| * scale * log2(e), |q[r]| being
-        the largest over the heads of the group.
+        the largest over the heads of the group, |k[r]| at least the smallest normal number.
     q_exact : bool
         True if every head's elements are fp16 within 6 binades of their channel's largest.
     """
     full_scale = 4 * product_max
     units = head_dim * (2.0**16 + (0 if q_exact else 2.0**21 + 0.25)) + 2.0**RAW_SHIFT
     score = full_scale * (units * 2.0**-39 + head_dim * 2.0**-SCALE_BITS) + 2.0**-21
-    share = math.expm1(score * math.log(2)) + 2.0**-20.5
-    weight = share + tile_tokens * 2.0**-16
-    if weight >= 1:
-        return ErrorBound(score, math.inf, math.inf)
     tiles = -(-max(kv_len, 1) // tile_tokens)
-    out = 2 * weight / (1 - weight) + 2.0**-22 + tiles * 2.0**-36
-    wide = share + tile_tokens * 2.0**-21 + tiles * 2.0**-36
-    return ErrorBound(score, out, math.inf if wide >= 1 else -math.log1p(-wide))
+    product = 2.0**-16 + 2.0**-22
+    total = tile_tokens * (2.0**-29 + 2.0**-62) + tiles * 2.0**-38
+    power = 2.0**-20.5
+    share = math.expm1(score * math.log(2)) * (1 + power) + power
+    weight = share * (1 + 2.0**-P_BITS) + 2.0**-P_BITS
+    if weight >= 1 or share + total >= 1:
+        return ErrorBound(score, math.inf, product, total, math.inf, math.inf, tiles, tile_tokens)
+    lse_ln = -math.log1p(-(share + total))
+    bound = ErrorBound(score, weight, product, total, 0.0, lse_ln, tiles, tile_tokens)
+    lost = tile_tokens * (product + 2.0**-62) + tiles * 2.0**-37
+    return replace(bound, out=bound._out_error(1.0, 1.0, lost))
 
 
 class Wide:

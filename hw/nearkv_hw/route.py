@@ -37,6 +37,7 @@ from .footprint import ToolError
 from .jobs import JobReader
 from .merge import Merge, PartialWriter
 from .primitives import FAMILIES
+from .products import Products
 from .softmax import Softmax
 
 _CONFIG = PRESETS["tiny"]
@@ -47,7 +48,8 @@ STAGES: dict[str, Callable[[], wiring.Component]] = {
     "fetch": lambda: KvFetch(
         _CONFIG.max_head_dim, _CONFIG.beat_fifo_beats, _CONFIG.lookahead_tiles
     ),
-    "align": Align,
+    "products": lambda: Products(_CONFIG.rows, _CONFIG.beat_fifo_beats),
+    "align": lambda: Align(_CONFIG.rows),
     "array": lambda: MacArray(_CONFIG.rows, _X_BITS),
     "softmax": lambda: Softmax(_CONFIG.rows),
     "merge": lambda: Merge(_CONFIG.rows, _CONFIG.max_head_dim),

@@ -9,14 +9,16 @@ import numpy as np
 
 from . import abi, number, shapes
 from .fifo import Queue, delay, is_last, stages
-from .jobs import Params, small_product
+from .jobs import Params, present, small_product
 from .number import (
     EXP2_FRAC_BITS,
     EXP2_U_BITS,
+    HALVINGS_BITS,
+    HALVINGS_MAX,
     P_BITS,
     P_DROP_BITS,
     P_MAX,
-    P_WIDE_FRAC_BITS,
+    POWER_FRAC_BITS,
     RAW_BITS,
     RAW_SHIFT,
     RUN_MAX_EMPTY,
@@ -25,9 +27,9 @@ from .number import (
     SCORE_FRAC_BITS,
     SCORE_LIMIT,
     SCORE_SHIFT_MAX,
+    SUM_FRAC_BITS,
     TILE_MAX_BITS,
     TILE_SUM_BITS,
-    TILE_WIDE_BITS,
 )
 from .primitives import ADD_C, ADD_NONE, ADD_PCIN_17, Dsp48e2, UltraScalePlus
 
@@ -60,12 +62,14 @@ def model(score, valid):
 
     Returns
     -------
-    p : int64 (..., tokens)
-        2^(score - tile_max), 17 bits; 0 where there is no token.
+    mantissa, halvings : int64 (..., tokens)
+        2^(score - tile_max) = mantissa * 2^(-16 - halvings), the mantissa in [2^16, 2^17). Where there
+        is no token, or the weight is below 2^-63, the mantissa is 0 and halvings is HALVINGS_MAX.
     tile_max : int64 (...)
         Smallest integer not below any valid score; RUN_MAX_EMPTY if none is valid.
     tile_sum, tile_wide : int64 (...)
-        Sum of p; sum of 2^(score - tile_max) with 22 fraction bits, not rounded to 17 bits first.
+        Sum of the weights; sum of 2^(score - tile_max) before it is rounded to a mantissa of 17
+        bits. 30 fraction bits, each term truncated to them.
     """
     unit = 1 << SCORE_FRAC_BITS
     valid = np.broadcast_to(valid, score.shape)
@@ -73,16 +77,30 @@ def model(score, valid):
     tile_max = np.where(valid, ceiling, RUN_MAX_EMPTY).max(axis=-1)
     below = np.where(valid, score - tile_max[..., None] * unit, 0)
     power = number.exp2(below & (unit - 1))
-    wide = power >> np.minimum(-(below >> SCORE_FRAC_BITS), P_WIDE_FRAC_BITS + 1)
-    wide = np.where(valid, wide, 0)
-    p = np.minimum((wide + _HALF) >> P_DROP_BITS, P_MAX)
-    return p, tile_max, p.sum(axis=-1), wide.sum(axis=-1)
+    halvings = -(below >> SCORE_FRAC_BITS)
+    some = valid & (halvings <= HALVINGS_MAX)
+    halvings = np.where(some, halvings, HALVINGS_MAX)
+    power = np.where(some, power, 0)
+    mantissa = np.minimum((power + _HALF) >> P_DROP_BITS, P_MAX)
+    sums = (
+        ((value << SUM_FRAC_BITS - bits) >> halvings).sum(axis=-1)
+        for value, bits in ((mantissa, P_BITS - 1), (power, POWER_FRAC_BITS))
+    )
+    return mantissa, halvings, tile_max, *sums
 
 
 RAW_QUEUE_TOKENS = 512
 SCORE_QUEUE_PAIRS = 1024
 MAXIMA_QUEUE_TILES = SUMS_QUEUE_TILES = 4
 P_BANKS = 4
+P_ADDRESS = range(P_BANKS * abi.TILE_TOKENS)
+
+
+class Halvings(data.Struct):
+    """The exponent of a weight, as the p store keeps it."""
+
+    halvings: HALVINGS_BITS
+    none: 1  # there is no weight
 
 
 class TileHead(data.Struct):
@@ -108,7 +126,7 @@ def tile_sum_layout(rows: int) -> data.StructLayout:
             "head": TileHead,
             "tile_max": data.ArrayLayout(signed(TILE_MAX_BITS), rows),
             "tile_sum": data.ArrayLayout(TILE_SUM_BITS, rows),
-            "tile_wide": data.ArrayLayout(TILE_WIDE_BITS, rows),
+            "tile_wide": data.ArrayLayout(TILE_SUM_BITS, rows),
             "saturated": 1,
         }
     )
@@ -192,24 +210,35 @@ class Score(wiring.Component):
         return m
 
 
+class PowerLayout(data.Struct):
+    """A weight: mantissa * 2^(-16 - halvings), and what it adds to the tile's sums."""
+
+    mantissa: P_BITS
+    halvings: HALVINGS_BITS
+    none: 1  # there is no weight: mantissa 0, halvings HALVINGS_MAX
+    rounded: SUM_FRAC_BITS + 1  # the weight with 30 fraction bits
+    wide: SUM_FRAC_BITS + 1  # the same before it was rounded to 17 bits
+
+
 class Exp2(wiring.Component):
     """2^(score - tile_max). Always ready; a result `latency` cycles later.
 
     Members
     -------
     score : In(36 signed), tile_max : In(16 signed), not below score
-    p : Out(17), wide : Out(23): the power with 17 and with 22 fraction bits
+    absent : In(1), the weight is none, whatever the score
+    o : Out(PowerLayout)
     """
 
-    latency = 9
+    latency = 10
 
     def __init__(self):
         super().__init__(
             {
                 "score": In(signed(SCORE_BITS)),
                 "tile_max": In(signed(TILE_MAX_BITS)),
-                "p": Out(P_BITS),
-                "wide": Out(P_WIDE_FRAC_BITS + 1),
+                "absent": In(1),
+                "o": Out(PowerLayout),
             }
         )
 
@@ -225,13 +254,15 @@ class Exp2(wiring.Component):
         halvings = Signal(signed(TILE_MAX_BITS + 1), reset_less=True)
         m.d.sync += halvings.eq(self.tile_max - self.score[SCORE_FRAC_BITS:].as_signed())
         fraction = register(self.score[:SCORE_FRAC_BITS], "fraction")
-        # 2: that number within bounds; which segment, where in it.
-        most = P_WIDE_FRAC_BITS + 1
-        n = Signal(range(most + 1), reset_less=True)
-        m.d.sync += n.eq(Mux(halvings > most, most, halvings))
+        absent = register(self.absent, "absent")
+        # 2: whether that is too many.
+        none = Signal(reset_less=True)
+        n = Signal(HALVINGS_BITS, reset_less=True)
+        beyond = absent | (halvings > HALVINGS_MAX)
+        m.d.sync += [none.eq(beyond), n.eq(Mux(beyond, HALVINGS_MAX, halvings))]
         # 2: which segment, and where in it: (a2 u + a1) u + a0.
         segment, u = fraction[EXP2_U_BITS:], fraction[:EXP2_U_BITS]
-        drop = EXP2_FRAC_BITS - P_WIDE_FRAC_BITS
+        drop = EXP2_FRAC_BITS - POWER_FRAC_BITS
         table = number.exp2_table() + [1 << (drop - 1), 0, 0]  # a0 rounds, too
 
         def coefficient(i):
@@ -250,7 +281,7 @@ class Exp2(wiring.Component):
         # The table has room for it.
         slope = (delay(m, a1, 1, "a1") + (curve >> EXP2_U_BITS))[: len(a1)]
         slope = register(slope, "slope")
-        power = Signal(P_WIDE_FRAC_BITS + 1)
+        power = Signal(POWER_FRAC_BITS + 1)
         if isinstance(platform, UltraScalePlus):
             line = Dsp48e2(
                 m, "line", a=slope, b=delay(m, u, 2, "u"),
@@ -261,12 +292,28 @@ class Exp2(wiring.Component):
             line = register(register(slope, "slope_5") * delay(m, u, 3, "u"), "line")
             total = delay(m, a0, 4, "a0") + (line >> EXP2_U_BITS)
             m.d.comb += power.eq(register(total >> drop, "power"))
-        # 8: halve; 9: round to 17 bits.
-        wide = register(power >> delay(m, n, 5, "n"), "wide")
-        rounded = (wide + _HALF) >> P_DROP_BITS
-        p = Signal(P_BITS, reset_less=True)
-        m.d.sync += p.eq(Mux(rounded > P_MAX, P_MAX, rounded))
-        m.d.comb += [self.p.eq(p), self.wide.eq(delay(m, wide, 1, "wide"))]
+        # 8: the mantissa.
+        none, n = delay(m, none, 5, "none"), delay(m, n, 5, "n")
+        rounded = (power + _HALF) >> P_DROP_BITS
+        mantissa = Signal(P_BITS, reset_less=True)
+        m.d.sync += mantissa.eq(Mux(none, 0, Mux(rounded > P_MAX, P_MAX, rounded)))
+        power = register(Mux(none, 0, power), "power_8")
+        none, n = register(none, "none_8"), register(n, "n_8")
+        # 9, 10: halve, by eights, then by ones; 32 times leave nothing.
+        terms = []
+        for name, value, bits in (
+            ("rounded", mantissa, P_BITS - 1), ("wide", power, POWER_FRAC_BITS)
+        ):  # fmt: skip
+            coarse = Signal(SUM_FRAC_BITS + 1, name=f"{name}_9", reset_less=True)
+            m.d.sync += coarse.eq(Mux(n[5], 0, (value << SUM_FRAC_BITS - bits) >> (n[3:5] << 3)))
+            terms.append(register(coarse >> delay(m, n[:3], 1, f"{name}_n"), f"{name}_10"))
+        m.d.comb += [
+            self.o.mantissa.eq(delay(m, mantissa, 2, "mantissa")),
+            self.o.halvings.eq(delay(m, n, 2, "n_out")),
+            self.o.none.eq(delay(m, none, 2, "none_out")),
+            self.o.rounded.eq(terms[0]),
+            self.o.wide.eq(terms[1]),
+        ]
         return m
 
 
@@ -286,9 +333,11 @@ class Softmax(wiring.Component):
     -------
     i_head : In(stream of TileHead); i_raw : In(stream), `tokens` of each tile's head
     o_sum : Out(stream), once a tile
-    p_address : Out side reads: In(9) bank and token; p : Out(rows x 17 bits), one cycle later
+    mantissa_address : In(9), bank and token; mantissas : Out(rows x 17 bits), one cycle later
+    scan_address, issue_address : In(9); scan, issue : Out(rows x Halvings), one cycle later
     p_ready : Out(1), high once for each tile whose bank is complete
-    p_free : In(1), high when a bank was read for the last time
+    p_free : In(1), high when a bank is done with: its first new weight is written
+        `Exp2.latency` + 1 cycles later at the earliest
     """
 
     def __init__(self, rows: int):
@@ -300,8 +349,12 @@ class Softmax(wiring.Component):
                 "i_head": In(stream.Signature(TileHead)),
                 "i_raw": In(stream.Signature(raw_layout(rows))),
                 "o_sum": Out(stream.Signature(tile_sum_layout(rows))),
-                "p_address": In(range(P_BANKS * abi.TILE_TOKENS)),
-                "p": Out(data.ArrayLayout(P_BITS, rows)),
+                "mantissa_address": In(P_ADDRESS),
+                "mantissas": Out(data.ArrayLayout(P_BITS, rows)),
+                "scan_address": In(P_ADDRESS),
+                "scan": Out(data.ArrayLayout(Halvings, rows)),
+                "issue_address": In(P_ADDRESS),
+                "issue": Out(data.ArrayLayout(Halvings, rows)),
                 "p_ready": Out(1),
                 "p_free": In(1),
             }
@@ -417,9 +470,9 @@ class Softmax(wiring.Component):
                 with m.If(later.valid & (later.pair == j)):
                     with m.If(later.first | (ceiling > largest)):
                         m.d.sync += largest.eq(ceiling)
-                m.d.comb += maxima.i.p.tile_max[2 * j + i].eq(
-                    Mux(ended.empty, RUN_MAX_EMPTY, largest)
-                )
+                row = 2 * j + i
+                here = present(ended.head.params, row) & ~ended.empty
+                m.d.comb += maxima.i.p.tile_max[row].eq(Mux(here, largest, RUN_MAX_EMPTY))
         m.d.comb += scores.i.valid.eq(scored.valid)
         # `saturated` runs two stages ahead of `ended`.
         saturated_later = delay(m, saturated, 1, "saturated")
@@ -490,31 +543,44 @@ class Softmax(wiring.Component):
             m.d.comb += [
                 exp2.score.eq(scores.o.p[i]),
                 exp2.tile_max.eq(Array(tile_max[2 * j + i] for j in range(pairs))[pair]),
+                exp2.absent.eq(head.params.odd & pair_end if i else 0),
             ]
-            units.append(exp2)
+            units.append(exp2.o)
         for j in range(pairs):
-            memory = m.submodules[f"p_{j}"] = Memory(
-                shape=2 * P_BITS, depth=P_BANKS * abi.TILE_TOKENS, init=[]
-            )
-            write, read = memory.write_port(), memory.read_port()
             mine = later.valid & (later.pair == j)
-            m.d.comb += [
-                write.addr.eq(later.address),
-                write.data.eq(Cat(exp2.p for exp2 in units)),
-                write.en.eq(mine),
-                read.addr.eq(self.p_address),
-            ]
-            for i, exp2 in enumerate(units):
+            m.submodules[f"p_{j}"] = mantissas = Memory(
+                shape=data.ArrayLayout(P_BITS, 2), depth=len(P_ADDRESS), init=[]
+            )
+            m.submodules[f"halvings_{j}"] = halvings = Memory(
+                shape=data.ArrayLayout(Halvings, 2), depth=len(P_ADDRESS), init=[]
+            )
+            read = mantissas.read_port()
+            reads = {name: halvings.read_port() for name in ("scan", "issue")}
+            m.d.comb += read.addr.eq(self.mantissa_address)
+            for name, port in reads.items():
+                m.d.comb += port.addr.eq(getattr(self, f"{name}_address"))
+            for memory in (mantissas, halvings):
+                write = memory.write_port()
+                m.d.comb += [write.addr.eq(later.address), write.en.eq(mine)]
+                for i, unit in enumerate(units):
+                    m.d.comb += (
+                        write.data[i].eq(unit.mantissa)
+                        if memory is mantissas
+                        else [write.data[i].halvings.eq(unit.halvings),
+                              write.data[i].none.eq(unit.none)]
+                    )  # fmt: skip
+            for i, unit in enumerate(units):
                 row = 2 * j + i
                 total = Signal(TILE_SUM_BITS, name=f"sum_{row}", reset_less=True)
-                wide = Signal(TILE_WIDE_BITS, name=f"wide_{row}", reset_less=True)
+                wide = Signal(TILE_SUM_BITS, name=f"wide_{row}", reset_less=True)
                 with m.If(mine):
                     m.d.sync += [
-                        total.eq(Mux(later.first, 0, total) + exp2.p),
-                        wide.eq(Mux(later.first, 0, wide) + exp2.wide),
+                        total.eq(Mux(later.first, 0, total) + unit.rounded),
+                        wide.eq(Mux(later.first, 0, wide) + unit.wide),
                     ]
                 m.d.comb += [
-                    self.p[row].eq(read.data[P_BITS * i : P_BITS * (i + 1)]),
+                    self.mantissas[row].eq(read.data[i]),
+                    *(getattr(self, name)[row].eq(port.data[i]) for name, port in reads.items()),
                     sums.i.p.tile_sum[row].eq(Mux(ended.empty, 0, total)),
                     sums.i.p.tile_wide[row].eq(Mux(ended.empty, 0, wide)),
                 ]

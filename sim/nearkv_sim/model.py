@@ -14,7 +14,7 @@ import operator
 import google_crc32c
 import numpy as np
 
-from nearkv_hw import abi, align, softmax
+from nearkv_hw import abi, align, products, softmax
 from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.config import Config
 from nearkv_hw.number import (
@@ -22,7 +22,6 @@ from nearkv_hw.number import (
     Q_EXPONENT_BITS,
     RUN_MAX_EMPTY,
     SUM_SHIFT,
-    SUM_WIDE_SHIFT,
     WEIGHT_BITS,
     Wide,
 )
@@ -220,7 +219,9 @@ class _Job:
         valid = np.arange(tile_tokens) < tokens[:, None]  # (tiles, tile_tokens)
 
         valid_k = valid.reshape(len(tiles), blocks, 1, abi.BLOCK_TOKENS)
-        x, exponent, bad_k = align.model(k, self.kv_type, self.exponent, valid_k)
+        field, bad_k = align.fields(k, self.kv_type, valid_k)
+        exponent = align.block_exponent(field, self.exponent)
+        x = align.model(k, self.kv_type, exponent[..., None] - self.exponent, valid_k)
         raw = (self.weight @ x.astype(np.float64)).astype(np.int64)  # (tiles, blocks, rows, 32)
         score, beyond = softmax.score_model(
             raw, self.record["score_mantissa"],
@@ -228,22 +229,27 @@ class _Job:
         )  # fmt: skip
         saturated = (beyond & valid_k).any()
         score = score.swapaxes(1, 2).reshape(len(tiles), self.rows, tile_tokens)
-        p, tile_max, tile_sum, tile_wide = softmax.model(score, valid[:, None])
+        # A group of odd size has a row of padding, which attends to nothing.
+        there = valid[:, None] & (np.arange(self.rows) < self.record["group_size"])[:, None]
+        mantissa, halvings, tile_max, tile_sum, tile_wide = softmax.model(score, there)
 
-        x, exponent, bad_v = align.model(v, self.kv_type, 0, valid[:, None, :, None])
-        o = (p[:, None].astype(np.float64) @ x.astype(np.float64)).astype(np.int64)
+        valid_v = valid[:, None, :, None]
+        field, bad_v = align.fields(v, self.kv_type, valid_v & (v << 1 != 0))
+        weight, exponent, base = products.model(mantissa[:, None], halvings[:, None], field)
+        x = align.model(v, self.kv_type, base, valid_v)
+        o = (weight.astype(np.float64) @ x.astype(np.float64)).astype(np.int64)
         # o: (tiles, parts, rows, 32) -> (tiles, head_dim, rows)
-        place = tile_max[:, None, :] + exponent[:, :, None]  # (tiles, parts, rows)
+        place = tile_max[:, None, :] + exponent  # (tiles, parts, rows)
         place = np.broadcast_to(place[:, :, None], (*place.shape[:2], abi.BLOCK_TOKENS, self.rows))
         o = o.swapaxes(2, 3).reshape(len(tiles), head_dim, self.rows)
-        sums = np.stack([tile_sum << SUM_SHIFT, tile_wide << SUM_WIDE_SHIFT], axis=1)
+        sums = np.stack([tile_sum, tile_wide], axis=1) << SUM_SHIFT
         wide = Wide.of(
             np.concatenate([sums, o], axis=1),
             np.concatenate(
                 [np.repeat(tile_max[:, None], 2, axis=1), place.reshape(o.shape)], axis=1
             ),
         )
-        for i in np.flatnonzero(bad_k.any(axis=1) | bad_v.any(axis=1)):
+        for i in np.flatnonzero(bad_k.any(axis=(1, 2)) | bad_v.any(axis=(1, 2))):
             pages[tiles[i][0]].flags |= Status.NON_FINITE
         return wide.sum(0), tile_max, saturated
 

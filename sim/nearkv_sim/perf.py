@@ -23,6 +23,7 @@ from nearkv_hw.config import OUTSTANDING_BURSTS, Config
 from nearkv_hw.jobs import Q_BANKS, READ_AHEAD_BEATS
 from nearkv_hw.kernel import TILE_QUEUE
 from nearkv_hw.merge import V_QUEUE_CHANNELS
+from nearkv_hw.products import BLOCK_QUEUE, SLOTS
 from nearkv_hw.shapes import BURST_BEATS, LANES
 from nearkv_hw.softmax import (
     MAXIMA_QUEUE_TILES,
@@ -45,10 +46,10 @@ _REQUEST, _ARRIVE = 5, 1
 _ENTRY = 3  # the job reader takes so many cycles for a page table entry and its first tile
 # From a tile's emission to the address of its first burst.
 _CHOOSE = 9
-# From the last beat of a job's K to the request that takes its bank of the q store.
+# From the last use of a job's bank of the q store to the request that takes it.
 _BANK = 3
-# From a block's last beat to its first result at the head of the queue behind the array.
-_LEAVE = Align.latency + MacArray.latency + 2
+# From the last step of a block's scan to the aligner.
+_SCANNED = 4
 # From a tile's last score to its maxima, from its last weight to its V pass.
 _MAXIMA = Score.latency + 3
 _P_READY = Exp2.latency + 2
@@ -188,6 +189,14 @@ class _Run:
         self.reader, self.record = 0.0, _REQUEST + latency + _ARRIVE
         self.chosen = deque([-np.inf] * TILE_QUEUE, TILE_QUEUE)
         self.k_ends = deque([-np.inf] * Q_BANKS, Q_BANKS)
+        # Rows are issued so long before their x. From a block's last row to its first result at the head of the
+        # queue behind the array.
+        self.align = Align.latency_of(config.rows)
+        self.leave = self.align + MacArray.latency + 2
+        # The scan of products: when it has time; when each block, and each V block, was issued to its end.
+        self.scan = -np.inf
+        self.block_ends = deque([-np.inf] * BLOCK_QUEUE, BLOCK_QUEUE)
+        self.slot_ends = deque([-np.inf] * SLOTS, SLOTS)
         self.array = _Steps()
         self.starved = self.stalled = 0.0
         self.score, self.weigh, self.merge = _Steps(), _Steps(), _Steps()
@@ -227,7 +236,7 @@ class _Run:
         """When the reader has the job's query block and the beginning of its page table, which it
         asks for at once with the next job's record."""
         ask = max(self.reader, self.record) + 2
-        ask = max(ask, self.k_ends[0] + _BANK) + _REQUEST
+        ask = max(ask, self.k_ends[0] + self.align + _BANK) + _REQUEST
         entries = -(-job.n_tokens // job.page_tokens) * abi.PAGE_ENTRY.bytes
         arrived = array("d")  # when each beat is there
         for span in (job.head_dim, min(-(-entries // abi.BEAT_BYTES), READ_AHEAD_BEATS), 1):
@@ -281,8 +290,16 @@ class _Run:
         turns = 2 * self.dram.turnaround_cycles * bursts
         self._move(self.read_end + 1, reads + writes + turns)
 
+    def _scanned(self, ready: float, steps: int = 0) -> float:
+        """When the aligner can have a block that the fetch has ready; a V block is scanned row by row."""
+        begin = max(ready, self.scan, self.block_ends[0] + 1)
+        if steps:
+            begin = max(begin, self.slot_ends[0] + 1)
+        self.scan = begin + max(steps, 1)
+        return self.scan - 1 + _SCANNED
+
     def _issue(self, rows: int, ready: float, room: float) -> float:
-        """Issue a block; when its last beat was issued."""
+        """Issue a block; when its last row was issued."""
         before = self.array.at(len(self.array.times) - 1)
         earliest = max(before + 1, room, before + LANES + 1 - rows)
         begin = max(ready, earliest)
@@ -291,7 +308,9 @@ class _Run:
             starved = min(idle, max(0.0, ready - before - 1))
             self.starved += starved
             self.stalled += idle - starved
-        return self.array.run(np.full(rows, begin) + np.arange(rows))[-1]
+        end = self.array.run(np.full(rows, begin) + np.arange(rows))[-1]
+        self.block_ends.append(end)
+        return end
 
     def _k_pass(self, head_dim: int, pairs: int, tokens: int) -> _Tile:
         tiles = len(self.weigh_ends)
@@ -301,9 +320,9 @@ class _Run:
                 self.chosen.append(self.read_end - self.latency - head_dim - _CHOOSE)
             lanes = min(LANES, tokens - n * LANES)
             room = self.raw_freed.at(self.raw_taken + LANES - RAW_QUEUE_TOKENS - 1) + 1
-            end = self._issue(head_dim, ready, room)
+            end = self._issue(head_dim, self._scanned(ready), room)
             self.raw_taken += lanes
-            steps = np.repeat(end + _LEAVE + np.arange(lanes), pairs)
+            steps = np.repeat(end + self.leave + np.arange(lanes), pairs)
             # A score takes its place in the queue from one a queue's length before it.
             at = len(self.score.times) - SCORE_QUEUE_PAIRS
             for i in range(max(0, -at), len(steps)):
@@ -324,14 +343,14 @@ class _Run:
         return _Tile(head_dim // LANES, pairs, tokens, done + _P_READY)
 
     def _v_pass(self, tile: _Tile) -> None:
-        room = tile.p_ready
         self.merge.run(np.full(2 * tile.pairs, tile.p_ready))
         for ready in self._read(tile.parts, tile.tokens):
             freed = self.v_freed.at(self.v_taken + LANES - V_QUEUE_CHANNELS - 1) + 1
-            end = self._issue(tile.tokens, ready, max(room, freed))
+            scanned = self._scanned(max(ready, tile.p_ready), tile.tokens)
+            end = self._issue(tile.tokens, scanned, freed)
+            self.slot_ends.append(end)
             self.v_taken += LANES
-            room = -np.inf
-            steps = np.repeat(end + _LEAVE + np.arange(LANES), tile.pairs)
+            steps = np.repeat(end + self.leave + np.arange(LANES), tile.pairs)
             self.v_freed.times.extend(self.merge.run(steps)[tile.pairs - 1 :: tile.pairs])
         self.v_ends.append(self.array.times[-1])
         self.merge_ends.append(self.merge.times[-1])

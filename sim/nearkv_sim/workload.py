@@ -241,7 +241,7 @@ def query_records(weight: np.ndarray, exponent: np.ndarray) -> bytes:
     return words.tobytes()
 
 
-KINDS = ("normal", "outliers", "equal", "rising", "tiny", "mixed", "saturating")
+KINDS = ("normal", "outliers", "equal", "rising", "tiny", "mixed", "saturating", "sinks")
 
 
 def random_job(
@@ -264,7 +264,8 @@ def random_job(
         normal: N(0, 1). outliers: one element of K and V in 500 a thousandfold. saturating: of q as
         well, so that most scores leave the range. equal: every score the same.
         rising: each token scores higher than all before it. tiny: subnormal numbers. mixed: scales
-        over 12 binades, channel by channel and token by token.
+        over 12 binades, channel by channel and token by token. sinks: a token in ten lies up to 90
+        binades above the others for some of the heads, and its V is nothing, small, or large.
     """
 
     def draw(value, choices):
@@ -292,6 +293,13 @@ def random_job(
         k *= 2.0 ** rng.integers(-8, 4, (1, head_dim))
         v *= 2.0 ** rng.integers(-8, 4, (n_tokens, 1))
         q *= 2.0 ** rng.integers(-8, 2, (1, head_dim))
+    elif kind == "sinks":
+        sinks = np.flatnonzero(rng.random(n_tokens) < 0.1)
+        k[sinks, :8] = 0
+        k[sinks, rng.integers(0, 8, len(sinks))] = rng.integers(-4, 16, len(sinks))
+        q[:, :8] = rng.integers(0, 5, (group_size, 8)) * (head_dim / 128) ** 0.5 * 11
+        q[:, 4:8] /= 8
+        v[sinks] *= rng.choice((0, 2.0**-20, 2.0**-10, 2.0**10), (len(sinks), 1))
     k, v = (pages.to_patterns(np.clip(x, -60000, 60000), kv_type) for x in (k, v))
     # NaN, -Inf, or the largest finite number
     form = KV_FORMATS[kv_type]

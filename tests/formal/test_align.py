@@ -7,7 +7,10 @@ import pytest
 from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align
 from nearkv_hw.number import KV_BITS, KV_FORMATS
+from nearkv_hw.products import base_latency
 from nearkv_hw.shapes import LANES
+
+ROWS = 2
 
 
 def decode(element, form):
@@ -23,24 +26,27 @@ def test_aligned_element_is_the_nearest_integer(bench, lane):
 
         2 |x| - 1  <=  2 * magnitude / 2^shift  <  2 |x| + 1
 
-    with shift the distance of the exponents. Complete, although it looks at 9 cycles only: the
-    pipeline is 6 deep and has no memory, so its output depends on nothing earlier.
+    with shift what the base exceeds its exponent field by: for V the base that is handed in, for K the
+    block's exponent less the channel's. Complete, although it looks at a few cycles only: the pipeline
+    has no memory, so its output depends on nothing earlier.
     """
     b = bench
-    dut = b.add(Align())
-    block, later = dut.i_block.p, Align.latency
-    element = b.ago(dut.i_beat.payload[16 * lane : 16 * lane + 16], later)
+    dut = b.add(Align(ROWS))
+    block, later = dut.i_block.p.block, dut.latency
+    from_beat = later - (base_latency(ROWS) - 1)  # cycles from a beat that is taken to its x
+    element = b.ago(dut.i_beat.payload[16 * lane : 16 * lane + 16], from_beat)
     valid = b.ago(lane < block.lanes, later)
-    exponent = b.ago(block.exponent, later)
+    is_v = b.ago(block.is_v, later)
     is_bf16 = b.ago(block.params.kv_type == KvType.BF16, later)
-    q_exponent = Mux(b.ago(block.is_v, later), 0, b.ago(dut.q_exponent, later - 1))
+    of_k = b.ago(block.exponent, later) - b.ago(dut.q_exponent, from_beat - 1)
+    base = Mux(is_v, b.ago(dut.base, later - base_latency(ROWS)), of_k)
 
     magnitude, field = Signal(KV_BITS - 1), Signal(8)
     for is_it, kv_type in ((~is_bf16, KvType.FP16), (is_bf16, KvType.BF16)):
         with b.m.If(is_it):
             value, e = decode(element, KV_FORMATS[kv_type])
             b.m.d.comb += [magnitude.eq(value), field.eq(e)]
-    distance = exponent - (field + q_exponent)
+    distance = base - field
     shift = Signal(5)
     b.m.d.comb += shift.eq(Mux(distance < 0, 0, Mux(distance > KV_BITS, KV_BITS, distance[:5])))
     x = dut.o_x[lane]
@@ -55,40 +61,58 @@ def test_aligned_element_is_the_nearest_integer(bench, lane):
     b.claim(x == 0, when=settled & ~valid)
     b.claim(size <= 1 << KV_BITS - 1)
     b.cover(settled & (size == 3) & (shift == 20) & (x < 0))
+    b.claim(dut.o_is_v == is_v, when=settled)
     b.bound(later + 3, reach=later + 3)
 
 
 def test_blocks_are_whole_and_end_32_cycles_apart_by_induction(bench):
     """A block once begun issues a beat in each cycle, `rows` of them; any two ends are at least 32
-    cycles apart, however short the blocks; steps and addresses come with their beats."""
+    cycles apart, however short the blocks; steps and addresses come with their beats. If the beats of a
+    block are queued before it shows, then one is there whenever one is taken."""
     b, m = bench, bench.m
-    dut = b.add(Align())
-    block = dut.i_block
-    b.assume_stream(block)
-    b.assume((block.p.rows != 0) & (block.p.rows <= 256), when=block.valid)
+    dut = b.add(Align(ROWS))
+    stream, latency = dut.i_block, dut.latency
+    block, wait = stream.p.block, base_latency(ROWS) - 1
+    b.assume_stream(stream)
+    b.assume((block.rows != 0) & (block.rows <= 256), when=stream.valid)
 
     age = b.ghost(6, "age", init=33)  # cycles since the last end, up to 33
     m.d.sync += age.eq(Mux(dut.end, 1, Mux(age == 33, 33, age + 1)))
     b.claim(age >= LANES, when=dut.end)
-    b.cover(dut.end & (age == LANES) & (block.p.rows == 1))
+    b.cover(dut.end & (age == LANES) & (block.rows == 1))
 
     issued = b.ghost(9, "issued")  # beats of this block
     m.d.sync += issued.eq(Mux(dut.end, 0, issued + dut.issued))
     b.claim(dut.issued, when=issued != 0)
-    b.claim(dut.end == (dut.issued & (issued + 1 == block.p.rows)))
+    b.claim(dut.end == (dut.issued & (issued + 1 == block.rows)))
     b.claim(dut.begin == (dut.issued & (issued == 0)))
     b.claim(dut.may_start, when=dut.begin)
-    b.claim((dut.i_beat.ready == dut.issued) & (block.ready == dut.end))
+    b.claim(stream.ready == dut.end)
     b.claim(dut.issued + dut.starved + dut.stalled == 1)
-    step = dut.o_step
-    b.claim(step.valid == b.ago(dut.issued, Align.latency))
-    marks = b.ago(Cat(dut.begin, dut.end), Align.latency)
+    b.claim(dut.place.row == issued, when=dut.issued & block.is_v & (block.rows <= 128))
+    b.claim((dut.place.bank == stream.p.place.bank) & (dut.place.slot == stream.p.place.slot))
+    step, is_v = dut.o_step, b.ago(block.is_v, latency)
+    b.claim(step.valid == b.ago(dut.issued, latency))
+    marks = b.ago(Cat(dut.begin, dut.end), latency)
     b.claim(Cat(step.first, step.last) == marks, when=step.valid)
-    row = b.ago(issued, Align.latency - 1)
-    b.claim(dut.weight_address.row == row[:8])
+    b.claim(dut.taken == (step.valid & step.last & ~is_v))
+    q_row = Cat(issued[:8], block.q_bank)
+    b.claim(dut.q_address == b.ago(q_row, wait))
+    b.claim(dut.weight_address == b.ago(q_row, latency - 1))
+
+    # Beats of blocks that were shown, and are not taken yet.
+    b.claim(dut.i_beat.ready == b.ago(dut.issued, wait))
+    shown = b.ghost(1, "shown")  # the block was there in the cycle before
+    m.d.sync += shown.eq(stream.valid & ~stream.ready)
+    announced = Mux(stream.valid & ~shown, block.rows, 0)
+    untaken = b.counter(announced, dut.i_beat.ready, name="untaken")
+    b.assume(dut.i_beat.valid, when=untaken + announced != 0)
+    b.claim(dut.i_beat.valid, when=dut.i_beat.ready)
+    on_the_way = sum((b.ago(dut.issued, cycles) for cycles in range(1, wait + 1)), start=0)
+    b.claim(untaken == on_the_way + Mux(shown, block.rows - issued, 0))
 
     b.claim(dut.inside("row") == issued)
     b.claim(dut.inside("gap") == 33 - age)
-    b.claim((issued < block.p.rows) & block.valid, when=issued != 0)
-    b.claim(age + block.p.rows >= 33 + issued, when=issued != 0)
-    b.prove(depth=Align.latency + 2, reach=36)
+    b.claim((issued < block.rows) & stream.valid & shown, when=issued != 0)
+    b.claim(age + block.rows >= 33 + issued, when=issued != 0)
+    b.prove(depth=latency + 2, reach=latency + 36)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fetch loses no beat and no block."""
+"""The fetch loses no beat, no block and no field, and gives them in the order that others count on."""
 
 from amaranth import Mux
 
@@ -46,6 +46,16 @@ def fetching(b, monkeypatch, n_passes: int, n_beats: int):
     return dut, on_the_way
 
 
+def beats_reserved(b, dut, on_the_way, depth):
+    """Claim that the master has reserved a place for each beat asked for, registered or queued."""
+    places, level = dut.inside("places"), dut.inside("beats").level
+    issuing = Mux(dut.state("master.Issue Burst"), dut.inside("master.beats"), 0)
+    reserved = dut.inside("master.reserved")
+    b.claim(reserved == on_the_way + places[0].valid + level + issuing)
+    b.claim(reserved <= depth)
+    b.claim_queue(dut, "beats")
+
+
 def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     """Beats, blocks, and tiles that wait for their V pass never meet a full queue; `o_beat` and
     `o_block` are queues' outputs (their stream rules: see `Queue`). For any tiles within the
@@ -71,16 +81,11 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
         b.claim((pass_.rows != 0) & (pass_.blocks != 0) & (pass_.blocks <= 8), when=there)
         announced += Mux(there, pass_.blocks, 0)
 
-    # Beats: asked for, registered, queued.
-    places, reserved = dut.inside("places"), dut.inside("master.reserved")
-    issuing = Mux(dut.state("master.Issue Burst"), dut.inside("master.beats"), 0)
-    b.claim(reserved == on_the_way + places[0].valid + beats.level + issuing)
-    b.claim(reserved <= depth)
-    b.claim_queue(dut, "beats")
+    beats_reserved(b, dut, on_the_way, depth)
 
     # Blocks: announced, on the way through the pipeline, queued.
     coming = dut.inside("block_valid")
-    for stage in places:
+    for stage in dut.inside("places"):
         coming += stage.valid & stage.block_end
     b.claim(dut.inside("reserved") == announced - dut.inside("block") + coming + blocks.level)
     b.claim(dut.inside("reserved") <= blocks.depth)
@@ -133,3 +138,73 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
     idle = dut.state("master.Take Span")
     b.claim(due == spans_due + Mux(idle, 0, left) + on_the_way + arrived)
     b.prove(depth=1, reach=12)
+
+
+def test_fields_and_beats_come_before_their_block_by_induction(bench, monkeypatch):
+    """What `Products` and `Align` count on. A V block is announced when a field of each of its beats has
+    left; the blocks of a pass are announced in a row, the first and the last of them marked. A
+    beat whose block may be announced is at the output of its queue. When a field leaves, fewer beats
+    than the queue holds had theirs and were not taken: so many fields may wait, whoever takes them
+    before the beats.
+
+    For any consumer that takes beats of announced blocks only.
+    """
+    b, m, depth = bench, bench.m, 64
+    dut, on_the_way = fetching(b, monkeypatch, 2, depth)
+    beats, blocks, passes = (dut.inside(name) for name in ("beats", "blocks", "passes"))
+    b.assume(passes.o.valid, when=dut.r.valid)  # see above
+    beats_reserved(b, dut, on_the_way, depth)
+    for pass_, there in b.entries(dut, "passes", Pass):
+        b.claim((pass_.rows != 0) & (pass_.rows <= 256) & (pass_.blocks != 0), when=there)
+
+    # The pipeline, oldest beat first: how far the blocks and passes are that it belongs to.
+    places = dut.inside("places")
+    later = places[-1]
+    count, open_, kind = b.ghost(9, "count"), b.ghost(1, "open"), b.ghost(1, "kind")
+    row, block = dut.inside("row"), dut.inside("block")
+    now, inside, of = count, open_, kind
+    steps = []
+    for stage in reversed(places):
+        p = stage.pass_
+        b.claim((now < 256) & (stage.block_end == (now + 1 == p.rows)), when=stage.valid)
+        b.claim(stage.first_block == ~inside, when=stage.valid)
+        b.claim(p.is_v == of, when=stage.valid & (inside | (now != 0)))
+        b.claim(stage.block_end, when=stage.valid & stage.pass_end)
+        now = Mux(stage.valid, Mux(stage.block_end, 0, now + 1)[:9], now)
+        inside = Mux(stage.valid & stage.block_end, ~stage.pass_end, inside)
+        of = Mux(stage.valid, p.is_v, of)
+        steps.append((now, inside, of))
+    m.d.sync += [
+        ghost.eq(after) for ghost, after in zip((count, open_, kind), steps[0], strict=True)
+    ]
+    b.claim((now == row) & (inside == (block != 0)))
+    b.claim(passes.o.valid & (of == passes.o.p.is_v), when=(row != 0) | (block != 0))
+
+    # Blocks, one cycle behind the pipeline.
+    announced = blocks.i.p
+    b.claim(announced.rows == b.before(count + 1), when=blocks.i.valid)
+    b.claim((announced.is_v == kind) & (count == 0), when=blocks.i.valid)
+    within, within_kind = b.ghost(1, "within"), b.ghost(1, "within_kind")
+    with m.If(blocks.i.valid):
+        m.d.sync += [within.eq(~announced.pass_last), within_kind.eq(announced.is_v)]
+    b.claim(announced.pass_first == ~within, when=blocks.i.valid)
+    b.claim(announced.is_v == within_kind, when=blocks.i.valid & within)
+    b.claim(open_ == Mux(blocks.i.valid, ~announced.pass_last, within))
+    b.claim(kind == Mux(blocks.i.valid, announced.is_v, within_kind), when=open_ | (count == 0))
+    b.cover(blocks.i.valid & announced.is_v & announced.pass_last)
+
+    # Fields.
+    b.claim(dut.o_field.valid == (later.valid & later.pass_.is_v))
+    done = Mux(blocks.i.valid & announced.is_v, announced.rows, 0)
+    fields = b.counter(dut.o_field.valid, done, name="fields")
+    b.claim(fields >= done)
+    b.claim(fields == Mux(kind & (count != 0), count, 0) + done)
+
+    # Beats that had their exponent and are not taken yet.
+    untaken = b.counter(later.valid, dut.o_beat.valid & dut.o_beat.ready, name="untaken")
+    b.assume(untaken != 0, when=dut.o_beat.ready)
+    b.claim(dut.o_beat.valid, when=untaken != 0)
+    b.claim(beats.level == untaken + sum(stage.valid for stage in places[1:]))
+    b.claim((beats.level <= places[1].valid) | beats.o.valid)
+    b.claim(untaken < depth, when=later.valid)
+    b.prove(depth=2, reach=52)

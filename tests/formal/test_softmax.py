@@ -2,7 +2,6 @@
 """The softmax loses no score, no maximum and no sum, and leaves a p bank alone until it is free."""
 
 from nearkv_hw import abi
-from nearkv_hw.align import Align
 from nearkv_hw.softmax import P_BANKS, SCORE_QUEUE_PAIRS, Exp2, Softmax
 
 
@@ -49,10 +48,11 @@ def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
     m.d.sync += free.eq(free + dut.p_free)
     used, bank = dut.inside("banks_used"), dut.inside("bank")
     b.claim(used == complete + sums_due + begun)
-    b.claim(used <= P_BANKS)
+    b.claim((used <= P_BANKS) & (complete <= P_BANKS))
+    b.claim(complete < P_BANKS, when=dut.p_ready)
     b.claim((free + used - begun)[:2] == bank)
     frees = [(dut.p_free, free)]
-    for _ in range(Align.latency):
+    for _ in range(Exp2.latency):
         frees.append(tuple(b.before(value, "freed") for value in frees[-1]))
     ends = 0  # of tiles, issued with or after a stage: so many banks it is behind
     for n, stage in enumerate(stages):
@@ -60,11 +60,11 @@ def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
         ends = ends + stage.end
         b.claim(into == (bank - ends)[:2], when=stage.valid)
         b.claim(begun | (ends != 0), when=stage.valid)
-        for freed, which in frees[: n + 1]:  # a bank is free from the next cycle on
+        for freed, which in frees[: n + 2]:  # a bank is free from the next cycle on
             b.claim(into != which, when=stage.valid & freed)
     into = written.address[7:9]
     b.claim((into - free)[:2] >= complete, when=written.valid)
     b.claim(complete < P_BANKS, when=written.valid)
-    assert Exp2.latency > Align.latency  # so a write is a stage that all of `frees` were held to
+    assert len(stages) + 1 == len(frees)  # so a write is a stage that all of `frees` were held to
     b.cover(dut.p_free & (complete == 1))
     b.prove(depth=2, reach=40)

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Alignment is what its definition says, in numpy and, bit for bit, in the gateware."""
 
+from collections import deque
 from fractions import Fraction
+import itertools
 
 import numpy as np
 import pytest
 
 from nearkv_hw import align
 from nearkv_hw.abi import KvType
-from nearkv_hw.align import Align, Step, WeightAddress
-from nearkv_hw.fetch import Block
+from nearkv_hw.align import Align, Step
 from nearkv_hw.jobs import Q_BANKS
 from nearkv_hw.number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
+from nearkv_hw.products import Place, base_latency, scanned_layout
 from nearkv_hw.shapes import LANES
 
 # --- patterns -------------------------------------------------------------------------------------
@@ -75,25 +77,22 @@ def value_of(pattern, kv_type) -> Fraction:
     return (-1) ** (pattern >> 15) * mantissa * scale
 
 
-def by_definition(elements, kv_type, channel_exponent, valid):
-    """(x, exponent, non_finite) of one block, element by element."""
+def by_definition(elements, kv_type, base, valid):
+    """x of rows, element by element."""
     form = KV_FORMATS[kv_type]
-    rows, lanes = elements.shape
-    places = [(r, n) for r in range(rows) for n in range(lanes) if valid[r, n]]
-
-    def field(r, n):
-        return int(elements[r, n]) >> form.mantissa_bits & form.exponent_max
-
-    exponent = max(
-        (max(field(r, n), 1) + int(channel_exponent[r]) for r, n in places), default=EXPONENT_FLOOR
-    )
     x = np.zeros(elements.shape, np.int64)
-    for r, n in places:
-        exact = value_of(int(elements[r, n]), kv_type) * Fraction(2) ** int(channel_exponent[r])
-        units = exact / Fraction(2) ** (exponent - form.unit)
-        size = int(abs(units) + Fraction(1, 2))  # half away from zero
-        x[r, n] = size if units >= 0 else -size
-    return x, exponent, any(field(r, n) == form.exponent_max for r, n in places)
+    for r, n in np.ndindex(elements.shape):
+        if valid[r, n]:
+            # Magnitude 2^22 is the significand's leading bit; a subnormal number has none.
+            units = value_of(int(elements[r, n]), kv_type) * Fraction(2) ** (
+                form.unit - int(base[r])
+            )
+            # Nothing is shifted left.
+            field = max(int(elements[r, n]) >> form.mantissa_bits & form.exponent_max, 1)
+            units *= Fraction(2) ** min(int(base[r]) - field, 0)
+            size = int(abs(units) + Fraction(1, 2))  # half away from zero
+            x[r, n] = size if units >= 0 else -size
+    return x
 
 
 @pytest.mark.parametrize("kv_type", KvType)
@@ -101,15 +100,31 @@ def by_definition(elements, kv_type, channel_exponent, valid):
 @pytest.mark.parametrize("lanes", [32, 5, 0])
 def test_model_equals_the_definition(rng, pattern, kv_type, lanes):
     elements = pattern(rng, kv_type, (24, LANES)).astype(np.uint16)
-    channel_exponent = rng.integers(-6, 6, 24)
-    channel_exponent[3], channel_exponent[7] = -512, 40
     valid = np.broadcast_to(np.arange(LANES) < lanes, elements.shape)
-    for channels in (channel_exponent, np.zeros(24, int)):
-        x, exponent, non_finite = align.model(elements, kv_type, channels, valid)
-        want_x, want_exponent, want_non_finite = by_definition(elements, kv_type, channels, valid)
-        np.testing.assert_array_equal(x, want_x)
-        assert exponent == want_exponent
-        assert non_finite == want_non_finite
+    base = rng.integers(-6, 30, 24) + elements.max(axis=1) // 4096
+    base[3], base[7] = 2000, -2000
+    x = align.model(elements, kv_type, base, valid)
+    np.testing.assert_array_equal(x, by_definition(elements, kv_type, base, valid))
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("lanes", [32, 5, 0])
+def test_the_exponents_of_rows_and_blocks_equal_the_definition(rng, pattern, kv_type, lanes):
+    form = KV_FORMATS[kv_type]
+    elements = pattern(rng, kv_type, (24, LANES)).astype(np.uint16)
+    channels = rng.integers(-6, 6, 24)
+    channels[3], channels[7] = -512, 40
+    valid = np.broadcast_to(np.arange(LANES) < lanes, elements.shape)
+    field, non_finite = align.fields(elements, kv_type, valid)
+    of_row = [
+        [int(element) >> form.mantissa_bits & form.exponent_max for element in row[:lanes]]
+        for row in elements
+    ]
+    assert field.tolist() == [max((max(e, 1) for e in row), default=0) for row in of_row]
+    assert non_finite.tolist() == [form.exponent_max in row for row in of_row]
+    totals = [max(e, 1) + int(channels[r]) for r, row in enumerate(of_row) for e in row]
+    assert align.block_exponent(field, channels) == max(totals, default=EXPONENT_FLOOR)
 
 
 @pytest.mark.parametrize("kv_type", KvType)
@@ -118,21 +133,12 @@ def test_elements_within_align_bits_of_the_largest_are_exact(rng, kv_type):
     field = rng.integers(form.exponent_max - 1 - form.align_bits, form.exponent_max, (64, LANES))
     elements = finite(rng, kv_type, (64, LANES)) & ~(form.exponent_max << form.mantissa_bits)
     elements |= field << form.mantissa_bits
-    x, exponent, _ = align.model(elements.astype(np.uint16), kv_type, 0, True)
+    exponent = int(field.max())
+    x = align.model(elements.astype(np.uint16), kv_type, np.full(64, exponent), True)
     assert np.abs(x).max() <= 1 << (KV_BITS - 1)
     for row, lane in np.ndindex(4, LANES):
         exact = value_of(int(elements[row, lane]), kv_type)
-        assert int(x[row, lane]) * Fraction(2) ** int(exponent - form.unit) == exact
-
-
-def test_a_token_order_within_a_block_does_not_matter(rng):
-    elements = finite(rng, KvType.FP16, (64, LANES)).astype(np.uint16)
-    channels = rng.integers(-20, 20, 64)
-    order = rng.permutation(LANES)
-    x, exponent, _ = align.model(elements, KvType.FP16, channels, True)
-    shuffled, same, _ = align.model(elements[:, order], KvType.FP16, channels, True)
-    np.testing.assert_array_equal(shuffled, x[:, order])
-    assert same == exponent
+        assert int(x[row, lane]) * Fraction(2) ** (exponent - form.unit) == exact
 
 
 # --- gateware -------------------------------------------------------------------------------------
@@ -140,27 +146,53 @@ def test_a_token_order_within_a_block_does_not_matter(rng):
 Q_CHANNELS = 256
 
 
+ROWS = 2
+
+
 def random_block(rng, kv_type, pattern, is_v, rows, lanes, q_bank, pass_last, q_exponents):
-    """(Block fields, beats, x) of one block."""
+    """(scanned block, beats, base of each row, x) of one block."""
     elements = pattern(rng, kv_type, (rows, LANES)).astype(np.uint16)
-    channels = 0 if is_v else q_exponents[q_bank, :rows]
     valid = np.arange(LANES) < lanes
-    x, exponent, _ = align.model(elements, kv_type, channels, valid)
+    field, _ = align.fields(elements, kv_type, valid)
+    if is_v:
+        exponent, base = 0, field + rng.integers(0, 30, rows) * rng.integers(0, 2, rows)
+    else:
+        channels = q_exponents[q_bank, :rows]
+        exponent = align.block_exponent(field, channels)
+        base = exponent - channels
     block = {
         "params": {"kv_type": int(kv_type)}, "is_v": int(is_v), "rows": rows, "lanes": lanes,
         "exponent": int(exponent), "pass_last": int(pass_last), "q_bank": q_bank,
     }  # fmt: skip
+    place = {"bank": int(rng.integers(4)), "slot": int(rng.integers(4))}
     beats = [int.from_bytes(row.astype("<u2").tobytes(), "little") for row in elements]
-    return block, beats, x
+    x = align.model(elements, kv_type, base, valid)
+    return {"block": block, "place": place}, beats, base, x
 
 
 def simulate(bench, blocks, q_exponents, pause_block, pause_start):
-    """Gives blocks to `Align`; returns taps of what came out."""
-    dut = Align()
+    """Gives blocks to `Align`, and the base of each V row; returns taps of what came out."""
+    dut = Align(ROWS)
     run = bench(dut)
-    run.source(dut.i_block, [bench.bits(Block, block) for block, _, _ in blocks], pause_block)
+    layout = scanned_layout(ROWS)
+    run.source(dut.i_block, [bench.bits(layout, block) for block, *_ in blocks], pause_block)
     # A block is announced when all its beats are in the queue: beats never pause.
-    run.source(dut.i_beat, [beat for _, beats, _ in blocks for beat in beats])
+    run.source(dut.i_beat, [beat for _, beats, _, _ in blocks for beat in beats])
+
+    def products():
+        """The base of a row comes some cycles after it is issued, for one cycle."""
+        bases = [int(at) for _, _, base, _ in blocks for at in base]
+        due, sets = deque([0] * (base_latency(ROWS) - 1)), []
+        for base in itertools.chain(bases, itertools.repeat(0)):
+            while True:
+                (issued,) = yield sets
+                due.append(base if issued else int(rng_of_noise.integers(-900, 900)))
+                sets = [(dut.base, due.popleft())]
+                if issued:
+                    break
+
+    rng_of_noise = np.random.default_rng(5)
+    run.script([dut.issued], products())
 
     def start():
         while True:
@@ -176,40 +208,46 @@ def simulate(bench, blocks, q_exponents, pause_block, pause_start):
             sets = [(dut.q_exponent, int(q_exponents[bank, channel]))]
 
     run.script([dut.q_address], q_store())
-    steps = run.tap(dut.o_step.valid, dut.o_step, *dut.o_x)
+    steps = run.tap(dut.o_step.valid, dut.o_step, dut.o_is_v, dut.taken, *dut.o_x)
+    places = run.tap(dut.issued, dut.place)
     addresses = run.tap(1, dut.weight_address)
     events = run.tap(1, dut.issued, dut.starved, dut.stalled)
     ends = run.tap(dut.end)
     begins = run.tap(dut.begin)
-    n_beats = sum(len(beats) for _, beats, _ in blocks)
+    n_beats = sum(len(beats) for _, beats, _, _ in blocks)
     run.run(lambda: len(steps) == n_beats, extra=10)
     assert len(steps) == n_beats
-    return steps, addresses, events, begins, ends
+    return steps, places, addresses, events, begins, ends
 
 
 def check(bench, blocks, run):
-    steps, addresses, events, begins, ends = run
+    steps, places, addresses, events, begins, ends = run
     issued = [cycle for cycle, event in enumerate(events.items) if event[0]]
     assert all(sum(event) == 1 for event in events.items)
-    assert steps.cycles == [cycle + Align.latency for cycle in issued]
-    got = np.array([item[1:] for item in steps.items])
-    np.testing.assert_array_equal(got, np.concatenate([x for _, _, x in blocks]))
-    at = p_bank = 0
-    for n, (block, beats, _) in enumerate(blocks):
-        rows = len(beats)
-        bank = p_bank % 4 if block["is_v"] else block["q_bank"]
+    assert steps.cycles == [cycle + Align.latency_of(ROWS) for cycle in issued]
+    got = np.array([item[3:] for item in steps.items])
+    np.testing.assert_array_equal(got, np.concatenate([x for *_, x in blocks]))
+    at = 0
+    for n, (scanned, beats, _, _) in enumerate(blocks):
+        block, rows = scanned["block"], len(beats)
         for row in range(rows):
-            step = bench.fields(Step, steps.items[at + row][0])
+            value, is_v, taken = steps.items[at + row][:3]
+            step = bench.fields(Step, value)
             assert (step.first, step.last) == (row == 0, row == rows - 1)
-            (value,) = addresses.items[steps.cycles[at + row] - 1]
-            address = bench.fields(WeightAddress, value)
-            assert (address.row, address.bank, address.is_v) == (row, bank, block["is_v"])
+            assert is_v == block["is_v"]
+            assert taken == (step.last and not is_v)
+            if is_v:
+                place = bench.fields(Place, places.items[at + row][0])
+                where = scanned["place"]
+                assert (place.row, place.bank, place.slot) == (row, where["bank"], where["slot"])
+            else:
+                (address,) = addresses.items[steps.cycles[at + row] - 1]
+                assert address == block["q_bank"] * Q_CHANNELS + row
         # Once begun, a block streams without a gap.
         cycles = issued[at : at + rows]
         assert cycles == list(range(cycles[0], cycles[0] + rows))
         assert (begins.cycles[n], ends.cycles[n]) == (cycles[0], cycles[-1])
         at += rows
-        p_bank += block["is_v"] and block["pass_last"]
     assert min(np.diff(ends.cycles), default=LANES) >= LANES
 
 
@@ -265,4 +303,4 @@ def test_a_block_waits_for_may_start_but_then_runs_to_its_end(bench, rng):
 
     run = simulate(bench, blocks, q_exponents, never(), rarely())
     check(bench, blocks, run)
-    assert run[3].cycles == [20, 90, 300]
+    assert run[4].cycles == [20, 90, 300]

@@ -147,7 +147,8 @@ class Fetch:
         self.memory, self.tiles, self.responses = bytearray(), [], {}
         self.q_exponents = rng.integers(-40, 40, (Q_BANKS, Q_CHANNELS))
         self.q_exponents[:, 5], self.q_exponents[1, 9] = -512, 511
-        self.passes = {}  # (tile, is_v) -> (list of (Block fields, beats))
+        # (tile, is_v) -> list of (Block fields, beats, exponent of K, fields of V rows)
+        self.passes = {}
         for job in jobs:
             tiles_of_job = [
                 (n, page, at, first, tokens)
@@ -193,14 +194,19 @@ class Fetch:
                 rows = max(1, tokens) if is_v else head_dim
                 lanes = LANES * (tokens > 0) if is_v else min(LANES, tokens - 32 * b)
                 elements = words[at // 2 : at // 2 + rows * LANES].reshape(rows, LANES)
-                channels = 0 if is_v else self.q_exponents[job.q_bank, :rows]
-                _, exponent, _ = align.model(elements, kv_type, channels, np.arange(LANES) < lanes)
+                there = np.arange(LANES) < lanes
+                if is_v:  # zeros have no product
+                    there = there & (elements & 0x7FFF != 0)
+                row_fields, _ = align.fields(elements, kv_type, there)
+                channels = self.q_exponents[job.q_bank, :rows]
+                exponent = None if is_v else align.block_exponent(row_fields, channels)
                 beats = [int.from_bytes(row.tobytes(), "little") for row in elements]
                 last = b == (job.parts if is_v else n_blocks) - 1
                 blocks.append(
                     ({**common, "is_v": is_v, "rows": rows, "lanes": lanes,
-                      "exponent": int(exponent), "pass_first": int(b == 0),
-                      "pass_last": int(last)}, beats)
+                      "pass_first": int(b == 0), "pass_last": int(last)},
+                     beats, exponent if exponent is None else int(exponent),
+                     row_fields.tolist() if is_v else [])
                 )  # fmt: skip
             self.passes[tile, is_v] = blocks
 
@@ -231,6 +237,7 @@ class Fetch:
         )  # fmt: skip
         got, self.begun = [], []
         rest = pause(3)
+        row_fields = run.tap(dut.o_field.valid, dut.o_field.payload)
 
         def q_store_and_flush():
             sets = []
@@ -241,13 +248,16 @@ class Fetch:
 
         def consumer():
             # As the aligner: a block, once begun, takes a beat every cycle and ends with the last.
-            block_ready, beat_ready = dut.o_block.ready, dut.o_beat.ready
+            block_ready, beat_ready, v_rows = dut.o_block.ready, dut.o_beat.ready, 0
             while True:
                 valid, value, *_ = yield [(block_ready, 0), (beat_ready, 0)]
                 if not valid or (rest and next(rest)) or not may_take(run, len(got)):
                     continue
                 rows, beats = bench.fields(Block, value).rows, []
                 self.begun.append(run.cycle)
+                # The fields of a V block are there when it is announced.
+                v_rows += rows * bench.fields(Block, value).is_v
+                assert len(row_fields) >= v_rows
                 for row in range(rows):
                     sets = [(block_ready, int(row == rows - 1)), (beat_ready, 1)]
                     valid, same, beat_valid, beat = yield sets
@@ -271,8 +281,10 @@ class Fetch:
         assert len(bursts) == len(self.memory_agent.bursts)
         assert len(got) == len(want)
         names = list(want[0][0])
-        for (value, beats), (block, want_beats) in zip(got, want, strict=True):
+        assert [item[0] for item in row_fields.items] == [at for *_, rows in want for at in rows]
+        for (value, beats), (block, want_beats, exponent, _) in zip(got, want, strict=True):
             view = bench.fields(Block, value)
+            assert exponent is None or view.exponent == exponent
             fields = {name: view[name] for name in names if name != "params"}
             assert fields == {name: block[name] for name in fields}
             assert {n: view.params[n] for n in block["params"]} == block["params"]
@@ -349,7 +361,7 @@ def test_the_stream_has_no_gap_once_it_flows(bench, rng):
     """
     fetch = Fetch(rng, make_jobs(rng, [(32, 128, [128, 128, 128])]), 1)
     fetch.simulate(bench, depth=512, latency=40)
-    rows = [len(beats) for key in fetch.order() for _, beats in fetch.passes[key]]
+    rows = [len(beats) for key in fetch.order() for _, beats, *_ in fetch.passes[key]]
     first_v = rows.index(128)
     # The test's consumer needs one cycle to see the next block.
     assert np.diff(fetch.begun[first_v:]).tolist() == [n + 1 for n in rows[first_v:-1]]
@@ -493,5 +505,6 @@ def test_inf_and_nan_beyond_the_tokens_are_not_looked_at(bench, rng):
             sum_up(job.layout, page)
     fetch = Fetch(rng, jobs)
     assert_clean(fetch.simulate(bench))
-    empty = [block for block, _ in fetch.passes[1, 0] + fetch.passes[1, 1]]
-    assert [block["exponent"] for block in empty] == [EXPONENT_FLOOR] * 2
+    ((_, _, exponent, _),) = fetch.passes[1, 0]  # of a page without tokens
+    ((_, _, _, row_fields),) = fetch.passes[1, 1]
+    assert (exponent, row_fields) == (EXPONENT_FLOOR, [0])

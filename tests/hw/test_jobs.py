@@ -120,7 +120,7 @@ class Queue:
                         {
                             "params": {
                                 "kv_type": job.kv_type, "parts": job.head_dim // 32,
-                                "pairs": (job.group_size + 1) // 2, "mantissa": job.mantissa,
+                                "pairs": (job.group_size + 1) // 2, "odd": job.group_size % 2, "mantissa": job.mantissa,
                                 "shift": job.shift,
                             },
                             "k_address": KV_BASE + address + k_offset,

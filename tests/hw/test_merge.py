@@ -22,9 +22,7 @@ from nearkv_hw.number import (
     LIMB_BITS,
     RUN_MAX_EMPTY,
     SUM_SHIFT,
-    SUM_WIDE_SHIFT,
     TILE_SUM_BITS,
-    TILE_WIDE_BITS,
     WINDOW_TOP,
     Wide,
 )
@@ -102,9 +100,10 @@ class Jobs:
             for n, (tile_max, exponent) in enumerate(tiles):
                 # Each row and each block a little different.
                 maxima = np.clip(tile_max + rng.integers(-40, 41, rows), -32768, 32767)
-                exponents = np.clip(exponent + rng.integers(-30, 31, parts), EXPONENT_FLOOR, 800)
+                exponents = exponent + rng.integers(-30, 31, (parts, rows))
+                exponents = np.clip(exponents, EXPONENT_FLOOR, 800)
                 tile_sum = rng.integers(0, 1 << TILE_SUM_BITS, rows)
-                tile_wide = rng.integers(0, (1 << TILE_WIDE_BITS - 1) + 1024, rows)
+                tile_wide = rng.integers(0, 1 << TILE_SUM_BITS, rows)
                 if tile_max == RUN_MAX_EMPTY:  # a tile without tokens
                     maxima[:], exponents[:], tile_sum[:], tile_wide[:] = (
                         RUN_MAX_EMPTY, EXPONENT_FLOOR, 0, 0)  # fmt: skip
@@ -123,14 +122,14 @@ class Jobs:
                     }
                 )  # fmt: skip
                 self.v += [
-                    {"sums": [int(x) for x in o[c]], "exponent": int(exponents[c // 32])}
+                    {"sums": [int(x) for x in o[c]], "exponents": exponents[c // 32].tolist()}
                     for c in range(32 * parts)
                 ]
-                mantissa = np.concatenate(
-                    [[tile_sum << SUM_SHIFT, tile_wide << SUM_WIDE_SHIFT], o]
-                )[:, :used]
+                mantissa = np.concatenate([[tile_sum << SUM_SHIFT, tile_wide << SUM_SHIFT], o])[
+                    :, :used
+                ]
                 place = np.concatenate(
-                    [np.tile(maxima, (2, 1)), maxima + np.repeat(exponents, 32)[:, None]]
+                    [np.tile(maxima, (2, 1)), maxima + np.repeat(exponents, 32, axis=0)]
                 )[:, :used]
                 part = Wide.of(mantissa, place)
                 total = part if total is None else total + part

@@ -272,10 +272,12 @@ def test_the_longest_job_overflows_no_limb(rng, sign, spread):
 def test_the_largest_sums_of_a_tile_fit_the_window():
     x_max, p_max = 1 << 22, number.P_MAX
     assert TILE_TOKENS * x_max * p_max <= MANTISSA
-    assert TILE_TOKENS * p_max << number.SUM_SHIFT <= MANTISSA
-    wide_max = int(number.exp2(np.array([0]))[0])
-    assert TILE_TOKENS * wide_max << number.SUM_WIDE_SHIFT <= MANTISSA
-    assert TILE_TOKENS * p_max < 1 << number.TILE_SUM_BITS
-    assert TILE_TOKENS * wide_max < 1 << number.TILE_WIDE_BITS
+    # A weight of the maximum is 1, or 1 + 2^-21 before it is rounded; all others are halved at least once.
+    one = int(number.exp2(np.array([0]))[0])
+    sums = TILE_TOKENS * (one << number.SUM_FRAC_BITS - number.POWER_FRAC_BITS)
+    assert TILE_TOKENS << number.SUM_FRAC_BITS <= sums < 1 << number.TILE_SUM_BITS
+    assert sums << number.SUM_SHIFT <= MANTISSA
+    assert number.SUM_UNIT == number.SUM_FRAC_BITS + number.SUM_SHIFT
+    assert 1 << number.OUT_UNIT == (number.P_MAX + 1) // 2  # the least mantissa
     # K: 256 channels of the largest weight and element.
     assert 256 * WEIGHT_MAX * x_max < 1 << (number.ACC_BITS - 1)

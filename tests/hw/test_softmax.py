@@ -7,20 +7,24 @@ import numpy as np
 import pytest
 
 from nearkv_hw import abi, number, softmax
-from nearkv_hw.align import Align
 from nearkv_hw.number import (
+    HALVINGS_MAX,
     P_BITS,
     P_MAX,
-    P_WIDE_FRAC_BITS,
+    POWER_FRAC_BITS,
     RAW_BITS,
     RAW_SHIFT,
     RUN_MAX_EMPTY,
     SCORE_FRAC_BITS,
     SCORE_LIMIT,
+    SUM_FRAC_BITS,
 )
+from nearkv_hw.products import base_latency
 from nearkv_hw.softmax import (
     P_BANKS,
     Exp2,
+    Halvings,
+    PowerLayout,
     Score,
     Softmax,
     TileHead,
@@ -29,8 +33,6 @@ from nearkv_hw.softmax import (
     tile_sum_layout,
 )
 
-# From the last beat that the aligner issues to the address of its weights.
-READ_DELAY = Align.latency - 1
 UNIT = 1 << SCORE_FRAC_BITS
 RAW_MAX = (1 << (RAW_BITS - 1)) - 1
 
@@ -105,20 +107,27 @@ def test_score_equals_its_model_every_cycle_after_its_latency(bench, rng):
 
 
 def powers(score, tile_max):
-    """p and wide of scores under a given tile_max, by the model: in a tile with one more token."""
+    """mantissa, halvings and both terms of scores under a given tile_max, by the model: in a tile with
+    one more token."""
     tile = np.stack([score, tile_max * UNIT], axis=-1)
-    p, largest, _, wide_sum = softmax.model(tile, True)
+    mantissa, halvings, largest, *sums = softmax.model(tile, True)
     np.testing.assert_array_equal(largest, tile_max)
-    return p[:, 0], wide_sum - int(number.exp2(np.array([0]))[0])
+    _, _, _, *of_one = softmax.model(np.zeros((1, 1), np.int64), True)
+    terms = [total - int(one[0]) for total, one in zip(sums, of_one, strict=True)]
+    return mantissa[:, 0], halvings[:, 0], *terms
 
 
 def power_cases(rng, n=800):
     tile_max = rng.integers(-32767, 32768, n)
-    below = rng.integers(0, 26 * UNIT, n)
+    below = rng.integers(0, rng.choice([26, 70], n) * UNIT)
     below[:40] = np.arange(40) * UNIT // 4  # whole and quarter halvings
     below[40:60] = np.arange(20)  # just below the maximum
     tile_max[60:70], below[60:70] = 32767, 2 * SCORE_LIMIT - np.arange(10)  # as far as it goes
     tile_max[70:80], below[70:80] = -32767 + 20, 20 * UNIT - np.arange(10)
+    below[80:120] = np.arange(44, 64).repeat(2) * UNIT + np.tile(
+        [0, 1], 20
+    )  # the last that is a weight
+    below[120:140] = np.arange(20, 40) * UNIT  # the last that adds to the sums
     score = tile_max * UNIT - below
     inside = np.abs(score) <= SCORE_LIMIT
     return score[inside], tile_max[inside]
@@ -126,32 +135,46 @@ def power_cases(rng, n=800):
 
 def test_exp2_equals_its_model_every_cycle_after_its_latency(bench, rng):
     score, tile_max = power_cases(rng)
+    absent = rng.random(len(score)) < 0.1
     dut = Exp2()
     run = bench(dut)
 
     def feed():
-        for s, m in zip(score, tile_max, strict=True):
-            yield [(dut.score, int(s)), (dut.tile_max, int(m))]
+        for s, m, none in zip(score, tile_max, absent, strict=True):
+            # Of a row that is not there the maximum is anything, and so is its distance from the score.
+            m = rng.integers(-32768, 32768) if none else m
+            yield [(dut.score, int(s)), (dut.tile_max, int(m)), (dut.absent, int(none))]
         while True:
             yield []
 
     run.script([], feed())
-    out = run.tap(1, dut.p, dut.wide)
+    out = run.tap(1, dut.o)
     run.run(lambda: len(out) == len(score) + Exp2.latency)
-    p, wide = powers(score, tile_max)
-    got = np.array(out.items[Exp2.latency :])
-    np.testing.assert_array_equal(got[:, 0], p)
-    np.testing.assert_array_equal(got[:, 1], wide)
+    mantissa, halvings, rounded, wide = powers(score, tile_max)
+    got = [bench.fields(PowerLayout, item[0]) for item in out.items[Exp2.latency :]]
+    for name, values in {
+        "mantissa": np.where(absent, 0, mantissa), "halvings": np.where(absent, HALVINGS_MAX, halvings),
+        "none": absent | (mantissa == 0), "rounded": np.where(absent, 0, rounded),
+        "wide": np.where(absent, 0, wide),
+    }.items():  # fmt: skip
+        np.testing.assert_array_equal([getattr(it, name) for it in got], values, err_msg=name)
 
 
 def test_weights_are_within_their_bounds_of_the_exact_power(rng):
     score, tile_max = power_cases(rng, 20000)
-    p, wide = powers(score, tile_max)
+    mantissa, halvings, rounded, wide = powers(score, tile_max)
     exact = np.exp2((score - tile_max * UNIT) / UNIT)
-    share = 2.0**-20.5 * exact
-    assert (np.abs(wide / 2.0**P_WIDE_FRAC_BITS - exact) <= share + 2.0**-P_WIDE_FRAC_BITS).all()
-    assert (np.abs(p / 2.0**P_BITS - exact) <= share + 2.0**-P_BITS).all()
-    assert p.max() == P_MAX
+    p = np.ldexp(mantissa.astype(float), -(P_BITS - 1) - halvings)
+    # The curve, and half a unit of a mantissa of at least 2^16.
+    share = (2.0**-20.5 + 2.0**-P_BITS) * exact
+    some = mantissa > 0
+    assert (np.abs(p - exact) <= share)[some].all()
+    assert (exact[~some] < 2.0**-HALVINGS_MAX).all()
+    assert mantissa[some].min() == 1 << P_BITS - 1
+    assert mantissa.max() == P_MAX
+    unit = 2.0**-SUM_FRAC_BITS
+    assert (np.abs(rounded * unit - exact) <= share + unit).all()
+    assert (np.abs(wide * unit - exact) <= 2.0**-20.5 * exact + unit).all()
 
 
 def test_model_of_a_tile_equals_the_definition(rng):
@@ -161,20 +184,25 @@ def test_model_of_a_tile_equals_the_definition(rng):
     valid = rng.random((6, 50)) < 0.5
     valid[3] = False
     valid[1:3] = True
-    p, tile_max, tile_sum, tile_wide = softmax.model(score, valid)
+    p, n, tile_max, tile_sum, tile_wide = softmax.model(score, valid)
     assert tile_max[1:4].tolist() == [3, -2, RUN_MAX_EMPTY]
     for tile in range(6):
         scores = [int(s) for s in score[tile][valid[tile]]]
         assert tile_max[tile] == max((-(-s // UNIT) for s in scores), default=RUN_MAX_EMPTY)
-        weights = []
+        weights, sums = [], [0, 0]
         for s in scores:
             halvings, fraction = divmod(s - int(tile_max[tile]) * UNIT, UNIT)
-            wide = int(number.exp2(np.array([fraction]))[0]) >> min(-halvings, 40)
-            weights.append((min((wide + 16) >> 5, P_MAX), wide))
-        assert p[tile][valid[tile]].tolist() == [w for w, _ in weights]
-        assert not p[tile][~valid[tile]].any()
-        assert tile_sum[tile] == sum(w for w, _ in weights)
-        assert tile_wide[tile] == sum(w for _, w in weights)
+            power, drop = int(number.exp2(np.array([fraction]))[0]), POWER_FRAC_BITS - 16
+            mantissa = min((power + (1 << drop - 1)) >> drop, P_MAX)
+            if halvings < -63:
+                mantissa, power, halvings = 0, 0, -63
+            weights.append((mantissa, -halvings))
+            sums[0] += mantissa << SUM_FRAC_BITS - 16 >> -halvings
+            sums[1] += power << SUM_FRAC_BITS - POWER_FRAC_BITS >> -halvings
+        assert list(zip(p[tile], n[tile], strict=True)) == [
+            weights.pop(0) if there else (0, HALVINGS_MAX) for there in valid[tile]
+        ]
+        assert [tile_sum[tile], tile_wide[tile]] == sums
 
 
 # --- the component --------------------------------------------------------------------------------
@@ -191,7 +219,7 @@ class Tiles:
         for n, (tokens, pairs) in enumerate(sizes):
             kind = kinds[n % len(kinds)]
             mantissa = int(rng.integers(1 << 23, 1 << 24))
-            used = 2 * pairs
+            used, odd = 2 * pairs, int(n % 3 == 1)
             # One shift for each K block of 32 tokens.
             shift = np.repeat(rng.integers(29, 34, 4), 32)[:tokens]
             raw = rng.integers(-RAW_MAX - 1, RAW_MAX + 1, (tokens, rows))
@@ -214,13 +242,17 @@ class Tiles:
                 raw[:, :used].T << RAW_SHIFT, mantissa, shift[None, :]
             )  # (used, tokens)
             empty = np.full((used, 1), 0)  # the model wants a token, if only to ignore it
-            p, tile_max, tile_sum, tile_wide = softmax.model(
-                np.concatenate([score, empty], axis=1), np.arange(tokens + 1) < tokens
+            there = np.broadcast_to(np.arange(tokens + 1) < tokens, (used, tokens + 1)).copy()
+            if odd:  # the last row is padding
+                there[-1] = False
+            p, halvings, tile_max, tile_sum, tile_wide = softmax.model(
+                np.concatenate([score, empty], axis=1), there
             )
-            self.want.append((p[:, :tokens], tile_max, tile_sum, tile_wide, bool(saturated.any())))
+            weights = (p[:, :tokens], halvings[:, :tokens])
+            self.want.append((weights, tile_max, tile_sum, tile_wide, bool(saturated.any())))
             self.heads.append(
                 {
-                    "params": {"pairs": pairs, "mantissa": mantissa},
+                    "params": {"pairs": pairs, "odd": odd, "mantissa": mantissa},
                     "tokens": tokens, "job_first": n % 3 == 0, "job_last": n % 3 == 2,
                 }
             )  # fmt: skip
@@ -279,23 +311,35 @@ def simulate(bench, tiles, pause_head=None, pause_raw=None, pause_sum=None, hold
                 yield from cycle()
             pending.popleft()
             rows, got = max(head["tokens"], 1), []
-            # As the aligner does: it frees the bank with the last beat that it issues, and that
-            # beat's weights are read some cycles later. The memory takes one cycle more.
-            for i in range(rows + READ_DELAY + 1):
+            # As `Products` does: the bank is free with the last row that is issued, and that
+            # row's mantissas are read some cycles later. The memory takes one cycle more.
+            delay = base_latency(tiles.rows)
+            bank = n % P_BANKS * abi.TILE_TOKENS
+            for i in range(rows + delay + 1):
                 sets = [(dut.p_free, int(i == rows - 1))]
-                if READ_DELAY <= i < READ_DELAY + rows:
-                    sets.append((dut.p_address, n % P_BANKS * abi.TILE_TOKENS + i - READ_DELAY))
-                p = yield from cycle(*sets)
-                if i > READ_DELAY:
-                    got.append(p)
-            used = 2 * head["params"]["pairs"]
-            got = np.array(got)[: head["tokens"], :used]
-            np.testing.assert_array_equal(got.T, tiles.want[n][0])
+                if i < rows:
+                    sets += [(dut.scan_address, bank + rows - 1 - i), (dut.issue_address, bank + i)]
+                if delay <= i:
+                    sets.append((dut.mantissa_address, bank + min(i - delay, rows - 1)))
+                got.append((yield from cycle(*sets)))
+            tokens, used = head["tokens"], 2 * head["params"]["pairs"]
+            got = np.array(got)[1:].T.reshape(3, tiles.rows, -1)[:, :used]
+            mantissa, halvings = tiles.want[n][0]
+            np.testing.assert_array_equal(got[0, :, delay : delay + tokens], mantissa)
+            kept = [[bench.bits(Halvings, {"halvings": int(h), "none": int(p == 0)})
+                     for h, p in zip(*row, strict=True)]
+                    for row in zip(halvings, mantissa, strict=True)]  # fmt: skip
+            kept = np.array(kept).reshape(used, tokens)
+            np.testing.assert_array_equal(got[2, :, :tokens], kept)
+            np.testing.assert_array_equal(got[1, :, rows - tokens : rows][:, ::-1], kept)
             freed.append(run.cycle)
         while True:
             yield [(dut.p_free, 0)]
 
-    run.script([dut.p_ready, *dut.p], reader())
+    run.script(
+        [dut.p_ready, *dut.mantissas, *(kept for port in (dut.scan, dut.issue) for kept in port)],
+        reader(),
+    )
     run.run(lambda: len(sums) == len(freed) == len(tiles), extra=20)
     for n, value in enumerate(sums.items):
         tiles.check_sum(n, value, bench)

@@ -3,6 +3,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 import ctypes
+from dataclasses import replace
 import importlib.util
 import platform
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import nearkv
-from nearkv_hw import abi
+from nearkv_hw import abi, pages
 from nearkv_hw.abi import KvType, PageLayout, Status
 from nearkv_hw.config import Config, preset
 from nearkv_sim import twin, workload
@@ -131,7 +132,7 @@ def test_every_group_size(assert_twin_equals_model):
 @pytest.mark.parametrize("kv_type", KvType)
 @pytest.mark.parametrize("group_size", [1, 3, 4, 8, 11])
 def test_heads_without_weight(assert_twin_equals_model, group_size, kv_type):
-    """All scores of a q of zeros are equal; the twin takes a short cut for such heads at the end."""
+    """All scores of a q of zeros are equal. What pads an odd group is no such head: it sees nothing."""
     rng = np.random.default_rng(26)
     jobs = []
     for zeros in {1, group_size // 2, group_size}:
@@ -192,6 +193,62 @@ def test_any_patterns_of_any_exponents(
         x[:] = noise | field << form.mantissa_bits
     job.q = job.q * 2.0 ** rng.integers(-spread, spread + 1, job.q.shape)
     assert_twin_equals_model(workload.place([job], rng))
+
+
+@settings(max_examples=100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kv_type=st.sampled_from(KvType),
+    group_size=st.integers(1, abi.MAX_ROWS),
+    n_tokens=st.sampled_from((1, 3, 31, 33, 64, 100, 127, 128, 200)),
+    binades=st.sampled_from((0, 1, 6, 20, 40, 70)),
+    spread=st.sampled_from((0, 1, 12, 30, 254)),
+    lowest=st.integers(0, 253),
+    zeros=st.sampled_from((0, 0.2, 1)),
+)
+def test_any_products_of_weights_and_values(
+    assert_twin_equals_model, seed, kv_type, group_size, n_tokens, binades, spread, lowest, zeros
+):
+    """Heads that agree and disagree, about tokens whose V is of any size, or nothing."""
+    rng = np.random.default_rng(seed)
+    job = random_job(
+        rng, WIDE, kv_type=kv_type, n_tokens=n_tokens, head_dim=64, group_size=group_size
+    )
+    # Scores of up to so many binades: as if each token and each head had a direction.
+    k = rng.uniform(-1, 1, job.k.shape) * (rng.random(job.k.shape) < 0.1)
+    job.k = pages.to_patterns(k, kv_type)
+    job.q = rng.uniform(-1, 1, job.q.shape) * binades
+    job.scale = 1.0
+    form = workload.KV_FORMATS[kv_type]
+    finite = form.exponent_max - 1
+    of_token = lowest + rng.integers(0, spread + 1, (n_tokens, 1))
+    field = np.clip(of_token - rng.geometric(0.4, job.v.shape), 0, None) % (finite + 1)
+    noise = rng.integers(0, 1 << 16, job.v.shape) & ~(form.exponent_max << form.mantissa_bits)
+    job.v[:] = noise | field << form.mantissa_bits
+    job.v[rng.random(n_tokens) < zeros] &= 0x8000
+    assert_twin_equals_model(workload.place([job], rng), WIDE, threads=(1,))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_order_of_tokens_in_a_tile_changes_no_bit_of_v(open_twin, path):
+    """Of blocks, because K is aligned block by block."""
+    if path not in twin.supported_paths():
+        pytest.skip(f"this processor does not have the instructions of the path {path}")
+    rng = np.random.default_rng(31)
+    for kv_type in KvType:
+        job = small(rng, kv_type=kv_type, kind="sinks", n_tokens=128, group_size=5)
+        order = np.concatenate([block * 32 + rng.permutation(32) for block in rng.permutation(4)])
+        other = replace(job, k=job.k[order], v=job.v[order])
+        memories = workload.place([job, other], np.random.default_rng(0))
+        got = memories.execute(open_twin(CONFIG, path))
+        assert memories.summary_of(got)["n_failed"] == 0
+        partials = [
+            got[memories.record(i)["partial"] + abi.PARTIAL_HEADER.bytes :][
+                : abi.partial_bytes(64, 5) - abi.PARTIAL_HEADER.bytes
+            ]
+            for i in range(2)
+        ]
+        np.testing.assert_array_equal(*partials)
 
 
 def check_extremes(assert_twin_equals_model, seeds, n_jobs, config=WIDE, threads=(1,), **choices):

@@ -2,6 +2,7 @@
 """`nearkv bench accuracy`: its data is what it says, its peers round what they say."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import nearkv
 from nearkv import cli
 from nearkv.bench import accuracy
 from nearkv_sim import reference
+
+RECORD = Path(__file__).parents[1] / "bench" / "accuracy.json"
 
 
 @pytest.mark.parametrize("nats", [4, 20])
@@ -63,6 +66,43 @@ def test_gaussian_data_meets_its_goal(kv_dtype):
     assert errors.misses() == []
     assert errors.ours.shape == (32,)
     assert (errors.ours < errors.peers["fp16-P"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("nats", [12, 14, 20])
+def test_sinks_meet_the_goal_of_all_other_data(nats, kv_dtype):
+    """Groups of 3, 8 and 14 heads, of which all, one, or each on its own sees a sink."""
+    with nearkv.open_card("twin") as card:
+        lines = list(accuracy.measure(accuracy.sink_cases(nats), kv_dtype, card))
+    assert [line.ours.shape for line in lines] == [(50,)] * 3
+    for line in lines:
+        assert line.ours.max() <= accuracy.GOAL, line.name
+        assert (line.ours < line.peers["fp16-P"]).all(), line.name
+
+
+def test_the_record_is_of_this_bench_and_says_what_it_misses():
+    record = json.loads(RECORD.read_text())
+    assert record["command"] == "nearkv bench accuracy --json"
+    assert record["card"] == "twin"
+    lines = {(run["name"], run["kv_dtype"]): run for run in record["runs"]}
+    model = [name for name, _ in lines if name.startswith("model")]
+    assert model == ["model, 1,000", "model, 8,000"] * 2
+    assert len(lines) == len(record["runs"]) == 2 * (2 + 1 + 3 * len(accuracy.NATS) + 2)
+    for (name, kv_dtype), run in lines.items():
+        ours, peer = np.array(run["ours"]), np.array(run["fp16-P"])
+        assert ours.max() <= accuracy.GOAL
+        real = name in model
+        errors = accuracy.Errors(
+            name, kv_dtype, run["tokens"], run["goal"], real, ours, {"fp16-P": peer}
+        )
+        assert run["missed"] == errors.misses()
+        if real:
+            assert len(ours) == 270
+            assert errors.worse_than("fp16-P") <= 1
+    # One head whose answer is nearly one token's: the others share what bits that token leaves them.
+    missed = {line: run["missed"] for line, run in lines.items() if run["missed"]}
+    assert missed == {("model, 8,000", "bf16"): ["a head worse than fp16-P by more than 1.5"]}
 
 
 @pytest.mark.slow

@@ -274,8 +274,8 @@ def _constants() -> str:
             for name in (
                 "KV_BITS", "WEIGHT_BITS", "Q_EXPONENT_BITS", "RAW_SHIFT",
                 "SCORE_FRAC_BITS", "SCORE_SHIFT_MAX", "EXPONENT_FLOOR",
-                "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "P_WIDE_FRAC_BITS", "SUM_SHIFT",
-                "SUM_WIDE_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",
+                "RUN_MAX_EMPTY", "P_BITS", "P_MAX", "POWER_FRAC_BITS", "P_DROP_BITS", "HALVINGS_MAX",
+                "SUM_FRAC_BITS", "SUM_SHIFT", "EXP2_FRAC_BITS", "LIMB_STEP", "LIMB_BITS", "N_LIMBS",
                 "WINDOW_TOP",
             )
         },

@@ -98,11 +98,22 @@ int32_t low_bits(int32_t value, int bits) {
     return static_cast<int32_t>(uint32_t(value) << (32 - bits)) >> (32 - bits);
 }
 
+// An empty sum; or one of zeros that count 2^exponent.
+void reset(BlockSum& sum, const int* exponent) {
+    sum.top = NO_TOP;
+    if (!exponent) return;
+    std::fill_n(sum.even, LANES, 0), std::fill_n(sum.odd, LANES, 0);
+    sum.top = (*exponent + WINDOW_TOP) >> LIMB_STEP_LOG2;
+}
+
 void reset(Sums& sums, const abi::Job& job) {
+    constexpr int of_nothing = RUN_MAX_EMPTY, of_no_product = RUN_MAX_EMPTY + EXPONENT_FLOOR;
     for (int i = 0; i < rows_of(job); i++) {
+        const bool pads = i >= job.group_size;  // attends to nothing in every tile
         sums.run_max[i] = RUN_MAX_EMPTY;
-        sums.denominators[i].top = NO_TOP;
-        for (int part = 0; part < job.head_dim / LANES; part++) sums.out[i][part].top = NO_TOP;
+        reset(sums.denominators[i], pads ? &of_nothing : nullptr);
+        for (int part = 0; part < job.head_dim / LANES; part++)
+            reset(sums.out[i][part], pads ? &of_no_product : nullptr);
     }
     sums.saturated = false;
 }
@@ -364,12 +375,12 @@ class Card {
 
     void load_query(const Job& job, Query& query) const {
         const abi::Job& fields = job.fields;
-        query.head_dim = fields.head_dim, query.rows = job.rows;
+        query.head_dim = fields.head_dim;
         query.kv_type = fields.kv_type, query.page_tokens = fields.page_tokens;
         query.mantissa = fields.score_mantissa;
         query.shift = fields.score_shift;
         query.largest_exponent = INT32_MIN;
-        query.weighted_rows = 0;
+        query.heads = query.scored_rows = fields.group_size;
         std::fill_n(query.weight_sum, job.rows, 0.0);
         for (int r = 0; r < fields.head_dim; r++) {
             abi::QRecord record;
@@ -381,7 +392,7 @@ class Card {
                 query.weight[i][r] = low_bits(record.weight[i], WEIGHT_BITS);
                 query.weight_52[i][r] = static_cast<int64_t>(query.weight[i][r]) & ((int64_t(1) << 52) - 1);
                 query.weight_sum[i] += query.weight[i][r];
-                if (query.weight[i][r] != 0) query.weighted_rows = std::max(query.weighted_rows, i + 1);
+                if (query.weight[i][r] != 0) query.scored_rows = std::max(query.scored_rows, i + 1);
             }
         }
         const int mantissa_bits = (fields.kv_type == KV_FP16 ? FP16 : BF16).mantissa_bits;

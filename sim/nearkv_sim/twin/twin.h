@@ -23,8 +23,9 @@ constexpr int NO_TOP = -(1 << 20);  // of a sum to which nothing was added
 
 // What all tiles of a job share.
 struct Query {
-    int head_dim, rows, kv_type, page_tokens;
-    int weighted_rows;  // rows from here on have no weight: the one that pads an odd group
+    int head_dim, kv_type, page_tokens;
+    int heads;        // the rows of the group; the one that pads an odd group attends to nothing
+    int scored_rows;  // with the one that pads if that has weights: what it scores may leave the range
     int64_t mantissa;
     int shift;
     int largest_exponent;                           // of all channels
@@ -68,14 +69,25 @@ struct Tile {
 
 // What a thread needs while it computes a tile.
 struct Scratch {
-    alignas(64) float x[(MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS) * LANES];
-    alignas(64) float scale[MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS];
+    static constexpr int MAX_BLOCK_ROWS = MAX_HEAD_DIM > TILE_TOKENS ? MAX_HEAD_DIM : TILE_TOKENS;
+    // Of a block's rows: what an element of exponent field 0 is shifted right by, and the same as a factor.
+    alignas(64) int32_t base[MAX_BLOCK_ROWS];
+    alignas(64) float scale[MAX_BLOCK_ROWS];
+    alignas(64) float x[MAX_BLOCK_ROWS * LANES];
     alignas(64) int64_t raw[MAX_ROWS][TILE_TOKENS];  // S, then the scores
-    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];   // [row][token]; as int64 on some paths
     alignas(64) int64_t o[MAX_ROWS][LANES];
-    int block_exponent[TILE_TOKENS / BLOCK_TOKENS];
     int tile_max[MAX_ROWS];
+    // p of a tile is mantissa * 2^(-16 - halvings).
+    alignas(64) int32_t twice_mantissa[MAX_ROWS][TILE_TOKENS];
+    alignas(64) int16_t halvings[MAX_ROWS][TILE_TOKENS];
+    // Of V's rows: the largest magnitude of the 32 elements, as bits, and its exponent field.
+    alignas(64) int16_t largest[TILE_TOKENS], field[TILE_TOKENS];
+    // Of the V block at hand: the largest exponent of a product, for each row; and the weights, which fit
+    // every block in which these lie as far above the first row's.
+    int exponent[MAX_ROWS], above_first[MAX_ROWS];
+    alignas(64) double p[MAX_ROWS][WEIGHT_STRIDE];  // [row][token]; as int64 on some paths
     double p_sum[MAX_ROWS];
+    alignas(64) int16_t lowest[TILE_TOKENS];  // of all rows, halvings plus above_first
 };
 
 struct Path {

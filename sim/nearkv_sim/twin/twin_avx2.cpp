@@ -16,6 +16,12 @@
 namespace twin {
 namespace {
 
+// The instruction finds the smallest of unsigned numbers.
+TWIN_INLINE int16_t largest_of_8(__m128i a) {
+    const __m128i mirror = _mm_set1_epi16(INT16_MAX);
+    return static_cast<int16_t>(INT16_MAX - _mm_extract_epi16(_mm_minpos_epu16(_mm_sub_epi16(mirror, a)), 0));
+}
+
 struct Avx2 : Generic {
     static constexpr int ACCUMULATORS = 12, ROWS_AT_ONCE = 6;
     // One unit more than 2^k: a tie between two integers then lies beyond the middle and is rounded away
@@ -39,7 +45,40 @@ struct Avx2 : Generic {
     static I64 multiply_32(I64 a, I64 b) { return (I64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
     static I64 shift_right(I64 a, int n) { return Generic::shift_right(a, n); }
     static I64 shift_right(I64 a, I64 n) { return (I64)_mm256_srlv_epi64((__m256i)a, (__m256i)n); }
+    static I32 shift_right_32(I32 a, I32 n) { return (I32)_mm256_srlv_epi32((__m256i)a, (__m256i)n); }
     static I16 larger_16(I16 a, I16 b) { return (I16)_mm256_max_epi16((__m256i)a, (__m256i)b); }
+    static I16 smaller_16(I16 a, I16 b) { return (I16)_mm256_min_epi16((__m256i)a, (__m256i)b); }
+    static int16_t largest_16(I16 a) {
+        return largest_of_8(_mm_max_epi16(_mm256_castsi256_si128((__m256i)a),
+                                          _mm256_extracti128_si256((__m256i)a, 1)));
+    }
+    static I16 halve_128(I16 a, I16 b) {
+        return larger_16((I16)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b),
+                         (I16)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
+    }
+    static I16 halve_64(I16 a, I16 b) {
+        return larger_16((I16)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88),
+                         (I16)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD));
+    }
+    static I16 join(const I16 eighths[2]) {
+        const __m256i a = (__m256i)eighths[0], b = (__m256i)eighths[1];
+        return larger_16((I16)_mm256_permute2x128_si256(a, b, 0x20), (I16)_mm256_permute2x128_si256(a, b, 0x31));
+    }
+    static __m128i narrow_32(I64 a) {
+        return _mm256_castsi256_si128(
+            _mm256_permutevar8x32_epi32((__m256i)a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
+    }
+    static void store_32(int32_t* to, I64 a) { _mm_store_si128((__m128i*)to, narrow_32(a)); }
+    static void store_16(int16_t* to, I64 a) {
+        const __m128i b = narrow_32(a);
+        _mm_storel_epi64((__m128i*)to, _mm_packs_epi32(b, b));
+    }
+    static I32 widen_16(I16Half a) { return (I32)_mm256_cvtepi16_epi32((__m128i)a); }
+    template <class>
+    static void store_weights(double* to, I32 p) {
+        _mm256_store_pd(to, _mm256_cvtepi32_pd(_mm256_castsi256_si128((__m256i)p)));
+        _mm256_store_pd(to + 4, _mm256_cvtepi32_pd(_mm256_extracti128_si256((__m256i)p, 1)));
+    }
     static I16 add_saturating(I16 a, I16 b) { return (I16)_mm256_adds_epi16((__m256i)a, (__m256i)b); }
     static I64 look_up(const int64_t* table, I64 index) {
         return (I64)_mm256_i64gather_epi64((const long long*)table, (__m256i)(index & 15), 8);

@@ -36,11 +36,51 @@ struct Avx512 : Generic {
     }
     static F64 multiply_add(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
     static I64 to_int(F64 a) { return (I64)_mm512_cvtpd_epi64(a); }
-    static F64 p_weight(I64 p) { return _mm512_cvtepi64_pd((__m512i)p); }
     static I64 shift_right(I64 a, int n) { return (I64)_mm512_sra_epi64((__m512i)a, _mm_cvtsi32_si128(n)); }
     static I64 shift_right(I64 a, I64 n) { return (I64)_mm512_srlv_epi64((__m512i)a, (__m512i)n); }
+    static I32 shift_right_32(I32 a, I32 n) { return (I32)_mm512_srlv_epi32((__m512i)a, (__m512i)n); }
     static I64 multiply_32(I64 a, I64 b) { return (I64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
     static I16 larger_16(I16 a, I16 b) { return (I16)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+    static I16 smaller_16(I16 a, I16 b) { return (I16)_mm512_min_epi16((__m512i)a, (__m512i)b); }
+    static int16_t largest_16(I16 a) {
+        const __m256i b = _mm256_max_epi16(_mm512_castsi512_si256((__m512i)a), _mm512_extracti64x4_epi64((__m512i)a, 1));
+        // The instruction finds the smallest of unsigned numbers.
+        const __m128i c = _mm_max_epi16(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+        const __m128i mirrored = _mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(INT16_MAX), c));
+        return static_cast<int16_t>(INT16_MAX - _mm_extract_epi16(mirrored, 0));
+    }
+    static I16 halve_128(I16 a, I16 b) {
+        return larger_16((I16)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b),
+                         (I16)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
+    }
+    static I16 halve_64(I16 a, I16 b) {
+        return larger_16((I16)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88),
+                         (I16)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD));
+    }
+    static int32_t total_32(I32 a) { return _mm512_reduce_add_epi32((__m512i)a); }
+    static void store_32(int32_t* to, I64 a) { _mm256_store_si256((__m256i*)to, _mm512_cvtepi64_epi32((__m512i)a)); }
+    static void store_16(int16_t* to, I64 a) { _mm_store_si128((__m128i*)to, _mm512_cvtepi64_epi16((__m512i)a)); }
+    static I32 widen_16(I16Half a) { return (I32)_mm512_cvtepi16_epi32((__m256i)a); }
+    template <class>
+    static I16 halve_32(I16 a, I16 b) {
+        constexpr __mmask32 high = 0xAAAAAAAA;
+        const __m512i one = _mm512_mask_blend_epi16(high, (__m512i)a, (__m512i)b);
+        const __m512i other = _mm512_mask_blend_epi16(high, (__m512i)b, (__m512i)a);
+        return larger_16((I16)one, (I16)_mm512_rol_epi32(other, 16));
+    }
+    static I16 join(const I16 eighths[4]) {
+        auto halve_256 = [](__m512i a, __m512i b) {
+            return (__m512i)larger_16((I16)_mm512_shuffle_i64x2(a, b, 0x44), (I16)_mm512_shuffle_i64x2(a, b, 0xEE));
+        };
+        const __m512i a = halve_256((__m512i)eighths[0], (__m512i)eighths[1]);
+        const __m512i b = halve_256((__m512i)eighths[2], (__m512i)eighths[3]);
+        return larger_16((I16)_mm512_shuffle_i64x2(a, b, 0x88), (I16)_mm512_shuffle_i64x2(a, b, 0xDD));
+    }
+    template <class>
+    static void store_weights(double* to, I32 p) {
+        _mm512_store_pd(to, _mm512_cvtepi32_pd(_mm512_castsi512_si256((__m512i)p)));
+        _mm512_store_pd(to + 8, _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64((__m512i)p, 1)));
+    }
     static I16 add_saturating(I16 a, I16 b) { return (I16)_mm512_adds_epi16((__m512i)a, (__m512i)b); }
     static int64_t total(I64 a) { return _mm512_reduce_add_epi64((__m512i)a); }
     static int64_t largest(I64 a) { return _mm512_reduce_max_epi64((__m512i)a); }
@@ -139,7 +179,11 @@ struct Ifma : Avx512 {
         return FEW ? (F32)_mm512_fmadd_ps(element, scale, bias) : (F32)((I32)element + (I32)scale) + bias;
     }
     static const double* query_weights(const Query& query) { return (const double*)query.weight_52[0]; }
-    static F64 p_weight(I64 p) { return (F64)p; }
+    template <class>
+    static void store_weights(double* to, I32 p) {
+        _mm512_store_si512(to, _mm512_cvtepu32_epi64(_mm512_castsi512_si256((__m512i)p)));
+        _mm512_store_si512(to + 8, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64((__m512i)p, 1)));
+    }
     static I64 start(double weight_sum) { return all<I64>(-int64_t(BIAS_BITS) * static_cast<int64_t>(weight_sum)); }
     static I64 weight(const double* p) { return all<I64>(*(const int64_t*)p); }
     // Even lanes, under the low 20 bits of their odd neighbours; odd lanes. What the neighbours add is
