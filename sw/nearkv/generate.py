@@ -89,15 +89,15 @@ def run(options) -> int:
     # What is quick to check comes first: nobody should wait for a card or a model to learn of a slip.
     extras.require("nearkv generate", "torch", "transformers", "safetensors")
     cards = options.card.split(",") if options.card else [None]
-    where = _directories(options, _count(cards))
+    where = _directories(options, count_cards(cards))
     prompt = None if options.prompt is None else _prompt(options.prompt)
     machine = _machine(options.machine)
     from .hf import models
 
-    found = models.find(options.model, say=_say)
+    found = models.find(options.model, say=say)
     with contextlib.ExitStack() as closing:
-        cards = _open_cards(cards, options.card_config, closing)
-        model, tokenizer = models.load(found, say=_say)
+        cards = open_cards(cards, options.card_config, closing)
+        model, tokenizer = models.load(found, say=say)
         who = {"model": models.fingerprint(model), "tokenizer": tokenizer}
         if options.resume:
             cache, kept = _resume(model, cards, where, who)
@@ -122,10 +122,10 @@ def run(options) -> int:
         else:
             times = [_read(model, cache, ids)]
         for line in _report(cache, n_tokens, n_kept, start, times, bool(options.max_new_tokens)):
-            _say(line)
+            say(line)
         if options.keep:
             cache.save(ids, **who)
-            _say(f"kept {ids.shape[1]} tokens; go on with: nearkv generate "
+            say(f"kept {ids.shape[1]} tokens; go on with: nearkv generate "
                  f"{f'--model {shlex.quote(options.model)} ' if options.model else ''}"
                  f"{' '.join(f'--resume {shlex.quote(str(one))}' for one in options.keep)}")  # fmt: skip
     return 0
@@ -165,7 +165,7 @@ def _directories(options, n_cards: int) -> list | None:
     return given
 
 
-def _count(names: list) -> int:
+def count_cards(names: list) -> int:
     """How many cards, or engines of cards, there will be."""
     from .cards import engine_names
 
@@ -189,7 +189,7 @@ def _check_not_kept(where: list) -> None:
             )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Tell the user something that is no part of the answer."""
     print(line, file=sys.stderr)
 
@@ -231,14 +231,15 @@ def _machine(name: str | None):
     return describe.load_machine(name)
 
 
-def _open_cards(names: list, config: str | None, closing: contextlib.ExitStack) -> list:
-    from .cards import open_cards
+def open_cards(names: list, config: str | None, closing: contextlib.ExitStack) -> list:
+    """Cards of these names, or of this build, until `closing` ends; says so if that takes long."""
+    from . import cards as known
 
     patience = f"opening card {names[0] or 'twin'}; the first time, this can take some minutes"
-    timer = threading.Timer(3, _say, (patience,))
+    timer = threading.Timer(3, say, (patience,))
     timer.start()
     try:
-        cards, _ = open_cards(names, **({"config": config} if config else {}))
+        cards, _ = known.open_cards(names, **({"config": config} if config else {}))
     finally:
         timer.cancel()
     for card in cards:
@@ -363,7 +364,7 @@ def _check_positions(model, n_tokens: int) -> None:
             f"prompt and new tokens are {n_tokens} tokens together, and {_class(model)} has learned "
             f"{limit} positions; shorten the prompt, or lower --max-new-tokens"
         )
-    _say(
+    say(
         f"warning: prompt and new tokens are {n_tokens} tokens together, and {_class(model)} was "
         f"trained for {limit}; expect poor answers"
     )
@@ -423,7 +424,7 @@ def _plan(model, machine, n_prompt: int, options) -> dict:
         model.config, machine, batch=1, context=n_prompt, output=options.max_new_tokens,
         kv_dtypes=(options.kv_dtype or own,),
     )  # fmt: skip
-    _say(f"plan: {chosen.describe()}")
+    say(f"plan: {chosen.describe()}")
     return chosen.cache_arguments()
 
 
