@@ -44,6 +44,6 @@ class Sampler:
         if self.is_greedy:
             return int(logits.argmax())
         # transformers' warpers look at scores alone, not at the tokens before.
-        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits[None])
+        scores = self._warpers(torch.LongTensor(1, 0), logits[None])
         p = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(p, 1, generator=self._generator))
