@@ -9,16 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nearkv import cli
-from nearkv.batch import engine as engine_module
 from nearkv.batch.engine import Engine
-from nearkv.hf import models
 from nearkv.io import FlashError, PageId
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +52,7 @@ def alone(chat_model, rounded_cache):
 
 
 def _prompt(seed, n):
-    return random.Random(seed).choices([token for token in range(8, N_WORDS)], k=n)
+    return random.Random(seed).choices(range(8, N_WORDS), k=n)
 
 
 def _line(name, tokens, **body):
@@ -138,7 +135,9 @@ def test_greedy_answers_are_those_of_each_prompt_alone(batch, alone, size):
 
 def test_some_answers_end_before_their_limit(alone):
     """Or the tests here would not show that rows leave early."""
-    ended = [alone(line["body"]["prompt"], line["body"]["max_tokens"])[-1] in ENDS for line in MIXED]
+    ended = [
+        alone(line["body"]["prompt"], line["body"]["max_tokens"])[-1] in ENDS for line in MIXED
+    ]
     assert any(ended)
     assert not all(ended)
 
@@ -375,3 +374,392 @@ def test_a_line_for_another_model_is_answered_and_told(batch, chat_model):
     _, results, err = batch([_line("a", [9], model="gpt-4"), _line("b", [9], model=chat_model)])
     assert f"note: lines that ask for the model 'gpt-4' are answered by {chat_model}" in err
     assert results["a"]["response"]["body"]["model"] == chat_model
+
+
+# --- whatever interrupts it -------------------------------------------------------------------------
+
+_KILLED = """
+import json, os, random, signal, sys
+import torch
+torch.set_num_threads(1)
+from nearkv import cli
+from nearkv.batch import engine, results
+import transformers.models.llama.modeling_llama  # once, for all children
+
+arguments, seeds = json.loads(sys.argv[1]), range(int(sys.argv[2]))
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(seed):
+    # Dies before, within or behind a write of results, or in a step between two of them.
+    rng = random.Random(seed)
+    left = [rng.randrange(4)]
+    write, sync, step = os.write, os.fdatasync, engine.Engine._step
+    moment = ("before", "within", "unsynced", "behind", "step")[seed % 5]
+
+    def killing_write(fd, data):
+        if not data.startswith(results._BEGIN):
+            return write(fd, data)
+        left[0] -= 1
+        if left[0] >= 0:
+            return write(fd, data)
+        if moment == "before":
+            die()
+        if moment == "within":
+            write(fd, data[: rng.randrange(1, len(data))])
+            die()
+        n = write(fd, data)
+        return die() if moment == "unsynced" else n
+
+    def killing_sync(fd):
+        sync(fd)
+        if left[0] < 0 and moment == "behind":
+            die()
+
+    def killing_step(self):
+        step(self)
+        if left[0] < 2 and moment == "step":
+            die()
+
+    os.write, os.fdatasync, engine.Engine._step = killing_write, killing_sync, killing_step
+
+for seed in seeds:
+    child = os.fork()
+    if not child:
+        arm(seed)
+        os._exit(cli.main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_behind_twenty_kills_every_line_is_there_once_and_as_without(batch, chat_model, tmp_path):
+    lines = [
+        _line(n, _prompt(n % 7, 20 + 9 * (n % 7)), max_tokens=2 + n % 11, temperature=n % 3 / 2)
+        for n in range(70)
+    ]
+    lines.insert(9, "{")
+    _, expected, _ = batch(lines, "--batch-size", 5)
+    output = tmp_path / "killed.jsonl"
+    arguments = ["batch", str(tmp_path / "in.jsonl"), str(output), "--model", chat_model, "--card-config",
+                 "tiny", "--page-tokens", "32", "--batch-size", "5"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, json.dumps(arguments), "20"], capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 20, done.stderr
+    n_before = output.read_bytes().count(b"\n")
+    assert 0 < n_before < len(lines)
+    code, results, err = batch(None, "--batch-size", 5, output=output)
+    assert code == 1  # of the line that is none
+    assert f"has {n_before} of 71 results already" in err
+    assert results.keys() == expected.keys()
+    for name, record in results.items():
+        for one in (record, expected[name]):
+            one["response"]["body"].pop("created", None)
+        assert record == expected[name]
+    before = output.read_bytes()
+    assert batch(None, output=output)[0] == 1
+    assert output.read_bytes() == before
+
+
+def test_whatever_is_left_of_the_last_line_is_cut_and_computed_again(batch, tmp_path):
+    lines = [_line(n, _prompt(n, 5), max_tokens=2) for n in range(3)]
+    _, expected, _ = batch(lines)
+    output = tmp_path / "out.jsonl"
+    whole = output.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    last = whole[start:]
+    for torn in (b"{", last[:9], last[:40], last[:-1], last[:-2] + b"\n", bytes(len(last)),
+                 last[:50] + bytes(20), last[:50] + b"\n"):  # fmt: skip
+        output.write_bytes(whole[:start] + torn)
+        code, results, err = batch(None)
+        assert code == 0
+        assert f"cut off a torn line of {len(torn)} bytes" in err
+        assert {name: _texts(one) for name, one in results.items()} == {
+            name: _texts(one) for name, one in expected.items()
+        }
+    output.write_bytes(b'{"id": "ne')  # of the first line
+    assert batch(None)[0] == 0
+
+
+@pytest.fixture
+def refused(batch, capsys, tmp_path):
+    """refused(option, ...): the line that says why, of a command that changes no results."""
+
+    def refused(*options, output=tmp_path / "out.jsonl"):
+        before = output.read_bytes() if output.is_file() else None
+        capsys.readouterr()
+        assert cli.main(["batch", str(tmp_path / "in.jsonl"), str(output), *map(str, options)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert (output.read_bytes() if output.is_file() else None) in (before, b"")
+        return err.splitlines()[-1]
+
+    return refused
+
+
+def test_results_of_two_runs_never_mix(batch, refused, chat_model, tiny_model, tmp_path):
+    lines = [_line(n, _prompt(n, 5), max_tokens=2) for n in range(3)]
+    batch(lines)
+    same = ["--model", chat_model, "--card-config", "tiny"]
+    assert "results of another model;" in refused("--model", tiny_model)
+    assert "results of other settings (--kv-dtype, --max" in refused(*same, "--seed", 1)
+    assert "results of other settings" in refused(*same, "--kv-dtype", "bf16")
+    _write(tmp_path / "in.jsonl", lines[:2])
+    assert "results of another input file" in refused(*same)
+    assert (
+        "of another input file (or this one, as it was before it was changed) and another model"
+        in (refused("--model", tiny_model))
+    )
+    assert batch(lines, "--batch-size", 2, "--card", "model")[0] == 0  # what changes no answer
+
+
+def test_files_that_do_not_fit_are_refused_at_once_and_left_alone(batch, refused, tmp_path):
+    inputs, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    assert f"cannot read the input: No such file or directory: '{inputs}'" in refused()
+    inputs.write_text("\n\n")
+    assert f"{inputs} has no lines" in refused()
+    _write(inputs, [_line("a", [9])])
+    assert "no file that could be read again" in refused(output=tmp_path)
+    assert "is the input file; results go to another one" in refused(output=inputs)
+    output.write_text("{}\n")
+    assert "holds something else than results of nearkv batch" in refused()
+    output.write_text("precious")  # without a newline
+    assert "holds something else" in refused()
+    output.unlink()
+    missing = tmp_path / "missing" / "out.jsonl"
+    assert f"cannot write results: No such file or directory: '{missing}'" in refused(
+        output=missing
+    )
+    os.mkfifo(tmp_path / "fifo")
+    assert "no file that could be read again" in refused(output=tmp_path / "fifo")
+    batch([_line(n, [9 + n], max_tokens=1) for n in range(3)])
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + b"{\n" + lines[2])
+    assert f"{output} is damaged: line 2 is no result, and results follow" in refused()
+
+
+def test_two_runs_cannot_write_one_file(batch, refused, tmp_path):
+    batch([_line("a", [9])])
+    with open(tmp_path / "out.jsonl") as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another run is writing this file" in refused()
+
+
+def test_a_full_disk_under_the_results_loses_nothing(
+    batch, refused, chat_model, monkeypatch, tmp_path
+):
+    lines = [_line(n, _prompt(n, 5), max_tokens=2 + n) for n in range(6)]
+    _, expected, _ = batch(lines)
+    output, write, left = tmp_path / "full.jsonl", os.write, [3]
+
+    def full(fd, data):
+        if data.startswith(b'{"id": "nearkv'):
+            left[0] -= 1
+            if left[0] < 0:
+                write(fd, data[:10])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", full)
+    code, results, err = batch(None, output=output)
+    monkeypatch.undo()
+    assert code == 2
+    assert "3 of 6 results are in" in err
+    assert f"cannot write results: No space left on device: '{output}'" in err
+    assert len(results) == 3
+    assert output.read_bytes().endswith(b"}\n")
+    code, results, _ = batch(None, output=output)
+    assert code == 0
+    assert {name: _texts(one) for name, one in results.items()} == {
+        name: _texts(one) for name, one in expected.items()
+    }
+
+
+def test_ctrl_c_says_that_nothing_is_lost(batch, monkeypatch, capsys):
+    step, left = Engine._step, [5]
+
+    def interrupted(self):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Engine, "_step", interrupted)
+    lines = [_line(n, _prompt(n, 5), max_tokens=2 + n) for n in range(9)]
+    code, results, err = batch(lines)
+    monkeypatch.undo()
+    assert code == 130
+    assert re.search(rf"{len(results)} of 9 results are in \S+; the same command goes on", err)
+    assert 0 < len(results) < 9
+    code, results, err = batch(None)
+    assert (code, len(results)) == (0, 9)
+
+
+# --- damage, budgets --------------------------------------------------------------------------------
+
+
+def _damage(store, sequence):
+    """Change a byte of the first page of a sequence; whether it has one."""
+    if not store.n_pages(sequence, 0):
+        return False
+    store.flush()
+    entry = store.stored(sequence, 0)[0, 0]
+    fd = os.open(store.page_files()[entry["shard"]], os.O_RDWR)
+    byte = os.pread(fd, 1, int(entry["offset"]))
+    os.pwrite(fd, bytes([byte[0] ^ 1]), int(entry["offset"]))
+    os.close(fd)
+    return True
+
+
+@pytest.fixture
+def damaging(monkeypatch):
+    """damaging(name, times): a page of this line is damaged; and again when it is computed once more."""
+
+    def damaging(name, times):
+        step, left = Engine._step, [times]
+
+        def damaged(self):
+            for row, sequence in zip(self._rows, self._cache._batch.sequences, strict=True):
+                mine = row.job.request.custom_id == name and row.job.failures == times - left[0]
+                if mine and left[0] and len(row.tokens) > 2:
+                    left[0] -= _damage(self._cache.store, sequence)
+                    break
+            step(self)
+
+        monkeypatch.setattr(Engine, "_step", damaged)
+        return left
+
+    return damaging
+
+
+def test_a_damaged_sequence_is_computed_once_more(batch, alone, damaging):
+    lines = [_line(n, _prompt(n, 70), max_tokens=12) for n in range(4)]
+    left = damaging("2", 1)
+    code, results, err = batch(lines)
+    assert left == [0]
+    assert code == 0
+    assert "4 lines answered, 1 computed once more" in err
+    _check(results, lines, alone)
+
+
+def test_a_sequence_that_is_damaged_twice_has_an_error(batch, alone, damaging):
+    lines = [_line(n, _prompt(n, 70), max_tokens=12, n=1 + n) for n in range(4)]
+    left = damaging("2", 2)
+    code, results, err = batch(lines)
+    assert left == [0]
+    assert code == 1
+    assert "3 lines answered, 1 with an error, 1 computed once more" in err
+    bad = results.pop("2")
+    assert bad["error"]["code"] == "kv_damaged"
+    assert "its K and V were damaged twice: " in bad["error"]["message"]
+    assert "CRC" in bad["error"]["message"]
+    assert bad["response"]["status_code"] == 500
+    for name, record in results.items():
+        words = _words(alone(lines[int(name)]["body"]["prompt"], 12))
+        assert _texts(record) == [words] * (1 + int(name))
+
+
+def test_what_shares_a_damaged_page_is_computed_once_more_without_it(batch, alone, damaging):
+    root = _prompt("root", 64)
+    prompts = ([*root, *_prompt(seed, 9 + seed % 4)] for seed in range(100))
+    long = [one for one in prompts if not {*alone(one, 9)} & {*ENDS}][:4]
+    lines = [_line(n, prompt, max_tokens=9) for n, prompt in enumerate(long)]
+    left = damaging("1", 1)
+    code, results, err = batch(lines)
+    assert left == [0]
+    assert code == 0
+    assert "4 lines answered, 4 computed once more" in err
+    _check(results, lines, alone)
+
+
+def test_a_full_drive_ends_the_run_and_no_line(batch, monkeypatch):
+    """It is not the line's fault, and the next run may have room."""
+    from nearkv.store import KvStore
+
+    append, left = KvStore.append, [4]
+
+    def full(self, sequence, layer, *args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            page = PageId(layer, sequence, 0, 0)
+            raise FlashError("the drive is full", page=page, errno=errno.ENOSPC, filename="kv")
+        return append(self, sequence, layer, *args, **kwargs)
+
+    monkeypatch.setattr(KvStore, "append", full)
+    lines = [_line(n, _prompt(n, 40), max_tokens=2) for n in range(9)]
+    code, results, err = batch(lines, "--batch-size", 1)
+    monkeypatch.undo()
+    assert code == 2
+    assert "the drive is full" in err
+    assert len(results) == 2
+    assert all(record["error"] is None for record in results.values())
+    assert batch(None)[0] == 0
+
+
+def test_a_write_budget_stops_between_prompts_and_the_next_run_goes_on(batch, alone):
+    page_bytes = 32 * 32 * 2 * 2  # tokens, channels, K and V, fp16
+    per_prompt = 2 * page_bytes * 2 * 2  # pages, layers, kv heads
+    lines = [_line(n, _prompt(n, 70), max_tokens=30) for n in range(6)]
+    budget, done, code = 3 * per_prompt + page_bytes, 0, 3
+    while code == 3:
+        code, results, err = batch(lines, "--batch-size", 2, "--write-budget", budget)
+        assert float(re.search(r"KV written ([\d.]+) KiB", err)[1]) * 1024 <= budget
+        assert len(results) - done in (2, 3)  # answers write pages too
+        done = len(results)
+        if code:
+            assert f"stopped by --write-budget: {6 - done} lines are left; the same comm" in err
+    assert code == 0
+    _check(results, lines, alone)
+
+
+def test_a_budget_for_not_one_prompt_says_so(batch):
+    code, results, err = batch([_line("a", _prompt(0, 70)), _line("b", [9])], "--write-budget", 1)
+    assert code == 3
+    assert results.keys() == {"b"}
+    assert "stopped by --write-budget: 1 lines are left" in err
+
+
+def test_host_memory_decides_how_many_prompts_are_at_work(batch, refused, chat_model, tmp_path):
+    lines = [_line(n, _prompt(n, 40), max_tokens=3) for n in range(4)]
+    sizes = []
+    for memory in ("140M", "1G"):
+        _, _, err = batch(lines, "--host-memory", memory, output=tmp_path / f"{memory}.jsonl")
+        n, mib = re.search(r"4 prompts, (\d+) at once, in ([\d,]+) MiB", err).groups()
+        assert int(mib.replace(",", "")) <= (140 if memory == "140M" else 1024)
+        sizes.append(int(n))
+    assert sizes[0] <= sizes[1] == 32
+    options = ["--model", chat_model, "--card-config", "tiny", "--host-memory", "20M"]
+    assert "of host memory, and --host-memory allows 20 MiB; raise it" in refused(*options)
+    assert "lower --batch-size" in refused(*options, "--batch-size", 100)
+
+
+def test_the_figures_as_json(capsys, batch, chat_model, tmp_path):
+    _write(tmp_path / "in.jsonl", [_line("a", _prompt(0, 70)), "{"])
+    arguments = ["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--json"]
+    assert cli.main([*arguments, "--model", chat_model]) == 1
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["lines"], figures["answered"], figures["errors"]) == (2, 1, 1)
+    assert figures["prompt_tokens_read"] == 70
+
+
+def test_several_cards_and_drives(batch, alone, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    code, results, err = batch(
+        MIXED, "--card", "model,model", "--kv-dir", tmp_path / "a", "--kv-dir", tmp_path / "b"
+    )
+    assert code == 0
+    _check(results, MIXED, alone)
+    assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]
+
+
+def test_vllm_is_an_extra(refused, tmp_path, monkeypatch):
+    _write(tmp_path / "in.jsonl", [_line("a", [9])])
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert "needs the extra 'vllm'; install it with: pip install 'nearkv[vllm]'" in refused(
+        "--engine", "vllm"
+    )

@@ -90,28 +90,31 @@ class Results:
 
     def _read(self) -> int:
         """Find out what is done; where the last whole line ends."""
-        end, torn = 0, ""
+        end, torn = 0, 0
         with open(self._fd, "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
                 found = _id_of(line)
                 if found is None:
-                    if not line.startswith(_BEGIN[: len(line)].rstrip(b"\n")) and line.strip(b"\0"):
-                        raise ValueError(
-                            f"{self.path} holds something else than results of nearkv batch (line "
-                            f"{number}); choose another file"
-                        )
-                    torn = torn or f"line {number}"
+                    torn = torn or number
+                    if not _may_be_torn(line):
+                        break
                     continue
                 if torn:
-                    raise ValueError(
-                        f"{self.path} is damaged: {torn} is no result, and results follow; choose "
-                        "another file, or remove that line to have it computed again"
-                    )
+                    break
                 run, done, failed = found
                 self._runs.add(run)
                 self._count(done, failed)
                 end += len(line)
-        return end
+            else:
+                return end
+        if not self.done:
+            raise ValueError(
+                f"{self.path} holds something else than results of nearkv batch; choose another file"
+            )
+        raise ValueError(
+            f"{self.path} is damaged: line {torn} is no result; choose another file, or remove that line "
+            "to have it computed again"
+        )
 
     def begin(self, run: Run) -> None:
         """Go on with a run: cut off what is torn.
@@ -201,6 +204,11 @@ def _id_of(line: bytes) -> tuple[Run, int, bool] | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return (Run(*match.group(1, 2, 3)), int(match[4]), failed) if match else None
+
+
+def _may_be_torn(line: bytes) -> bool:
+    """Whether this may be what a loss of power left of a line: its beginning, or nothing yet."""
+    return line.startswith(_BEGIN[: len(line)]) or not line.strip(b"\0")
 
 
 def _sync_directory(path: Path) -> None:
