@@ -537,7 +537,7 @@ def test_files_that_do_not_fit_are_refused_at_once_and_left_alone(batch, refused
     batch([_line(n, [9 + n], max_tokens=1) for n in range(3)])
     lines = output.read_bytes().splitlines(keepends=True)
     output.write_bytes(lines[0] + b"{\n" + lines[2])
-    assert f"{output} is damaged: line 2 is no result, and results follow" in refused()
+    assert f"{output} is damaged: line 2 is no result" in refused()
 
 
 def test_two_runs_cannot_write_one_file(batch, refused, tmp_path):
