@@ -125,13 +125,15 @@ def run(options) -> int:
         with _status(f"loading {options.model or models.DEMO_NAME}"):
             model, tokenizer = models.load(found, say=say)
         who = {"model": models.fingerprint(model), "tokenizer": tokenizer}
-        cache, ids = None, None
+        cache: Any = None
+        ids: Any = None
         if options.resume:
             cache, ids = _resume(model, cards, where, who)
             closing.enter_context(cache)
         turns: list[_Turn] = []
         for text in _turns(options, prompt):
             if ids is None:
+                assert text is not None
                 # A text without an answer waits for more: the turn of the answer is not opened.
                 ids = _tokens(model, tokenizer, text, options.raw, bool(options.max_new_tokens))
             else:
@@ -146,7 +148,7 @@ def run(options) -> int:
             if text is not None and not options.chat:
                 say(_echo(text))
             ids = _answer(model, tokenizer, cache, ids, text, options, turns)
-        if cache is None:
+        if not turns:
             return 0
         figures = _figures(cache, turns)
         if options.json:
