@@ -280,6 +280,42 @@ def test_lines_that_do_not_say_how_long_get_what_is_usual(batch, tmp_path, url, 
         )
 
 
+@pytest.mark.model
+def test_the_demo_model_answers_a_file_as_it_answers_each_line(capsys, tmp_path, rounded_cache):
+    from nearkv.hf import models
+
+    model, tokenizer = models.load()
+    model.set_attn_implementation("sdpa")
+    model.generation_config.max_length = None
+    system = "You are a helpful assistant who answers in one short sentence. " * 12
+    questions = ["What is the capital of France?", "Why is the sky blue?", "Name three colours."]
+    lines, expected = [], {}
+    for n, question in enumerate(questions):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        out = model.generate(
+            **ids, past_key_values=rounded_cache(model.config), do_sample=False, max_new_tokens=12
+        )
+        new = out[0, ids["input_ids"].shape[1] :]
+        expected[str(n)] = tokenizer.decode(new, skip_special_tokens=True)
+        body = {"messages": messages, "max_tokens": 12, "temperature": 0}
+        lines.append({"custom_id": str(n), "url": "/v1/chat/completions", "body": body})
+    _write(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    assert cli.main(["batch", str(tmp_path / "in.jsonl"), str(output)]) == 0
+    assert " that others had read; KV written" in capsys.readouterr().err
+    records = _read(output)
+    said = {
+        name: record["response"]["body"]["choices"][0]["message"]["content"]
+        for name, record in records.items()
+    }
+    assert said == expected
+    (model_name,) = {record["response"]["body"]["model"] for record in records.values()}
+    assert model_name == models.DEMO_NAME
+
+
 # --- lines that cannot be answered ------------------------------------------------------------------
 
 
