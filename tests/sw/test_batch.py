@@ -10,12 +10,17 @@ import signal
 import subprocess
 import sys
 
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nearkv import cli
 from nearkv.batch.engine import Engine
+from nearkv.batch.prefixes import shared_prefixes
+from nearkv.batch.results import Results, Run
 from nearkv.io import FlashError, PageId
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -399,17 +404,62 @@ def test_a_chat_needs_a_template(batch, tiny_model):
     assert results["y"]["error"] is None
 
 
-def test_a_name_that_two_lines_have_is_answered_once(batch):
+def test_a_name_that_two_lines_have_is_answered_once(batch, tmp_path):
     code, results, _ = batch([_line("a", [9]), _line("a", [10]), "", " ", _line("b", [10])])
     assert code == 1
-    assert len(results) == 2
-    # `_read` keeps the last of a name.
+    assert results.keys() == {"a", "b"}
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    mine = sorted((one for one in answers if one["custom_id"] == "a"), key=lambda one: one["id"])
+    assert mine[0]["error"] is None
+    assert mine[1]["error"]["message"] == "custom_id 'a' is that of line 1 too"
 
 
 def test_a_line_for_another_model_is_answered_and_told(batch, chat_model):
     _, results, err = batch([_line("a", [9], model="gpt-4"), _line("b", [9], model=chat_model)])
     assert f"note: lines that ask for the model 'gpt-4' are answered by {chat_model}" in err
     assert results["a"]["response"]["body"]["model"] == chat_model
+
+
+# --- prefixes ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.integers(0, 4),
+)
+def test_prefixes_are_shared_and_come_behind_what_they_begin_with(prompts, unit, deepest):
+    prompts = [np.array(one, np.int32) for one in prompts]
+    found = shared_prefixes(prompts, unit, deepest)
+    path = []
+    for prefix in found:
+        del path[prefix.depth :]
+        assert len(path) == prefix.depth <= deepest
+        assert prefix.length % unit == 0
+        whole = prompts[prefix.of][: prefix.length]
+        assert len(whole) == prefix.length
+        for shorter, tokens in path:
+            assert shorter < prefix.length
+            assert (whole[:shorter] == tokens).all()
+        path.append((prefix.length, whole))
+        for member in prefix.members:
+            assert len(prompts[member]) > prefix.length
+            assert (prompts[member][: prefix.length] == whole).all()
+        sharing = [one for one in prompts if [*one[: prefix.length]] == [*whole]]
+        assert len(sharing) >= 2 or not prefix.depth
+        lengths = [len(prompts[member]) for member in prefix.members]
+        assert lengths == sorted(lengths)
+    assert sorted(member for prefix in found for member in prefix.members) == [*range(len(prompts))]
+
+
+def test_all_that_two_prompts_share_is_found():
+    root, branch = [1] * 8, [2] * 4
+    prompts = [[*root, 3], [*root, *branch, 4], [*root, *branch, 5, 6], [7], [*root, 8, 9]]
+    found = shared_prefixes([np.array(one, np.int32) for one in prompts], 4, 7)
+    assert [(one.length, one.depth, one.members) for one in found] == [
+        (0, 0, [3]), (8, 1, [0, 4]), (12, 2, [1, 2]),
+    ]  # fmt: skip
+    assert shared_prefixes([], 4, 7) == []
 
 
 # --- whatever interrupts it -------------------------------------------------------------------------
@@ -497,6 +547,24 @@ def test_behind_twenty_kills_every_line_is_there_once_and_as_without(batch, chat
     before = output.read_bytes()
     assert batch(None, output=output)[0] == 1
     assert output.read_bytes() == before
+
+
+def test_whatever_a_loss_of_power_leaves_is_cut_at_the_last_whole_line(tmp_path):
+    path, run = tmp_path / "out.jsonl", Run("0" * 8, "1" * 8, "2" * 8)
+    with Results(path) as results:
+        results.begin(run)
+        for line in (3, 1):
+            results.write({line: {"id": run.id(line), "custom_id": "é", "error": None}})
+    whole = path.read_bytes()
+    n_first = whole.index(b"\n") + 1
+    for end in range(len(whole) + 1):
+        for more in (b"", bytes(9)):  # a file may have grown before its bytes arrived
+            path.write_bytes(whole[:end] + more)
+            with Results(path) as results:
+                results.begin(run)
+                n_lines = (end >= n_first) + (end == len(whole))
+                assert results.done == {*(3, 1)[:n_lines]}
+            assert path.read_bytes() == (b"", whole[:n_first], whole)[n_lines]
 
 
 def test_whatever_is_left_of_the_last_line_is_cut_and_computed_again(batch, tmp_path):

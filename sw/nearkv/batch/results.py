@@ -207,8 +207,9 @@ def _id_of(line: bytes) -> tuple[Run, int, bool] | None:
 
 
 def _may_be_torn(line: bytes) -> bool:
-    """Whether this may be what a loss of power left of a line: its beginning, or nothing yet."""
-    return line.startswith(_BEGIN[: len(line)]) or not line.strip(b"\0")
+    """Whether this may be what a loss of power left of a line: its beginning, and zeros for the rest."""
+    text = line.rstrip(b"\0")
+    return text.startswith(_BEGIN[: len(text)])
 
 
 def _sync_directory(path: Path) -> None:
