@@ -20,7 +20,8 @@ _ONLY_CACHE = ("torch", "transformers")
 # Those that are there for what only simulation or torch can do: loaded by name, when asked for.
 _ON_DEMAND = (
     "nearkv.bench.", "nearkv.measure", "nearkv.cards.pynq", "nearkv.hf.attention", "nearkv.hf.cache",
-    "nearkv.hf.layer", "nearkv.hf.state", "nearkv.hf.support",
+    "nearkv.hf.layer", "nearkv.hf.state", "nearkv.hf.support", "nearkv.batch.engine",
+    "nearkv.batch.memory", "nearkv.batch.sampling",
 )  # fmt: skip
 # Who may import whom: a package sees itself and what stands before it.
 _PACKAGES = ("nearkv_hw", "nearkv_sim", "nearkv")
@@ -67,7 +68,7 @@ def test_imports_run_from_gateware_to_simulation_to_host_and_never_back():
 
 def test_parts_of_the_host_import_only_what_stands_before_them():
     for at, part in enumerate(_PARTS):
-        commands = ("bench", "cli", "doctor", "measure", "plan", "selftest")
+        commands = ("batch", "bench", "cli", "doctor", "measure", "plan", "selftest")
         later = {f"nearkv.{name}" for name in (*_PARTS[at + 1 :], *commands)}
         for path in (_ROOT / part).rglob("*.py"):
             names = {".".join(name.split(".")[:2]) for name in _imported(path, _ROOT)}
