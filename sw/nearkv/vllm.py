@@ -12,8 +12,8 @@ with a default, are `additional_config={"nearkv": {...}}` or environment variabl
 
 All that knows vLLM's insides is in this file, and it knows one minor version of them.
 
-What has never been run: everything on CUDA. It is written for it (`HostCopies`), and its tests run on
-tensors of the CPU.
+What has never been run: everything on CUDA. It is written for it (`attention.blocks.HostCopies`, and
+prompts are attended on the device), and its tests run on tensors of the CPU.
 """
 
 from collections.abc import Iterable
@@ -146,13 +146,17 @@ class Settings:
                 continue
             if name in ("directory", "card"):
                 if isinstance(value, (str, os.PathLike)):
-                    value = str(value).split(":" if name == "directory" and name not in given else ",")
+                    value = str(value).split(
+                        ":" if name == "directory" and name not in given else ","
+                    )
                 value = [str(one) for one in value]
             elif name != "kv_dtype":
                 try:
                     value = int(value)
                 except (TypeError, ValueError):
-                    raise ValueError(f"nearkv: {name} is a number of bytes, not {value!r}") from None
+                    raise ValueError(
+                        f"nearkv: {name} is a number of bytes, not {value!r}"
+                    ) from None
             values[name] = value
         return cls(**values)
 
@@ -341,7 +345,9 @@ class Impl(AttentionImpl[Batch]):
             "soft-capped scores": logits_soft_cap,
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
             "layers that share K and V": kv_sharing_target_layer_name,
-            f"KV cache of the type {kv_cache_dtype}": kv_cache_dtype.startswith(("fp8", "int", "nv")),
+            f"KV cache of the type {kv_cache_dtype}": kv_cache_dtype.startswith(
+                ("fp8", "int", "nv")
+            ),
             **{name: value for name, value in more.items() if value is not None},
         }
         for what, value in wanted.items():
@@ -443,11 +449,14 @@ def _hook_workers() -> None:
 
         workers.append(CPUWorker)
     for worker in workers:
-        for name, hook in (("execute_model", _execute_model), ("determine_available_memory", _memory)):
+        for name, hook in (
+            ("execute_model", _execute_model),
+            ("determine_available_memory", _memory),
+        ):
             method = worker.__dict__.get(name)
             if method is not None and not hasattr(method, "nearkv"):
                 hooked = hook(method)
-                hooked.nearkv = True
+                vars(hooked)["nearkv"] = True
                 setattr(worker, name, hooked)
 
 

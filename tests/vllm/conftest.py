@@ -16,7 +16,11 @@ START_S = 600  # a start takes a minute, and longer on a machine that does other
 
 def environment(nearkv: bool, **more) -> dict[str, str]:
     """Of a process with vLLM."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "NEARKV"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VLLM_", "NEARKV"))
+    }
     return kept | {
         "NEARKV": "on" if nearkv else "off",
         "HF_HUB_OFFLINE": "1",

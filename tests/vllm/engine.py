@@ -18,9 +18,9 @@ import sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or the pool would be in another process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm import LLM, SamplingParams  # noqa: E402, the environment first
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.worker.gpu_worker import Worker
 
 resumed: list[str] = []
 

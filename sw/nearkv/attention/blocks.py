@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass, field
 import errno
+import tempfile
 from typing import NamedTuple
 import weakref
 
@@ -119,6 +120,43 @@ class Figures:
     blocks_read: int = 0  # back into host memory
 
 
+class HostCopies:
+    """Tensors of a device in host memory, copied by a stream of their own.
+
+    The buffers are pinned and used again: what a call gave is good until the next. Tensors that are in
+    host memory stay where they are.
+
+    Never run on a GPU yet.
+    """
+
+    def __init__(self):
+        self._stream: torch.cuda.Stream | None = None
+        self._buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The same elements, in host memory when this returns."""
+        if all(x.device.type == "cpu" for x in tensors):
+            return [*tensors]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensors[0].device)
+        self._stream.wait_stream(torch.cuda.current_stream(tensors[0].device))
+        copies = []
+        with torch.cuda.stream(self._stream):
+            for number, x in enumerate(tensors):
+                copies.append(self._room(number, x).copy_(x, non_blocking=True))
+                x.record_stream(self._stream)
+        self._stream.synchronize()
+        return copies
+
+    def _room(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        key = number, x.dtype
+        have = self._buffers.get(key)
+        if have is None or have.numel() < x.numel():
+            pin = x.device.type == "cuda"
+            have = self._buffers[key] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=pin)
+        return have[: x.numel()].view(x.shape)
+
+
 class BlockPool:
     """K and V of an engine's blocks. Of one thread.
 
@@ -190,7 +228,7 @@ class BlockPool:
                 check_card(one, layout)
             self.store = opened.enter_context(
                 KvStore(
-                    _directory(directory),
+                    tempfile.gettempdir() if directory is None else directory,
                     layout,
                     n_kv_heads,
                     temporary=True,
@@ -220,6 +258,7 @@ class BlockPool:
         self._rows: dict[bytes, int] = {}  # sequences of the store, by versions of their blocks
         self._may_write = True
         self._groups: list[Group] = []
+        self._on_host = HostCopies()
         self._slots = torch.zeros(0, dtype=torch.int64)
         self._finalizer = weakref.finalize(self, self._closing.close)
 
@@ -293,9 +332,10 @@ class BlockPool:
         ValueError
             If one of them is Inf or NaN, or too large for the KV type.
         """
-        kinds = TORCH_TYPES[self.layout.kv_type]
-        for name, mine, new in zip("KV", self._kv, (k, v), strict=True):
-            new = new.detach().to("cpu", kinds)
+        kv_type = TORCH_TYPES[self.layout.kv_type]
+        here = self._on_host(k.detach(), v.detach())
+        for name, mine, new in zip("KV", self._kv, here, strict=True):
+            new = new.to(kv_type)
             if not torch.isfinite(new).all():
                 bf16 = "" if self.layout.kv_type == KvType.BF16 else ", or it needs kv_dtype bf16"
                 raise ValueError(
@@ -330,14 +370,16 @@ class BlockPool:
             If pages cannot be read, or a card does not succeed.
         """
         out = torch.empty_like(q) if out is None else out
+        if not any(self._is_many(group, q.shape[1]) for group in self._groups):
+            # A few rows cost less on the host than a way to the device and back.
+            [q] = self._on_host(q)
         for group in self._groups:
             n_rows, n_new = group.tokens.shape
             mine = q[group.tokens.reshape(-1)]
             # Rows, kv heads, query heads of a group, their tokens, channels.
             mine = mine.view(n_rows, n_new, self.n_kv_heads, -1, self.head_dim)
             mine = mine.permute(0, 2, 3, 1, 4)
-            many = mine.shape[2] * n_new > self._host_rows
-            # A few rows cost less on the host than a way to the device and back.
+            many = self._is_many(group, q.shape[1])
             mine = mine.float() if many else mine.float().cpu()
             mine = torch.nn.functional.pad(mine, (0, self.layout.head_dim - self.head_dim))
             if self.windows[layer] is None and group.has_pages:
@@ -613,6 +655,10 @@ class BlockPool:
             size,
         )
 
+    def _is_many(self, group: Group, n_q_heads: int) -> bool:
+        """Whether there are so many query rows that the host attends to pages itself."""
+        return n_q_heads // self.n_kv_heads * group.n_new > self._host_rows
+
     def _attend_both(self, layer, group: Group, q, scale: float, many: bool) -> torch.Tensor:
         """Pages and tail: (n_rows, n_kv_heads, group, n_new, channels)."""
         if many:
@@ -646,14 +692,6 @@ class BlockPool:
             x[layer].view(-1, self.n_kv_heads, self.layout.head_dim)[group.at] for x in self._kv
         )
         return _attend(q, k, v, group.hidden(self.windows[layer]), scale)
-
-
-def _directory(directory):
-    if directory is not None:
-        return directory
-    import tempfile
-
-    return tempfile.gettempdir()
 
 
 def _attend(q, k, v, hidden: torch.Tensor | None, scale: float):
