@@ -19,7 +19,6 @@ prompts are attended on the device), and its tests run on tensors of the CPU.
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 import functools
-import logging
 import os
 from pathlib import Path
 import shutil
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 import vllm
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -53,7 +53,7 @@ from nearkv_hw.abi import PageLayout, check_page_tokens
 
 from .attention.blocks import HOST_BYTES, BlockPool
 
-log = logging.getLogger("nearkv")
+log = init_logger("vllm.nearkv")  # a name whose messages vLLM prints
 
 VERSION = "0.32"
 PAGE_TOKENS = 128

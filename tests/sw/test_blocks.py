@@ -13,6 +13,7 @@ from nearkv.io import FlashError
 from nearkv_hw.number import error_bound
 
 LAYERS, HEADS, GROUP, DIM, SIZE = 2, 2, 3, 32, 32
+N_TOKENS, N_POSITIONS = 1000, 3000
 SCALE = DIM**-0.5
 
 
@@ -51,16 +52,18 @@ class Engine:
         self.done: dict[int, int] = {}  # tokens in blocks
         self.blocks: dict[int, list[int]] = {}
         self.owners: dict[int, int] = {}
+        self.tables: dict[tuple[int, int], np.ndarray] = {}
         self.head_dim = pool.head_dim
 
     def kv(self, layer: int, tokens: list[int], first: int, which: int) -> np.ndarray:
-        rows = [
-            np.random.default_rng([layer, which, token, first + i]).standard_normal(
-                (HEADS, self.head_dim), np.float32
-            )
-            for i, token in enumerate(tokens)
-        ]
-        return np.stack(rows).astype(np.float16).astype(np.float32)
+        key = layer, which
+        if key not in self.tables:
+            rng = np.random.default_rng(key)
+            shape = (2, max(N_TOKENS, N_POSITIONS), HEADS, self.head_dim)
+            self.tables[key] = rng.standard_normal(shape, np.float32)
+        of_token, of_position = self.tables[key]
+        rows = of_token[tokens] + of_position[first : first + len(tokens)]
+        return rows.astype(np.float16).astype(np.float32)
 
     def start(self, name: int, tokens: list[int], like: int | None = None, n_shared: int = 0):
         """A sequence, whose first blocks are those of another one."""
@@ -150,7 +153,7 @@ def _error(q, k, v, out) -> float:
 
 
 def _tokens(rng, count):
-    return rng.integers(0, 1000, count).tolist()
+    return rng.integers(0, N_TOKENS, count).tolist()
 
 
 def _settle(pool):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.vllm
 REL_L2_BOUND = 6e-5
 LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text()
 
