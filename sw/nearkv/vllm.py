@@ -348,7 +348,7 @@ class Impl(AttentionImpl[Batch]):
             f"KV cache of the type {kv_cache_dtype}": kv_cache_dtype.startswith(
                 ("fp8", "int", "nv")
             ),
-            **{name: value for name, value in more.items() if value is not None},
+            **{name: value is not None for name, value in more.items()},
         }
         for what, value in wanted.items():
             if value:
