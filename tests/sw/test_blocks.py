@@ -73,6 +73,13 @@ class Engine:
         for block in self.blocks[name]:
             self.owners[block] += 1
 
+    def allocate(self, name: int, end: int) -> None:
+        """Blocks for so many tokens."""
+        while len(self.blocks[name]) * SIZE < end:
+            block = self.free.pop(int(self.rng.integers(len(self.free))))
+            self.blocks[name].append(block)
+            self.owners[block] = 1
+
     def stop(self, name: int, release: bool = True) -> list[int]:
         """The sequence is gone; which blocks are free now."""
         gone = []
@@ -90,11 +97,7 @@ class Engine:
         """New tokens of some sequences, attended in every layer: the largest error over its bound."""
         rows = list(lengths)
         for name in rows:
-            end = self.done[name] + lengths[name]
-            while len(self.blocks[name]) * SIZE < end:
-                block = self.free.pop(int(self.rng.integers(len(self.free))))
-                self.blocks[name].append(block)
-                self.owners[block] = 1
+            self.allocate(name, self.done[name] + lengths[name])
         tables = np.zeros((len(rows), max(len(self.blocks[name]) for name in rows)), np.int64)
         for i, name in enumerate(rows):
             tables[i, : len(self.blocks[name])] = self.blocks[name]
@@ -238,6 +241,23 @@ def test_a_prefix_is_attended_before_and_after_it_is_on_flash(pool_of):
     _settle(pool)
     assert engine.step({1: 4}) <= 1
     assert pool.n_stored == 2
+
+
+def test_rows_share_blocks_that_are_written_in_the_same_batch(pool_of):
+    """An engine knows what a block will hold as soon as somebody has it."""
+    pool = pool_of()
+    engine = Engine(pool, 13)
+    prefix = _tokens(engine.rng, 3 * SIZE)
+    engine.start(0, prefix + _tokens(engine.rng, 20))
+    assert engine.step({0: SIZE + 5}) <= 1
+    engine.allocate(0, 3 * SIZE)  # of which one has some tokens, and one none
+    engine.start(1, prefix + _tokens(engine.rng, 30), like=0, n_shared=3)
+    assert engine.step({1: 4, 0: 2 * SIZE}) <= 1
+    _settle(pool)
+    assert engine.step({1: 4, 0: 1}) <= 1
+    _settle(pool)
+    assert engine.step({1: 4, 0: 1}) <= 1
+    assert pool.n_stored == 3
 
 
 def test_windows_are_attended_beside_layers_that_see_all(pool_of):

@@ -54,6 +54,12 @@ def run_engines(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vllm_environment() -> dict[str, str]:
+    """Of a process with vLLM over nearkv."""
+    return environment(True)
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> str:
     from nearkv.hf import models
 

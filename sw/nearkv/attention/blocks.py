@@ -282,7 +282,7 @@ class BlockPool:
         tables : ints (n_rows, at least the blocks of the longest)
             The blocks of each row, those of its new tokens included.
         contexts : ints (n_rows,)
-            Tokens that a row has in its blocks.
+            Tokens that a row has in its blocks. Some may be written in this very batch, by another row.
         lengths : ints (n_rows,)
             Tokens that are new, at least 1. They lie row by row in the batch.
 
@@ -298,14 +298,18 @@ class BlockPool:
         size = self.layout.page_tokens
         self._settle()
         full, ends = contexts // size, contexts + lengths
-        self._spill(tables, full)
         row = np.repeat(np.arange(len(lengths)), lengths)
         within = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         position = contexts[row] + within
         blocks, token = tables[row, position // size], position % size
+        self._spill(tables, full, blocks)
         self._renew(blocks[token == 0])
-        self._check(tables, contexts)
+        # Nobody else writes to a block that a row goes on with.
+        own = tables[np.arange(len(full)), full]
+        self._check(contexts, own[:, None], np.array([contexts % size]).T)
         np.maximum.at(self._fill, blocks, token + 1)
+        column = np.arange(int(full.max(initial=0)))
+        self._check(contexts, tables[:, : len(column)], (column < full[:, None]) * size)
         n_pages = self._stored_from_the_first(tables, full)
         first = self._first_in_memory(tables, contexts, ends, n_pages)
         self._slots = torch.from_numpy(self._buffer[blocks] * size + token)
@@ -485,28 +489,27 @@ class BlockPool:
         self._kv = grown[0], grown[1]
         self._free.extend(range(have + more - 1, have - 1, -1))
 
-    def _check(self, tables: np.ndarray, contexts: np.ndarray) -> None:
-        """Raise unless every block of a context was written as far as the context goes."""
-        size = self.layout.page_tokens
-        column = np.arange(-(-int(contexts.max(initial=0)) // size))
-        needed = np.clip(contexts[:, None] - column * size, 0, size)
-        missing = self._fill[tables[:, : len(column)]] < needed
+    def _check(self, contexts: np.ndarray, blocks: np.ndarray, needed: np.ndarray) -> None:
+        """Raise unless in blocks (n_rows, n) so many tokens (n_rows, n) were written."""
+        missing = self._fill[blocks] < needed
         if missing.any():
             row, at = np.argwhere(missing)[0]
             raise RuntimeError(
-                f"row {row} has {contexts[row]} tokens, but of its block {tables[row, at]} only "
-                f"{self._fill[tables[row, at]]} were written; the engine and nearkv have come apart"
+                f"row {row} has {contexts[row]} tokens, but of its block {blocks[row, at]} only "
+                f"{self._fill[blocks[row, at]]} were written; the engine and nearkv have come apart"
             )
 
     # --- to flash ---------------------------------------------------------------------------------
 
-    def _spill(self, tables: np.ndarray, full: np.ndarray) -> None:
-        """Begin to write the blocks that contexts fill.
+    def _spill(self, tables: np.ndarray, full: np.ndarray, written: np.ndarray) -> None:
+        """Begin to write the blocks that contexts fill, but for those that are written in this batch.
 
         Not before: an engine that speculates writes tokens which it takes back.
         """
         column = np.arange(int(full.max(initial=0)))
-        due = (self._state[tables[:, : len(column)]] == FILLING) & (column < full[:, None])
+        ready = self._state == FILLING
+        ready[written] = False
+        due = ready[tables[:, : len(column)]] & (column < full[:, None])
         for row in np.flatnonzero(due.any(axis=1)):
             columns = np.flatnonzero(due[row])
             for run in np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1):
