@@ -2,7 +2,8 @@
 """Runs engines of vLLM one after the other: python engine.py IN.json OUT.json
 
 IN    a list of {"llm": arguments of LLM, "rounds": [[[prompt token ids, max_tokens], ..], ..]}
-OUT   for each a dict: "rounds", of each prompt {"tokens", "logprobs" (of the chosen tokens), "cached"};
+OUT   for each a dict: "rounds", of each prompt {"tokens", "logprobs" (of the chosen tokens), "best" (of the best
+      five, by token), "cached"};
       "resumed", how many requests were taken up again after a preemption; and of nearkv's pool, if that
       is on, what it holds at the end
 
@@ -38,7 +39,7 @@ def _run(llm: LLM, prompts: list) -> list[dict]:
         [{"prompt_token_ids": ids} for ids, _ in prompts],
         [
             SamplingParams(
-                temperature=0, max_tokens=n, logprobs=1, ignore_eos=True, detokenize=False
+                temperature=0, max_tokens=n, logprobs=5, ignore_eos=True, detokenize=False
             )
             for _, n in prompts
         ],
@@ -52,6 +53,10 @@ def _run(llm: LLM, prompts: list) -> list[dict]:
                 for token, step in zip(
                     one.outputs[0].token_ids, one.outputs[0].logprobs, strict=True
                 )
+            ],
+            "best": [
+                {token: entry.logprob for token, entry in step.items()}
+                for step in one.outputs[0].logprobs
             ],
             "cached": one.num_cached_tokens,
         }

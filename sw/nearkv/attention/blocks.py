@@ -698,7 +698,7 @@ class BlockPool:
 
 
 def _attend(q, k, v, hidden: torch.Tensor | None, scale: float):
-    """Attention in float32, on q's device.
+    """Attention in float32, on q's device. Every query sees something.
 
     Parameters
     ----------
@@ -711,8 +711,20 @@ def _attend(q, k, v, hidden: torch.Tensor | None, scale: float):
     -------
     out : float32, like q
     lse : float32 (n_rows, n_kv_heads, group, n_new)
-        Natural logarithm of the sum of exponentials; -inf where nothing is seen.
+        Natural logarithm of the sum of exponentials.
     """
+    if hidden is None and q.device.type == "cpu":
+        # torch's own kernel, which gives the logarithm on CPUs only: nearly twice as fast. It takes
+        # channels to be contiguous, which K of a page is not, and does not check.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.flatten(2, 3), *(x.float().transpose(1, 2).contiguous() for x in (k, v)), scale=scale
+        )
+        return out.reshape(q.shape), lse.reshape(q.shape[:4])
+    return _attend_in_steps(q, k, v, hidden, scale)
+
+
+def _attend_in_steps(q, k, v, hidden: torch.Tensor | None, scale: float):
+    """The same on any device, with or without a mask, some queries at a time."""
     n_rows, n_heads, group, n_new, channels = q.shape
     keys = k.to(q.device, torch.float32).permute(0, 2, 3, 1)
     values = v.to(q.device, torch.float32).transpose(1, 2)
@@ -725,11 +737,11 @@ def _attend(q, k, v, hidden: torch.Tensor | None, scale: float):
         if hidden is not None:
             mask = hidden[:, at : at + step].to(q.device)[:, None, None]
             scores.masked_fill_(mask, -torch.inf)
-        largest = scores.amax(-1, keepdim=True).clamp_(min=-1e30)  # also where nothing is seen
+        largest = scores.amax(-1, keepdim=True)
         p = scores.sub_(largest).exp_()
         total = p.sum(-1)
         sums = torch.matmul(p.flatten(2, 3), values).view(some.shape)
-        out[:, :, :, at : at + step] = sums / total.clamp(min=1e-30)[..., None]
+        out[:, :, :, at : at + step] = sums / total[..., None]
         lse[:, :, :, at : at + step] = largest[..., 0] + total.log()
     return out, lse
 
@@ -737,6 +749,5 @@ def _attend(q, k, v, hidden: torch.Tensor | None, scale: float):
 def _merge(one, other):
     """`nearkv.merge` of two parts, in torch: each (out, lse)."""
     lse = torch.logaddexp(one[1], other[1])
-    shift = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
-    weights = [(part[1] - shift).exp()[..., None] for part in (one, other)]
+    weights = [(part[1] - lse).exp()[..., None] for part in (one, other)]
     return one[0] * weights[0] + other[0] * weights[1], lse
