@@ -344,7 +344,7 @@ class WriteMaster(wiring.Component):
             with m.State("Take Span"):
                 m.d.comb += [
                     self.spans.ready.eq(1),
-                    self.idle.eq(~self.spans.valid & (waiting == 0) & ~queue.o.valid),
+                    self.idle.eq(~self.spans.valid & (waiting == 0) & (queue.level == 0)),
                 ]
                 m.d.sync += [address.eq(self.spans.p.address), left.eq(self.spans.p.beats)]
                 with m.If(self.spans.valid):

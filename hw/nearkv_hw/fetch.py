@@ -278,7 +278,7 @@ class KvFetch(wiring.Component):
 
     def _inspect(self, m, master, passes, blocks):
         """Follow the beats: queue them, find exponents, check CRCs."""
-        m.submodules.beats = beats = Queue(BEAT_BITS, self._depth + 1, ram="ultra")
+        m.submodules.beats = beats = Queue(BEAT_BITS, self._depth, ram="ultra")
         wiring.connect(m, beats.o, wiring.flipped(self.o_beat))
 
         # Stage 0: place of the beat in its pass.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fetch loses no beat and no block."""
 
-from amaranth import Mux
+from amaranth import Array, Mux
 
 from nearkv_hw import fetch
 from nearkv_hw.fetch import Block, KvFetch, Pass
@@ -102,12 +102,18 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
     announce = passes.i.valid & passes.i.ready
     announced = small_product(passes.i.p.rows, passes.i.p.blocks)
     due = 0
-    for place, (pass_, there) in enumerate(b.entries(dut, "passes", Pass)):
+    produce, consume, take = (dut.inside(f"passes.{n}") for n in ("produce", "consume", "take"))
+    entries = list(b.entries(dut, "passes", Pass))
+    products = [b.ghost(12, "pass_beats") for _ in entries]
+    for place, ((pass_, there), beats) in enumerate(zip(entries, products, strict=True), -1):
         b.claim((pass_.rows != 0) & (pass_.rows <= 256) & (pass_.blocks != 0) & (pass_.blocks <= 8),
                 when=there)  # fmt: skip
-        beats = b.ghost(12, "pass_beats")
-        with m.If(announce & (dut.named("passes.fifo.produce") == place)):
-            m.d.sync += beats.eq(announced)
+        if place < 0:  # at the output
+            with m.If(take):
+                m.d.sync += beats.eq(Array(products[1:])[consume])
+        else:
+            with m.If(announce & (produce == place)):
+                m.d.sync += beats.eq(announced)
         b.claim(beats == small_product(pass_.rows, pass_.blocks), when=there)
         due += Mux(there, beats, 0)
     now, row, block = passes.o, dut.inside("row"), dut.inside("block")
