@@ -33,7 +33,7 @@ class Mutant:
 
 MUTANTS = (
     # --- bus
-    Mutant("axi.py", "reserved + beats <= self._depth", "reserved + beats <= self._depth + 1",
+    Mutant("axi.py", "fits.eq((beats <= room) & may_fly)", "fits.eq((beats <= room + 1) & may_fly)",
            "credit: a burst one beat longer than the room"),
     Mutant("axi.py", "to_boundary < self._max_burst, to_boundary,", "0, to_boundary,",
            "read bursts ignore the 4096-byte boundary"),
@@ -44,7 +44,7 @@ MUTANTS = (
     Mutant("axi.py", "ap_done.eq(0),", "ap_done.eq(ap_done),", "ap_done is not cleared on read"),
     Mutant("axi.py", "with m.If(ap_start & ~busy):", "with m.If(ap_start):",
            "a start while busy starts again"),
-    Mutant("axi.py", "& (flying != OUTSTANDING_BURSTS)", "& 1",
+    Mutant("axi.py", "may_fly = flying != OUTSTANDING_BURSTS", "may_fly = 1",
            "more reads under way than announced"),
     Mutant("axi.py", "& (waiting != OUTSTANDING_BURSTS)", "& ~waiting.all()",
            "more writes under way than announced"),

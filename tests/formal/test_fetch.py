@@ -76,6 +76,9 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
     issuing = Mux(dut.state("master.Issue Burst"), dut.inside("master.beats"), 0)
     b.claim(reserved == on_the_way + places[0].valid + beats.level + issuing)
     b.claim(reserved <= depth)
+    room, fits = dut.inside("master.room"), dut.inside("master.fits")
+    b.claim(room <= depth)
+    b.claim(dut.inside("master.beats") <= room, when=fits & dut.state("master.Reserve"))
     b.claim_queue(dut, "beats")
 
     # Blocks: announced, on the way through the pipeline, queued.

@@ -102,6 +102,8 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     b.claim(due == waiting_beats + Mux(idle, 0, master[0]) + on_the_way + beats.level)
     b.claim(master[2] == on_the_way + beats.level + Mux(issuing, master[1], 0))
     b.claim(master[2] <= beats.depth)
+    b.claim(master[1] <= dut.inside("master.room"),
+            when=dut.inside("master.fits") & dut.state("master.Reserve"))  # fmt: skip
     b.claim((master[0] != 0) | idle)
     b.claim((master[1] != 0) & (master[1] <= master[0]) & (master[1] <= 64),
             when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
