@@ -89,8 +89,8 @@ MUTANTS = (
            "largest exponent of the last two rows only"),
     Mutant("fetch.py", "(waiting.level <= self._lookahead)", "(waiting.level < self._lookahead)",
            "order: one K tile less ahead"),
-    Mutant("fetch.py", "Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2)",
-           "Mux(tile.tokens == 0, 1, tile.tokens - 1), tile.params.parts << LANES_LOG2)",
+    Mutant("fetch.py", "Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2",
+           "Mux(tile.tokens == 0, 1, tile.tokens - 1), tile.params.parts << LANES_LOG2",
            "V passes lose their last token"),
     # --- align
     Mutant("align.py", "Mux(distance > KV_BITS, KV_BITS, distance[: len(shift)])",

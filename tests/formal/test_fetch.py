@@ -32,7 +32,15 @@ def fetching(b, monkeypatch, n_passes: int, n_beats: int):
     b.assume(on_the_way != 0, when=dut.r.valid)
 
     b.claim(dut.states(fsm="order") & dut.states("master"))
-    b.claim(within(dut.inside("tile")), when=dut.state("Keep", "Announce", "Ask", fsm="order"))
+    b.claim(
+        within(dut.inside("tile")),
+        when=dut.state("Keep", "Measure", "Announce", "Ask", fsm="order"),
+    )
+    rows, n_blocks = dut.inside("rows"), dut.inside("n_blocks")
+    is_v, asked = dut.inside("is_v"), dut.inside("master").spans.p.beats
+    b.claim((rows != 0) & (rows <= Mux(is_v, 128, 256)) & (n_blocks != 0) & (n_blocks <= 8),
+            when=dut.state("Announce", "Ask", fsm="order"))  # fmt: skip
+    b.claim((asked != 0) & ((asked == rows) | ~is_v), when=dut.state("Ask", fsm="order"))
     b.claim(dut.inside("waiting").level <= 3, when=dut.state("Keep", fsm="order"))
     for kept, there in b.entries(dut, "waiting", Tile):
         b.claim(within(kept), when=there)
@@ -87,6 +95,9 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
         coming += stage.valid & stage.block_end
     b.claim(dut.inside("reserved") == announced - dut.inside("block") + coming + blocks.level)
     b.claim(dut.inside("reserved") <= blocks.depth)
+    room, fits = dut.inside("room"), dut.inside("fits")
+    b.claim(room <= blocks.depth)
+    b.claim(dut.inside("n_blocks") <= room, when=fits & dut.state("Announce", fsm="order"))
     b.claim_queue(dut, "blocks")
     b.prove(depth=1, reach=12)
 
