@@ -11,7 +11,8 @@ from nearkv_hw.jobs import Q_BANKS, JobInfo, JobReader
 from nearkv_hw.merge import PartialWriter
 
 READING = ("Read Page Entry", "Check Page", "Emit Tile")
-BEFORE_TILES = ("Check Job", "Ask Query", "Ask Pages", "Ask Next Job", "Read Query")
+CHECKING = ("Count Tiles", "Check Job")
+BEFORE_TILES = (*CHECKING, "Ask Query", "Ask Pages", "Ask Next Job", "Read Query")
 LEGAL = ("Ask Query", "Ask Pages", "Read Query", *READING)
 IN_JOB = (*BEFORE_TILES, *READING, "Report")
 
@@ -62,6 +63,7 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     b.claim(opened == ~tile.job_first, when=in_tiles)
     b.claim(tile.job_first, when=before_tiles)
     b.claim(info.legal, when=reader(*LEGAL))
+    b.claim(~info.legal, when=reader(*CHECKING))
     b.claim(info.legal == ended, when=reader("Report"))
 
     # Beats: asked for, less those used.
@@ -74,13 +76,13 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     job_asked = reader("Read Job") | ((in_tiles | reader("Read Query", "Report")) & (jobs != 0))
     due = query_due + Mux(table_asked, pages_due, 0) + job_asked
     b.claim(channel < head_dim, when=reader("Read Query"))
-    b.claim(
-        (head_dim != 0) & (head_dim <= 64), when=info.legal & before_tiles & ~reader("Check Job")
-    )
+    b.claim(dut.inside("last_channel") == (head_dim - 1)[:9],
+            when=before_tiles & ~reader("Count Tiles"))  # fmt: skip
+    b.claim(dut.inside("none_left") == (jobs == 0), when=~reader("Idle"))
+    b.claim((head_dim != 0) & (head_dim <= 64), when=info.legal & before_tiles)
     b.claim((channel == 0) & ~second, when=before_tiles & ~reader("Read Query"))
     b.claim(~second, when=reader("Read Query"))
-    b.claim((left != 0) & (left <= MAX_TILES),
-            when=info.legal & before_tiles & ~reader("Check Job"))  # fmt: skip
+    b.claim((left != 0) & (left <= MAX_TILES), when=info.legal & before_tiles)
     b.claim((left != 0) & (left <= MAX_TILES), when=reader("Read Page Entry"))
     b.claim(left <= MAX_TILES, when=in_tiles)
     issued = dut.ar.valid & dut.ar.ready
@@ -113,7 +115,7 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     waiting = b.counter(tiles & dut.o_tile.p.job_last, dut.q_free, bits=4, name="waiting")
     b.assume(waiting != 0, when=dut.q_free)
     taken = reader("Ask Pages", "Read Query", *READING) | (reader("Ask Next Job") & info.legal)
-    b.claim(dut.inside("q_used") == waiting + taken)
+    b.claim(dut.inside("q_used") == waiting + taken + dut.inside("q_freed"))
     b.claim(dut.inside("q_used") <= Q_BANKS)
     b.prove(depth=2, reach=16)
 
