@@ -230,6 +230,8 @@ def test_writer_sends_what_its_spans_announce_by_induction(bench):
     b.claim(elements == whole, when=state("Ask Header", "Write Header"))
     b.claim(elements == 0, when=~state("Write Elements", "Ask Header", "Write Header"))
     b.claim(job.legal, when=state("Ask Elements"))
+    for name, beats in (("Elements", whole), ("Header", 1), ("Summary", 2)):
+        b.claim(dut.inside("span").beats == beats, when=state(f"Ask {name}"))
     b.claim(dut.i_job.valid, when=state("Ask Elements", "Write Elements", "Ask Header",
                                         "Write Header"))  # fmt: skip
     known = dut.i_end.valid & dut.i_faults_k.valid & dut.i_faults_v.valid
