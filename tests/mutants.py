@@ -127,8 +127,6 @@ MUTANTS = (
     Mutant("products.py", "later[1].first | ~some | (there & (product > largest))",
            "later[1].first | ~some | (product > largest)",
            "tokens without a weight count for the largest product"),
-    Mutant("products.py", "present(later[0].out.block.params, row) & ~weight.none", "~weight.none",
-           "what lies in rows beyond the group counts for the largest product"),
     Mutant("products.py", "register(present(params, row) & ~weight.none & (field != 0)",
            "register(~weight.none & (field != 0)",
            "what lies in rows beyond the group counts for what is common"),
