@@ -73,7 +73,7 @@ def register() -> None:
     """
     if os.environ.get("NEARKV", "").lower() in ("off", "0"):
         return
-    check_version(vllm.__version__)
+    check_version(vllm.__version__)  # pyright: ignore[reportAttributeAccessIssue]: takes this file for vllm
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
