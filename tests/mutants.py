@@ -33,18 +33,18 @@ class Mutant:
 
 MUTANTS = (
     # --- bus
-    Mutant("axi.py", "reserved + beats <= self._depth", "reserved + beats <= self._depth + 1",
+    Mutant("axi.py", "fits.eq((beats <= room) & may_fly)", "fits.eq((beats <= room + 1) & may_fly)",
            "credit: a burst one beat longer than the room"),
     Mutant("axi.py", "to_boundary < self._max_burst, to_boundary,", "0, to_boundary,",
            "read bursts ignore the 4096-byte boundary"),
     Mutant("axi.py", "self.w.p.last.eq(sent == beats - 1)", "self.w.p.last.eq(sent == beats)",
            "WLAST one beat late"),
-    Mutant("axi.py", "idle.eq(~self.spans.valid & (waiting == 0) & ~queue.o.valid)",
-           "idle.eq(~self.spans.valid & ~queue.o.valid)", "done before the last write response"),
+    Mutant("axi.py", "idle.eq(~self.spans.valid & (waiting == 0) & (queue.level == 0))",
+           "idle.eq(~self.spans.valid & (queue.level == 0))", "done before the last write response"),
     Mutant("axi.py", "ap_done.eq(0),", "ap_done.eq(ap_done),", "ap_done is not cleared on read"),
     Mutant("axi.py", "with m.If(ap_start & ~busy):", "with m.If(ap_start):",
            "a start while busy starts again"),
-    Mutant("axi.py", "& (flying != OUTSTANDING_BURSTS)", "& 1",
+    Mutant("axi.py", "may_fly = flying != OUTSTANDING_BURSTS", "may_fly = 1",
            "more reads under way than announced"),
     Mutant("axi.py", "& (waiting != OUTSTANDING_BURSTS)", "& ~waiting.all()",
            "more writes under way than announced"),
@@ -95,8 +95,8 @@ MUTANTS = (
            "largest exponent of the last two rows only"),
     Mutant("fetch.py", "(waiting.level <= self._lookahead)", "(waiting.level < self._lookahead)",
            "order: one K tile less ahead"),
-    Mutant("fetch.py", "Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2)",
-           "Mux(tile.tokens == 0, 1, tile.tokens - 1), tile.params.parts << LANES_LOG2)",
+    Mutant("fetch.py", "Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2",
+           "Mux(tile.tokens == 0, 1, tile.tokens - 1), tile.params.parts << LANES_LOG2",
            "V passes lose their last token"),
     # --- align
     Mutant("align.py", "Mux(distance > KV_BITS, KV_BITS, distance[: len(shift)])",
