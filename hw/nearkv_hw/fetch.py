@@ -17,7 +17,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from . import abi, shapes
-from .axi import Burst, ReadBeat, ReadMaster
+from .axi import BEATS, Burst, ReadBeat, ReadMaster
 from .fifo import Queue, delay, stages
 from .jobs import Q_BANK, Q_BANKS, Faults, Params, Tile, small_product
 from .number import EXPONENT_BITS, EXPONENT_FLOOR, FIELD_BITS, KV_FORMATS, Q_EXPONENT_BITS
@@ -214,23 +214,38 @@ class KvFetch(wiring.Component):
         m.submodules.waiting = waiting = Queue(Tile, 4)  # tiles whose V pass is still to come
         tile = Signal(Tile)
         is_v = Signal()
-        spans_left, address = Signal(shapes.BLOCKS), Signal(shapes.ADDRESS)
+        # Rows of a block: channels of K, tokens of V. Measured before the pass is announced.
+        rows, n_blocks = Signal(shapes.ROWS), Signal(shapes.BLOCKS)
+        spans_left, address, beats = Signal(shapes.BLOCKS), Signal(shapes.ADDRESS), Signal(BEATS)
         # Short blocks could overrun the queue of blocks, which cannot push back: reserve room.
-        reserved, room, announce = Signal(range(blocks.depth + 1)), Signal(), Signal()
-        taken = Mux(announce, passes.i.p.blocks, 0)
-        m.d.sync += reserved.eq(reserved + taken - (self.o_block.valid & self.o_block.ready))
-        m.d.comb += [
-            room.eq(reserved + passes.i.p.blocks <= blocks.depth),
-            announce.eq(passes.i.valid & passes.i.ready),
+        room, freed = Signal(range(blocks.depth + 1), init=blocks.depth), Signal()
+        fits, announce = Signal(), Signal()
+        m.d.sync += [
+            freed.eq(self.o_block.valid & self.o_block.ready),
+            room.eq(room + freed - Mux(announce, n_blocks, 0)),
         ]
+        m.d.comb += announce.eq(passes.i.valid & passes.i.ready)
         self.probes |= {
-            "tile": tile, "is_v": is_v, "spans_left": spans_left, "reserved": reserved,
+            "tile": tile, "is_v": is_v, "spans_left": spans_left, "rows": rows,
+            "n_blocks": n_blocks, "room": room, "fits": fits,
+            "reserved": (blocks.depth - room - freed)[: len(room)],
         }  # fmt: skip
         k_blocks = Mux(
             tile.tokens == 0, 1, tile.tokens[LANES_LOG2:] + tile.tokens[:LANES_LOG2].any()
         )
-        # Rows of a block: channels of K, tokens of V.
-        rows = Mux(is_v, Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2)
+
+        def measure():
+            count = Mux(is_v, tile.params.parts, k_blocks)
+            m.d.sync += [
+                rows.eq(
+                    Mux(
+                        is_v, Mux(tile.tokens == 0, 1, tile.tokens), tile.params.parts << LANES_LOG2
+                    )
+                ),
+                n_blocks.eq(count),
+                fits.eq(count <= room),
+            ]
+
         with m.FSM(name="order"):
             with m.State("Choose"):
                 take_k = self.i_tile.valid & (waiting.level <= self._lookahead)
@@ -242,9 +257,13 @@ class KvFetch(wiring.Component):
                 with m.Elif(take_v & waiting.o.valid):
                     m.d.comb += waiting.o.ready.eq(1)
                     m.d.sync += [tile.eq(waiting.o.p), is_v.eq(1)]
-                    m.next = "Announce"
+                    m.next = "Measure"
             with m.State("Keep"):
                 m.d.comb += [waiting.i.p.eq(tile), waiting.i.valid.eq(1)]
+                measure()
+                m.next = "Announce"
+            with m.State("Measure"):
+                measure()
                 m.next = "Announce"
             with m.State("Announce"):
                 p = passes.i.p
@@ -256,21 +275,23 @@ class KvFetch(wiring.Component):
                 m.d.comb += [
                     p.is_v.eq(is_v),
                     p.rows.eq(rows),
-                    p.blocks.eq(Mux(is_v, tile.params.parts, k_blocks)),
+                    p.blocks.eq(n_blocks),
                     p.crc.eq(Mux(is_v, tile.crc_v, tile.crc_k)),
-                    passes.i.valid.eq(room),
+                    passes.i.valid.eq(fits),
                 ]
+                # K blocks lie behind one another; each V block is a column of the page.
                 m.d.sync += [
+                    fits.eq(n_blocks <= room),
                     address.eq(Mux(is_v, tile.v_address, tile.k_address)),
-                    spans_left.eq(Mux(is_v, tile.params.parts, 1)),
+                    spans_left.eq(Mux(is_v, n_blocks, 1)),
+                    beats.eq(Mux(is_v, rows, small_product(rows, n_blocks))),
                 ]
                 with m.If(announce):
                     m.next = "Ask"
             with m.State("Ask"):
-                # K blocks lie behind one another; each V block is a column of the page.
                 m.d.comb += [
                     master.spans.p.address.eq(address),
-                    master.spans.p.beats.eq(Mux(is_v, rows, small_product(rows, k_blocks))),
+                    master.spans.p.beats.eq(beats),
                     master.spans.valid.eq(1),
                 ]
                 with m.If(master.spans.ready):
@@ -283,7 +304,7 @@ class KvFetch(wiring.Component):
 
     def _inspect(self, m, master, passes, blocks):
         """Follow the beats: queue them, find exponents, check CRCs."""
-        m.submodules.beats = beats = Queue(BEAT_BITS, self._depth + 1, ram="ultra")
+        m.submodules.beats = beats = Queue(BEAT_BITS, self._depth, ram="ultra")
         wiring.connect(m, beats.o, wiring.flipped(self.o_beat))
 
         # Stage 0: place of the beat in its pass.

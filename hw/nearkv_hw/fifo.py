@@ -1,47 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queues between the stages."""
 
-from amaranth import Cat, Module, Signal
-from amaranth.lib import data, fifo, stream, wiring
+from amaranth import Cat, Module, Signal, Value
+from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from .primitives import UltraScalePlus
 
+# Ref: AMD UG901, "RAM_STYLE". A tool that cannot do so chooses by itself.
+_STYLES = {"lut": "distributed", "ultra": "ultra"}
+
 
 class Queue(wiring.Component):
     """First in, first out, with full stream rules on both sides.
+
+    `i.ready`, `o.valid` and, but for block RAM and UltraRAM, `o.payload` come out of registers: what
+    stands on either side has the cycle for itself.
 
     Parameters
     ----------
     shape : ShapeLike
         Payload.
     depth : int
-        Entries it holds, at least 1.
+        Entries it has room for, at least 1. One more stands at the output, in the output register of
+        the RAM, so that a power of two fills the RAM exactly.
     ram : str, optional
-        Where they lie. "lut": in LUT RAM. "block": in block RAM; one entry more than a power of two
-        fills a block RAM of that power exactly, because the entry at the output sits in the RAM's
-        output register. "ultra": in UltraRAM where the family has it, else as "block"; for wide
-        queues, since an UltraRAM is 72 bits wide and 4096 deep whatever is used of it. Default:
-        "lut" up to 32 entries, "block" above.
+        Where they lie. "lut": in LUT RAM. "block": in block RAM. "ultra": in UltraRAM where the
+        family has it, else as "block"; for wide queues, since an UltraRAM is 72 bits wide and 4096
+        deep whatever is used of it. Default: "lut" up to 32 entries, "block" above.
 
     Members
     -------
     i, o : streams of `shape`
-    level : Out, entries inside.
+    level : Out, entries inside, with the one at the output
 
-    Timing: an entry leaves one cycle after it came, two with block RAM or UltraRAM.
+    Timing: an entry leaves two cycles after it came.
     """
 
     def __init__(self, shape, depth: int, ram: str | None = None):
         if depth < 1:
             raise ValueError(f"a queue holds at least 1 entry, not {depth}")
-        self._shape, self._depth = shape, depth
+        self._depth = depth
         self._ram = ram or ("lut" if depth <= 32 else "block")
         super().__init__(
             {
                 "i": In(stream.Signature(shape)),
                 "o": Out(stream.Signature(shape)),
-                "level": Out(range(depth + 1)),
+                "level": Out(range(depth + 2)),
             }
         )
 
@@ -51,33 +57,48 @@ class Queue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        kind = fifo.SyncFIFO if self._ram == "lut" else fifo.SyncFIFOBuffered
-        bits = self.i.payload.as_value() if isinstance(self.i.payload, data.View) else (
-            self.i.payload
-        )  # fmt: skip
-        if self._ram == "ultra" and isinstance(platform, UltraScalePlus):
-            kind = _InUltraRam
-        m.submodules.fifo = inner = kind(width=len(bits), depth=self._depth)
-        out = Signal(len(bits))
+        ultra = isinstance(platform, UltraScalePlus)
+        style = _STYLES.get(self._ram) if self._ram != "ultra" or ultra else None
+        entry, first = Value.cast(self.i.payload), Value.cast(self.o.payload)
+        # Addresses wrap by themselves.
+        size = max(2, 1 << (self._depth - 1).bit_length())
+        m.submodules.storage = storage = Memory(
+            shape=len(entry), depth=size, init=[], attrs={"ram_style": style} if style else {}
+        )
+        write, read = storage.write_port(), storage.read_port()
+        produce, consume = Signal(range(size)), Signal(range(size))
+        held = Signal(range(self._depth + 1))  # in the RAM
+        none, full = Signal(init=1), Signal()
+        put, take = Signal(), Signal()
         m.d.comb += [
-            inner.w_data.eq(bits),
-            inner.w_en.eq(self.i.valid),
-            self.i.ready.eq(inner.w_rdy),
-            out.eq(inner.r_data),
-            self.o.p.eq(out),
-            self.o.valid.eq(inner.r_rdy),
-            inner.r_en.eq(self.o.ready),
-            self.level.eq(inner.level),
+            self.i.ready.eq(~full),
+            put.eq(self.i.valid & ~full),
+            take.eq(~none & (~self.o.valid | self.o.ready)),
+            write.addr.eq(produce),
+            write.data.eq(entry),
+            write.en.eq(put),
+            read.addr.eq(consume),
+            read.en.eq(take),
+            first.eq(read.data),
+            self.level.eq(held + self.o.valid),
         ]
-        return m
-
-
-class _InUltraRam(fifo.SyncFIFOBuffered):
-    """# Ref: AMD UG901, "RAM_STYLE". A tool that cannot do so falls back to block RAM."""
-
-    def elaborate(self, platform):
-        m = super().elaborate(platform)
-        m.submodules.storage.attrs["ram_style"] = "ultra"
+        m.d.sync += self.o.valid.eq(take | (self.o.valid & ~self.o.ready))
+        with m.If(put):
+            m.d.sync += produce.eq(produce + 1)
+        with m.If(take):
+            m.d.sync += consume.eq(consume + 1)
+        with m.If(put & ~take):
+            m.d.sync += held.eq(held + 1)
+        with m.If(take & ~put):
+            m.d.sync += held.eq(held - 1)
+        m.d.sync += [
+            none.eq(~put & (none | (take & (held == 1)))),
+            full.eq(~take & (full | (put & (held == self._depth - 1)))),
+        ]
+        self.probes = {
+            "produce": produce, "consume": consume, "held": held, "none": none, "full": full,
+            "take": take,
+        }  # fmt: skip
         return m
 
 

@@ -4,12 +4,19 @@
     python -m nearkv_hw.footprint --config smartssd --config tiny -o build/footprint
 
 synthesises the Verilog of the family ultrascale_plus with Yosys, component by component, and prints
-LUTs, flip-flops, DSPs, block RAMs and the slowest register-to-register path through cells. Nothing
-is placed or routed. Each LUT, SRL and LUT-RAM site counts as one; Vivado pairs small ones and
-usually ends lower.
+LUTs, flip-flops, DSPs, block RAMs and how long signals take from register to register. Nothing is
+placed or routed. Each LUT, SRL and LUT-RAM site counts as one; Vivado pairs small ones and usually
+ends lower.
 
-Delays are cell delays of UltraScale+, without wires; levels count the wires on a path that has the
-most of them.
+Paths are ranked by what they may take once routed: their cells' delays times `CELLS`, and `WIRE_PS`
+for each wire that leaves a slice. Two assumptions stand behind that, until a router is at hand. The
+delays below are those of the common speed grades; the SmartSSD's, -2LV at 0.72 V, is taken to be a
+fifth slower. And 300 ps is what an average net takes in a device that is half empty. A path belongs
+to the component of the register it ends in. An end is late that takes more than `LIMIT_PS`, a clock
+of 300 MHz less a tenth for skew and jitter.
+
+Beside it stands the sum of the cells' delays alone (`delay_ps`), and `levels`, the wires on a path
+that has the most of them: facts of the netlist, but no order in which to mend it.
 # Ref: RapidWright, timing/ultrascaleplus/intrasite_delay_terms.txt (LUT, carry, register, RAM).
 """
 
@@ -33,6 +40,9 @@ KERNEL = f"{TOP}.kernel"
 COMPONENTS = ("control", "jobs", "fetch", "fetch.crc", "products", "align", "array", "softmax",
               "merge", "writer")  # fmt: skip
 DEPTH = ("delay_ps", "levels")
+ROUTED = ("routed_ps", "late")  # of the latest end, and how many are late
+NETS = ("fan_out", "control_sets")  # of the whole
+CELLS, WIRE_PS, LIMIT_PS = 1.2, 300, 3_000
 RESOURCES = ("lut", "ff", "dsp", "bram36", "uram")
 GROWTH = 0.03
 
@@ -80,10 +90,13 @@ def owner(module: str) -> str:
     return max(inside, key=len, default="kernel")
 
 
-def synthesise(text: str, folder: Path, names: bool = False) -> dict[str, tuple[str, dict]]:
-    """Yosys netlists of the components: name -> (module, JSON module).
+def unbracket(text: str) -> str:
+    """The same Verilog without names like `\\sums[3] `: ABC9 takes that for a bit of `sums`."""
+    return re.sub(r"\\[^\s,;()]+", lambda m: m[0].replace("[", "<").replace("]", ">"), text)
 
-    With `names` the signals keep theirs, which ABC9 does not survive for every component.
+
+def synthesise(text: str, folder: Path) -> dict[str, tuple[str, dict]]:
+    """Yosys netlists of the components: name -> (module, JSON module).
 
     Raises
     ------
@@ -99,16 +112,14 @@ def synthesise(text: str, folder: Path, names: bool = False) -> dict[str, tuple[
 
     def run(component):
         root = roots[component]
-        source = "".join(modules[name] for name in members[component])
+        source = "".join(unbracket(modules[name]) for name in members[component])
         for other, other_root in roots.items():
             if other != component:
                 source += stub(modules[other_root])
         (folder / f"{component}.v").write_text(source)
-        # ABC9 makes names that can collide with ours.
         command = f"synth_xilinx -family xcup -flatten -noiopad -noclkbuf -top \\{root} -run"
-        hide = "" if names else "rename -hide w:*"
         script = (
-            f"read_verilog {component}.v\n{command} begin:prepare\nflatten\n{hide}\n"
+            f"read_verilog {component}.v\n{command} begin:prepare\nflatten\nrename -hide w:$*\n"
             f"{command} prepare:\ntee -o {component}.txt stat -tech xilinx\n"
             f"write_json {component}.json\n"
         )
@@ -249,10 +260,12 @@ class Timing:
     def __init__(self, netlists: dict, top: str):
         self._netlists = netlists
         self._by_module = {module: name for name, (module, _) in netlists.items()}
-        self._parent, self._names = {}, {}
+        self._parent, self._names, self._titles = {}, {}, None
         self._edges = []  # (node, node, ps, over a wire, cell type)
         self._launches = []  # (node, ps, cell type)
         self._captures = []  # (node, ps, over a wire, cell type)
+        self._pins = []  # nodes, one for each input that is no clock
+        self._controls = []  # nodes, or constants, that control a register together
         self._add(top, {})
 
     def _find(self, node):
@@ -273,7 +286,7 @@ class Timing:
                 if here != there and not isinstance(bit, str):
                     self._parent[here] = there
         for net, about in netlist["netnames"].items():
-            if not about.get("hide_name"):
+            if not about.get("hide_name") and not re.search(r"(^|\.)\$", net):
                 for i, bit in enumerate(about["bits"]):
                     self._names.setdefault((name, bit), f"{name}: {net}[{i}]")
         for cell in netlist["cells"].values():
@@ -294,6 +307,10 @@ class Timing:
                     pin = port if len(nodes) == 1 else f"{port}[{i}]"
                     pins[cell["port_directions"][port]][pin] = node
         ins, outs = pins["input"], pins["output"]
+        self._pins += [node for pin, node in ins.items() if "CLK" not in pin and pin != "C"]
+        if kind.startswith("FD"):
+            self._controls.append([nodes[0] for port, nodes in sorted(wires.items())
+                                   if port not in ("D", "Q")])  # fmt: skip
         paths, launches, captures = arcs(kind, list(ins), list(outs))
         for pin, out, ps in paths:
             if out in outs:
@@ -306,8 +323,19 @@ class Timing:
             for pin, ps in captures.items()
         ]
 
-    def worst(self, n: int = 1, *, cells: int = 1, wire: int = 0) -> list[tuple[int, list[str]]]:
-        """The n latest (arrival, path) into registers, at most one for each register's net.
+    def _title(self, node) -> str:
+        """The name of a net, as the one who drives it calls it."""
+        if self._titles is None:
+            self._titles = {}
+            for other, name in self._names.items():
+                self._titles.setdefault(self._find(other), name)
+        return self._titles.get(node, "")
+
+    def worst(
+        self, n: int | None = 1, *, cells: float = 1, wire: int = 0
+    ) -> list[tuple[int, str, list[str]]]:
+        """The n latest (arrival, component, path) into registers of a component, or all of them; at
+        most one for each net that ends there.
 
         The arrival is the sum of the cells' delays in ps, times `cells`, plus `wire` for each wire.
         """
@@ -330,22 +358,29 @@ class Timing:
         if loop := [node for node, left in waiting.items() if left]:
             raise ValueError(f"a combinational loop goes through {loop[0]}")
         ends = {}
-        for node, ps, wired, kind in self._captures:
-            node = self._find(node)
+        for pin, ps, wired, kind in self._captures:
+            node = self._find(pin)
             end = arrival[node] + cells * ps + wire * wired
-            ends[node] = max(ends.get(node, (0, "")), (end, kind))
-        names = {}
-        for node, name in self._names.items():
-            names.setdefault(self._find(node), name)
+            key = node, pin[0]
+            ends[key] = max(ends.get(key, (0, "")), (end, kind))
         result = []
-        for node, (ps, kind) in sorted(ends.items(), key=lambda item: -item[1][0])[:n]:
-            path = [f"{ps:5} into {kind}"]
+        for (node, component), (ps, kind) in sorted(ends.items(), key=lambda e: -e[1][0])[:n]:
+            path = [f"{ps:5.0f} into {kind} of {component}"]
             while node is not None:
                 previous, through = before.get(node, (None, "input"))
-                path.append(f"{arrival[node]:5} {through:9} {names.get(node, '')}")
+                path.append(f"{arrival[node]:5.0f} {through:9} {self._title(node)}")
                 node = previous
-            result.append((ps, path[::-1]))
+            result.append((round(ps), component, path[::-1]))
         return result
+
+    def fan_out(self) -> tuple[int, str]:
+        """The most inputs that one net drives, clocks left out, and the net's name."""
+        node, pins = Counter(map(self._find, self._pins)).most_common(1)[0]
+        return pins, self._title(node)
+
+    def control_sets(self) -> int:
+        """Combinations of clock, enable and reset: half a slice has flip-flops of one."""
+        return len({tuple(map(self._find, controls)) for controls in self._controls})
 
 
 # --- report -------------------------------------------------------------------------------------
@@ -356,21 +391,32 @@ def depth(timing: Timing) -> dict[str, int]:
     return {"delay_ps": timing.worst()[0][0], "levels": timing.worst(cells=0, wire=1)[0][0]}
 
 
+def routed(arrivals: list[int]) -> dict[str, int]:
+    """What `ROUTED` names, of the ends with these arrivals."""
+    return {
+        "routed_ps": max(arrivals, default=0),
+        "late": sum(ps > LIMIT_PS for ps in arrivals),
+    }
+
+
 def measure(config, folder: Path) -> tuple[dict, Timing]:
-    """What each component costs, and the whole: see `count`, and `delay_ps`."""
+    """What each component costs, and the whole: see `count`, DEPTH, ROUTED and NETS."""
     netlists = synthesise(verilog(config, "ultrascale_plus"), folder)
     components = {name: count(netlists[name][1]) for name in (*COMPONENTS, "kernel")}
     total = {key: sum(c[key] for c in components.values()) for key in components["kernel"]}
+    whole = Timing(netlists, "kernel")
+    ends = whole.worst(None, cells=CELLS, wire=WIRE_PS)
     for name, cost in components.items():
         cost |= depth(Timing({name: netlists[name]}, name))
-    whole = Timing(netlists, "kernel")
-    total |= depth(whole)
+        cost |= routed([ps for ps, component, _ in ends if component == name])
+    total |= depth(whole) | routed([ps for ps, *_ in ends])
+    total |= {"fan_out": whole.fan_out()[0], "control_sets": whole.control_sets()}
     return {"components": components, "total": total}, whole
 
 
-def report(name: str, config, cost: dict) -> str:
+def report(name: str, config, cost: dict, timing: Timing) -> str:
     """The table of one configuration."""
-    keys = ("lut", "srl", "lut_ram", "ff", "dsp", "bram36", "uram", "delay_ps", "levels")
+    keys = ("lut", "srl", "lut_ram", "ff", "dsp", "bram36", "uram", *DEPTH, *ROUTED)
     lines = [f"{name}: pre-route, Yosys, UltraScale+", "".join(f"{k:>10}" for k in ("", *keys))]
 
     def row(title, values, form="{:g}"):
@@ -381,9 +427,14 @@ def report(name: str, config, cost: dict) -> str:
         row(component, values)
     total, crc = cost["total"], cost["components"]["fetch.crc"]
     row("total", total)
-    row("less CRC", {k: v - crc[k] for k, v in total.items() if k not in DEPTH})
+    row("less CRC", {k: total[k] - crc[k] for k in keys if k not in (*DEPTH, *ROUTED)})
     row("of region", {k: 100 * total[k] / SMARTSSD[k] for k in RESOURCES}, "{:.1f}%")
-    lines.append(f"DSP per multiplier: {total['dsp'] / (32 * config.rows):.3f}")
+    lines += [
+        f"routed_ps: cells x {CELLS} + {WIRE_PS} ps a wire, assumed; late: ends over {LIMIT_PS} ps",
+        "widest net: {} inputs, {}".format(*timing.fan_out()),
+        f"control sets: {total['control_sets']}",
+        f"DSP per multiplier: {total['dsp'] / (32 * config.rows):.3f}",
+    ]
     if name == "smartssd":
         for key, limit in GOAL.items():
             value = total[key] - (crc[key] if key in RESOURCES else 0)
@@ -396,17 +447,31 @@ def report(name: str, config, cost: dict) -> str:
     return "\n".join(lines)
 
 
+def slowest(timing: Timing, n: int) -> str:
+    """The n paths of each component that take longest, if they are late."""
+    seen, lines = Counter(), []
+    for ps, component, path in timing.worst(None, cells=CELLS, wire=WIRE_PS):
+        seen[component] += 1
+        if ps > LIMIT_PS and seen[component] <= n:
+            lines += [f"{component}: {ps} ps", *(f"  {step}" for step in path)]
+    return "\n".join(lines)
+
+
 def growth(old: dict, new: dict) -> list[str]:
-    """What grew by more than the tolerance."""
+    """What grew by more than the tolerance; of late ends, and of what makes them so, anything."""
     lines = []
     for component in ("total", *COMPONENTS, "kernel"):
         a, b = (
             x["total"] if component == "total" else x["components"][component] for x in (old, new)
         )
-        for key in (*RESOURCES, *DEPTH):
+        for key in (*RESOURCES, *DEPTH, *(NETS if component == "total" else ())):
             slack = 20 if component != "total" and key in RESOURCES else 0
             if b[key] > a[key] * (1 + GROWTH) + slack:
                 lines.append(f"{component} {key}: {a[key]:g} -> {b[key]:g}")
+        if b["routed_ps"] > max(a["routed_ps"], LIMIT_PS):
+            lines.append(f"{component} routed_ps: {a['routed_ps']:g} -> {b['routed_ps']:g}")
+        if b["late"] > a["late"]:
+            lines.append(f"{component} late: {a['late']:g} -> {b['late']:g}")
     return lines
 
 
@@ -417,8 +482,11 @@ def main(argv=None) -> int:
     parser.add_argument("--config", action="append", help="may be repeated; default: all presets")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/footprint"), help="folder")
     parser.add_argument("--check", type=Path, metavar="JSON",
-                        help=f"fail if anything grew by more than {GROWTH:.0%}% over this record")  # fmt: skip
-    parser.add_argument("--paths", type=int, default=1, help="slowest paths to print")
+                        help=f"fail if anything grew by more than {GROWTH:.0%}% over this record, or ends "
+                        f"are late that were not")  # fmt: skip
+    parser.add_argument(
+        "--paths", type=int, default=1, help="late paths to print of each component"
+    )
     args = parser.parse_args(argv)
     costs, grown = {}, []
     for name in args.config or PRESETS:
@@ -427,9 +495,7 @@ def main(argv=None) -> int:
             costs[name], timing = measure(config, args.output / name)
         except (ToolError, ValueError) as error:
             parser.error(str(error))
-        print(report(name, config, costs[name]))
-        for ps, path in timing.worst(args.paths):
-            print(f"{ps} ps:", *path, sep="\n  ")
+        print(report(name, config, costs[name], timing), slowest(timing, args.paths), sep="\n")
         print(flush=True)
     (args.output / "footprint.json").write_text(json.dumps(costs, indent=1) + "\n")
     if args.check:

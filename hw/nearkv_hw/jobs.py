@@ -138,7 +138,7 @@ def within(limits, values, **given):
         if least:
             terms.append(value != 0)
         terms.append(value <= most)
-    return reduce(and_, [*terms, Cat(aligned) == 0])
+    return reduce(and_, [*terms, ~Cat(aligned).any()])
 
 
 class JobReader(wiring.Component):
@@ -204,6 +204,7 @@ class JobReader(wiring.Component):
 
         bits = {field.name: field.bits for field in (*abi.JOB.fields, *abi.PAGE_ENTRY.fields)}
         job_address, jobs_left = Signal(shapes.ADDRESS), Signal(len(self.args.n_jobs))
+        none_left = Signal()  # jobs_left == 0
         tile, info = Signal(Tile), Signal(JobInfo)
         params = tile.params
         page_tokens, group_size = Signal(shapes.PAGE_TOKENS), Signal(bits["group_size"])
@@ -214,14 +215,15 @@ class JobReader(wiring.Component):
             Signal(shapes.OFFSET),
         )
         pages, pages_left = Signal(bits["n_pages"]), Signal(shapes.PAGE)
-        channel = Signal(shapes.ROWS)
+        channel, last_channel = Signal(shapes.ROWS), Signal(shapes.ROWS)
+        m.d.sync += last_channel.eq(head_dim - 1)
         second = Signal()  # the entry in the upper half of the beat is next
         entry_address, page_len = Signal(shapes.ADDRESS), Signal(bits["page_len"])
         entry_lost = Signal()
         tokens_left = Signal(shapes.PAGE_TOKENS)
         q_used = Signal(range(Q_BANKS + 1))
-        q_take = Signal()
-        m.d.sync += q_used.eq(q_used + q_take - self.q_free)
+        q_take, q_freed = Signal(), Signal()
+        m.d.sync += [q_freed.eq(self.q_free), q_used.eq(q_used + q_take - q_freed)]
 
         def blame(*flags):
             """Note a fault of the current page; the first page blamed stays."""
@@ -237,21 +239,23 @@ class JobReader(wiring.Component):
             ]
             return spans.i.ready
 
-        tiles_per_page = Mux(page_tokens < abi.TILE_TOKENS, 1, page_tokens[TILE_LOG2:])
-        most_per_page = abi.n_tiles(1, abi.MAX_PAGE_TOKENS)
+        tiles_per_page = Signal(range(abi.n_tiles(1, abi.MAX_PAGE_TOKENS) + 1))
+        n_tiles, v_span = Signal(len(pages_left) + len(tiles_per_page)), Signal(shapes.ADDRESS)
+        v_base = Signal(shapes.ADDRESS)  # where V would begin of a page at offset 0
+        m.d.sync += v_base.eq(self.args.kv + (v_span << BEAT_LOG2))
         mantissa = Signal(bits["score_mantissa"])
-        legal = Signal()
+        plausible, legal = Signal(), Signal()
         values = {
             "group_size": group_size, "kv_type": kv_type, "head_dim": head_dim,
             "page_tokens": page_tokens, "score_mantissa": mantissa, "n_pages": pages,
-            "n_tiles": small_product(
-                pages[: len(pages_left)], tiles_per_page[: most_per_page.bit_length()]
-            ),
+            "n_tiles": n_tiles,
             "q": q_offset, "page_table": table_offset, "partial": partial_offset,
         }  # fmt: skip
-        m.d.comb += legal.eq(
-            within(abi.JOB_LIMITS, values, rows=self._rows, max_head_dim=self._max_head_dim)
-        )
+        given = {"rows": self._rows, "max_head_dim": self._max_head_dim}
+        of_tiles = tuple(limit for limit in abi.JOB_LIMITS if limit.name == "n_tiles")
+        others = tuple(limit for limit in abi.JOB_LIMITS if limit.name != "n_tiles")
+        m.d.sync += plausible.eq(within(others, values, **given))
+        m.d.comb += legal.eq(plausible & within(of_tiles, values, **given))
 
         with m.FSM():
             with m.State("Idle"):
@@ -259,6 +263,7 @@ class JobReader(wiring.Component):
                     m.d.sync += [
                         job_address.eq(self.args.job + self.args.queue),
                         jobs_left.eq(self.args.n_jobs),
+                        none_left.eq(self.args.n_jobs == 0),
                         self.n_jobs.eq(0),
                         self.finished.eq(0),
                         self.error.eq(0),
@@ -269,7 +274,7 @@ class JobReader(wiring.Component):
                         m.d.sync += [self.error.eq(1), self.finished.eq(1)]
                         m.next = "Idle"
             with m.State("Ask First Job"):
-                with m.If(jobs_left == 0):
+                with m.If(none_left):
                     m.next = "Finish"
                 with m.Else():
                     with m.If(request(job_address, 1)):
@@ -285,6 +290,13 @@ class JobReader(wiring.Component):
                     kv_type.eq(field(abi.JOB, "kv_type")),
                     head_dim.eq(field(abi.JOB, "head_dim")),
                     page_tokens.eq(field(abi.JOB, "page_tokens")),
+                    tiles_per_page.eq(
+                        Mux(
+                            field(abi.JOB, "page_tokens") < abi.TILE_TOKENS,
+                            1,
+                            field(abi.JOB, "page_tokens")[TILE_LOG2:],
+                        )
+                    ),
                     mantissa.eq(field(abi.JOB, "score_mantissa")),
                     params.shift.eq(field(abi.JOB, "score_shift")),
                     info.eq(0),
@@ -298,13 +310,17 @@ class JobReader(wiring.Component):
                     m.d.sync += [
                         job_address.eq(job_address + abi.JOB.bytes),
                         jobs_left.eq(jobs_left - 1),
+                        none_left.eq(jobs_left == 1),
                     ]
                     with m.If(bus_error):
                         m.d.sync += [self.error.eq(1), self.finished.eq(1)]
                         m.next = "Idle"
                     with m.Else():
                         m.d.sync += self.n_jobs.eq(self.n_jobs + 1)
-                        m.next = "Check Job"
+                        m.next = "Count Tiles"
+            with m.State("Count Tiles"):
+                m.d.sync += n_tiles.eq(small_product(pages[: len(pages_left)], tiles_per_page))
+                m.next = "Check Job"
             with m.State("Check Job"):
                 m.d.sync += [
                     params.kv_type.eq(kv_type),
@@ -313,6 +329,9 @@ class JobReader(wiring.Component):
                     params.pairs.eq((group_size + 1)[1:]),
                     params.odd.eq(group_size[0]),
                     tile.v_stride.eq(page_tokens),
+                    v_span.eq(
+                        small_product(page_tokens, head_dim[LANES_LOG2:][: len(params.parts)])
+                    ),
                     pages_left.eq(pages),
                     info.address.eq(self.args.job + partial_offset),
                     info.pairs.eq((group_size + 1)[1:]),
@@ -333,7 +352,7 @@ class JobReader(wiring.Component):
                     m.next = "Ask Next Job"
             with m.State("Ask Next Job"):
                 asked = Signal()
-                with m.If(jobs_left == 0):
+                with m.If(none_left):
                     m.d.comb += asked.eq(1)
                 with m.Else():
                     m.d.comb += asked.eq(request(job_address, 1))
@@ -357,7 +376,7 @@ class JobReader(wiring.Component):
                     m.d.sync += channel.eq(channel + 1)
                     with m.If(bus_error):
                         m.d.sync += info.faults.bus_error.eq(1)
-                    with m.If(channel == head_dim - 1):
+                    with m.If(channel == last_channel):
                         m.next = "Read Page Entry"
             with m.State("Read Page Entry"):
                 half = abi.PAGE_ENTRY.bytes
@@ -387,14 +406,11 @@ class JobReader(wiring.Component):
                 misplaced = entry_address[: exact_log2(abi.PAGE_ALIGN_BYTES)] != 0
                 illegal = misplaced | (page_len > page_tokens)
                 bad = illegal | entry_lost
-                address = Signal(shapes.ADDRESS)
+                address = Mux(bad, 0, entry_address)
                 tokens = Mux(bad, 0, page_len)
-                m.d.comb += address.eq(self.args.kv + Mux(bad, 0, entry_address))
                 m.d.sync += [
-                    tile.k_address.eq(address),
-                    tile.v_address.eq(
-                        address + (small_product(page_tokens, params.parts) << BEAT_LOG2)
-                    ),
+                    tile.k_address.eq(self.args.kv + address),
+                    tile.v_address.eq(v_base + address),
                     tile.page_first.eq(1),
                     tile.check.eq(tokens != 0),
                     tokens_left.eq(tokens),
@@ -430,7 +446,7 @@ class JobReader(wiring.Component):
                 m.d.comb += [self.o_job.p.eq(info), self.o_job.valid.eq(1)]
                 with m.If(self.o_job.ready):
                     m.next = "Read Job"
-                    with m.If(jobs_left == 0):
+                    with m.If(none_left):
                         m.next = "Finish"
             with m.State("Finish"):
                 m.d.sync += self.finished.eq(1)
@@ -438,5 +454,6 @@ class JobReader(wiring.Component):
         self.probes = {
             "tile": tile, "info": info, "head_dim": head_dim, "channel": channel,
             "pages_left": pages_left, "second": second, "q_used": q_used, "jobs_left": jobs_left,
+            "none_left": none_left, "q_freed": q_freed, "last_channel": last_channel,
         }  # fmt: skip
         return m

@@ -204,8 +204,8 @@ class Kernel(wiring.Component):
         """Where the array's sums go, and whether there will be room for those of the next block."""
         rows = self._config.rows
         block, exponents = align.i_block.p.block, align.i_block.p.exponents
-        m.submodules.raw = raw = Queue(raw_layout(rows), RAW_QUEUE_TOKENS + 1)
-        m.submodules.v = v = Queue(v_layout(rows), V_QUEUE_CHANNELS + 1)
+        m.submodules.raw = raw = Queue(raw_layout(rows), RAW_QUEUE_TOKENS)
+        m.submodules.v = v = Queue(v_layout(rows), V_QUEUE_CHANNELS)
         m.submodules.heads = heads = Queue(TileHead, 8)
         wiring.connect(m, raw.o, softmax.i_raw)
         wiring.connect(m, v.o, merge.i_v)

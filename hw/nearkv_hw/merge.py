@@ -384,6 +384,10 @@ class PartialWriter(wiring.Component):
         written, failed = Signal(len(self.n_jobs)), Signal(len(self.n_jobs))
         beats_left, beats_out = Signal(BEATS), Signal(shapes.COUNTER)
         half, low = Signal(), Signal(BEAT_BITS // 2, reset_less=True)
+        span = Signal(Span)  # what is asked for next
+        # Header or summary as it is written; the counters must not move meanwhile.
+        record_out, fails = Signal(8 * abi.SUMMARY.bytes, reset_less=True), Signal()
+        m.d.comb += [self.spans.p.eq(span), self.o.payload.eq(record_out[:BEAT_BITS])]
 
         def record(layout, **values):
             """The record's bytes as one value; scalars and lists of signals by field name."""
@@ -442,6 +446,12 @@ class PartialWriter(wiring.Component):
                     m.d.sync += [written.eq(0), failed.eq(0), beats_out.eq(0), half.eq(0)]
                     m.next = "Next Job"
             with m.State("Next Job"):
+                # (32 parts + 2) elements of 16 bytes, in pairs of rows: two to a beat.
+                beats = small_product((job.parts << LANES_LOG2 - 1) + 1, job.pairs)
+                m.d.sync += [
+                    span.address.eq(job.address + Mux(job.legal, abi.PARTIAL_HEADER.bytes, 0)),
+                    span.beats.eq(Mux(job.legal, beats, 1)),
+                ]
                 with m.If(self.i_job.valid):
                     m.next = "Ask Header"
                     with m.If(job.legal):
@@ -449,15 +459,8 @@ class PartialWriter(wiring.Component):
                 with m.Elif(self.finished & (written == self.n_jobs)):
                     m.next = "Drain"
             with m.State("Ask Elements"):
-                # (32 parts + 2) elements of 16 bytes, in pairs of rows: two to a beat.
-                beats = Signal(BEATS)
-                m.d.comb += [
-                    beats.eq(small_product((job.parts << LANES_LOG2 - 1) + 1, job.pairs)),
-                    self.spans.p.address.eq(job.address + abi.PARTIAL_HEADER.bytes),
-                    self.spans.p.beats.eq(beats),
-                    self.spans.valid.eq(1),
-                ]
-                m.d.sync += beats_left.eq(beats)
+                m.d.comb += self.spans.valid.eq(1)
+                m.d.sync += beats_left.eq(span.beats)
                 with m.If(self.spans.ready):
                     m.next = "Write Elements"
             with m.State("Write Elements"):
@@ -466,6 +469,7 @@ class PartialWriter(wiring.Component):
                     self.o.valid.eq(self.i.valid & half),
                     self.i.ready.eq(~half | self.o.ready),
                 ]
+                m.d.sync += [span.address.eq(job.address), span.beats.eq(1)]
                 with m.If(self.i.valid & self.i.ready):
                     m.d.sync += [low.eq(self.i.p), half.eq(~half)]
                     with m.If(half):
@@ -474,15 +478,12 @@ class PartialWriter(wiring.Component):
                             m.next = "Ask Header"
             with m.State("Ask Header"):
                 known = self.i_end.valid & self.i_faults_k.valid & self.i_faults_v.valid
-                m.d.comb += [
-                    self.spans.p.address.eq(job.address),
-                    self.spans.p.beats.eq(1),
-                    self.spans.valid.eq(known | ~job.legal),
-                ]
+                m.d.comb += self.spans.valid.eq(known | ~job.legal)
+                m.d.sync += [record_out.eq(header), fails.eq(status != abi.Status.DONE)]
                 with m.If(self.spans.valid & self.spans.ready):
                     m.next = "Write Header"
             with m.State("Write Header"):
-                m.d.comb += [self.o.payload.eq(header), self.o.valid.eq(1)]
+                m.d.comb += self.o.valid.eq(1)
                 with m.If(self.o.ready):
                     m.d.comb += [
                         self.i_job.ready.eq(1),
@@ -492,36 +493,32 @@ class PartialWriter(wiring.Component):
                     ]
                     m.d.sync += [
                         written.eq(written + 1),
-                        failed.eq(failed + (status != abi.Status.DONE)),
+                        failed.eq(failed + fails),
                         beats_out.eq(beats_out + 1),
                     ]
                     m.next = "Next Job"
             with m.State("Drain"):
+                m.d.sync += [
+                    # Whole beats only; the low bits of a misaligned offset do not count.
+                    span.address.eq(self.args.job + (self.args.summary[BEAT_LOG2:] << BEAT_LOG2)),
+                    span.beats.eq(abi.SUMMARY.bytes // abi.BEAT_BYTES),
+                ]
                 with m.If(self.idle):
                     m.next = "Ask Summary"
             with m.State("Ask Summary"):
-                m.d.comb += [
-                    # Whole beats only; the low bits of a misaligned offset do not count.
-                    self.spans.p.address.eq(
-                        self.args.job + (self.args.summary[BEAT_LOG2:] << BEAT_LOG2)
-                    ),
-                    self.spans.p.beats.eq(abi.SUMMARY.bytes // abi.BEAT_BYTES),
-                    self.spans.valid.eq(1),
-                ]
-                # The counters must not move while the summary is written.
-                frozen = Signal(8 * abi.SUMMARY.bytes, reset_less=True)
-                m.d.sync += frozen.eq(summary)
+                m.d.comb += self.spans.valid.eq(1)
+                m.d.sync += record_out.eq(summary)
                 with m.If(self.spans.ready):
                     m.next = "Write Summary"
             with m.State("Write Summary"):
-                m.d.comb += [self.o.payload.eq(frozen[:BEAT_BITS]), self.o.valid.eq(1)]
+                m.d.comb += self.o.valid.eq(1)
                 with m.If(self.o.ready):
-                    m.d.sync += [frozen.eq(frozen >> BEAT_BITS), half.eq(~half)]
+                    m.d.sync += [record_out.eq(record_out >> BEAT_BITS), half.eq(~half)]
                     with m.If(half):
                         m.next = "Finish"
             with m.State("Finish"):
                 with m.If(self.idle):
                     m.d.comb += self.done.eq(1)
                     m.next = "Idle"
-        self.probes = {"half": half, "beats_left": beats_left, "written": written}
+        self.probes = {"half": half, "beats_left": beats_left, "written": written, "span": span}
         return m

@@ -364,7 +364,7 @@ class Softmax(wiring.Component):
         m = Module()
         rows, pairs = self._rows, self._rows // 2
         scores_layout = data.ArrayLayout(signed(SCORE_BITS), 2)
-        m.submodules.scores = scores = Queue(scores_layout, SCORE_QUEUE_PAIRS + 1)
+        m.submodules.scores = scores = Queue(scores_layout, SCORE_QUEUE_PAIRS)
         maxima_layout = data.StructLayout(
             {
                 "head": TileHead,

@@ -37,21 +37,21 @@ from nearkv_hw.softmax import (
 
 # From the last beat of a block at the bus to its announcement: registers, five stages of exponents,
 # and the way through the queue of blocks.
-_INSPECT = 8
+_INSPECT = 9
 # From a beat that leaves the beat queue to the address of the burst that takes its place.
-_ASK = 4
+_ASK = 6
 _BURST_OVERHEAD = 4  # the read master takes so many cycles per burst
 # From a request of the job reader to its first burst, and from a beat at the bus to the reader.
-_REQUEST, _ARRIVE = 5, 1
+_REQUEST, _ARRIVE = 6, 2
 _ENTRY = 3  # the job reader takes so many cycles for a page table entry and its first tile
 # From a tile's emission to the address of its first burst.
-_CHOOSE = 9
+_CHOOSE = 10
 # From the last use of a job's bank of the q store to the request that takes it.
-_BANK = 3
+_BANK = 4
 # From the last step of a block's scan to the aligner.
-_SCANNED = 4
+_SCANNED = 5
 # From a tile's last score to its maxima, from its last weight to its V pass.
-_MAXIMA = Score.latency + 3
+_MAXIMA = Score.latency + 4
 _P_READY = Exp2.latency + 2
 
 
@@ -235,7 +235,7 @@ class _Run:
     def _query(self, job: JobShape) -> None:
         """When the reader has the job's query block and the beginning of its page table, which it
         asks for at once with the next job's record."""
-        ask = max(self.reader, self.record) + 2
+        ask = max(self.reader, self.record) + 3
         ask = max(ask, self.k_ends[0] + self.align + _BANK) + _REQUEST
         entries = -(-job.n_tokens // job.page_tokens) * abi.PAGE_ENTRY.bytes
         arrived = array("d")  # when each beat is there

@@ -44,6 +44,25 @@ def amount(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """The kind of a probability above 0, for `type=`."""
+    value = amount(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text!r}")
+    return value
+
+
+def size(text: str) -> int:
+    """The kind of a number of bytes such as 512M or 1.5G, in powers of 1024, for `type=`."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    value = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if not 1 <= value <= 2**60:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of bytes such as 512M or 4G, not {text!r}"
+        )
+    return value
+
+
 def own_directory(text: str) -> Path:
     """The kind of a directory that is made where it is missing, for `type=`; its parent has to exist."""
     path = Path(text)

@@ -90,7 +90,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> Parser:
-    from . import bench, doctor, generate, plan, selftest, xclbin, xrt_sim
+    from . import batch, bench, doctor, generate, plan, selftest, xclbin, xrt_sim
 
     parser = Parser("nearkv", description="Attention next to storage.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -104,6 +104,15 @@ def _parser() -> Parser:
     )
     generate.add_arguments(add)
     add.set_defaults(run=generate.run)
+    add = commands.add_parser(
+        "batch",
+        help="answer a file of prompts, whatever interrupts it",
+        description="Answer the prompts of a file in the OpenAI batch format. Results are appended as they come; "
+        "after a kill, or a loss of power, the same command goes on. The exit status is 0 if every line has "
+        "an answer, 1 if some have an error instead, 3 if --write-budget left some for another time.",
+    )
+    batch.add_arguments(add)
+    add.set_defaults(run=batch.run)
     add = commands.add_parser("bench", help="measure, beside the limit or a peer")
     bench.add_arguments(add)
     add.set_defaults(run=bench.run)

@@ -17,6 +17,7 @@ EXTRA_OF = {
     "scipy": "plan",
     "simpy": "plan",
     "matplotlib": "plan",
+    "vllm": "vllm",
 }
 
 

@@ -3,7 +3,9 @@
 
 from collections.abc import Iterator
 import contextlib
+from dataclasses import dataclass
 import inspect
+import json
 import shlex
 import sys
 import threading
@@ -12,7 +14,7 @@ from typing import Any
 import uuid
 
 from . import extras
-from .arguments import existing_directory, own_directory, whole
+from .arguments import amount, existing_directory, own_directory, share, whole
 
 PROMPT = """\
 The lighthouse at Cape Arrow was built in 1871 by Maria Lindqvist, an engineer from Gothenburg. \
@@ -38,6 +40,7 @@ _OWN = (
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
 )  # fmt: skip
 _LONGEST_MESSAGE = 500
+_LONGEST_ECHO = 1200  # characters of a prompt that are shown
 # Tokens of a kept text that decide how the next ones are written: spaces, and what is not ASCII.
 _CONTEXT = 16
 
@@ -49,9 +52,30 @@ def add_arguments(parser) -> None:
     add("--prompt", help="text, or - for standard input (default: built in)")
     add("--raw", action="store_true", help="continue the prompt itself, without a chat template")
     add(
+        "--chat", action="store_true",
+        help="a conversation: each line of standard input is a turn, and its KV stays; Ctrl-D ends it",
+    )  # fmt: skip
+    add(
         "--max-new-tokens", type=whole(0), default=64, metavar="N",
         help="default: %(default)s; 0 only reads the prompt, for --keep",
     )  # fmt: skip
+    add(
+        "--temperature", type=amount, metavar="T",
+        help="of random answers; 0: the likeliest tokens (default; 1 where --top-p or --top-k is given)",
+    )  # fmt: skip
+    add(
+        "--top-p", type=share, metavar="P", help="only the likeliest tokens, up to this probability"
+    )
+    add("--top-k", type=whole(), metavar="K", help="only so many of the likeliest tokens")
+    add(
+        "--seed", type=whole(0), default=0, metavar="N",
+        help="of random answers: the same again with the same seed (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--json",
+        action="store_true",
+        help="answer and figures as JSON, when the answer is complete",
+    )
     add("--card", help="model, twin, rtl, xrt:0 or pynq:0; several with commas (default: twin)")
     add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
     add(
@@ -89,46 +113,140 @@ def run(options) -> int:
     # What is quick to check comes first: nobody should wait for a card or a model to learn of a slip.
     extras.require("nearkv generate", "torch", "transformers", "safetensors")
     cards = options.card.split(",") if options.card else [None]
-    where = _directories(options, _count(cards))
+    where = _directories(options, count_cards(cards))
+    _check_chat(options)
     prompt = None if options.prompt is None else _prompt(options.prompt)
     machine = _machine(options.machine)
     from .hf import models
 
-    found = models.find(options.model, say=_say)
+    found = models.find(options.model, say=say)
     with contextlib.ExitStack() as closing:
-        cards = _open_cards(cards, options.card_config, closing)
-        model, tokenizer = models.load(found, say=_say)
+        cards = open_cards(cards, options.card_config, closing)
+        with _status(f"loading {options.model or models.DEMO_NAME}"):
+            model, tokenizer = models.load(found, say=say)
         who = {"model": models.fingerprint(model), "tokenizer": tokenizer}
+        cache: Any = None
+        ids: Any = None
         if options.resume:
-            cache, kept = _resume(model, cards, where, who)
+            cache, ids = _resume(model, cards, where, who)
             closing.enter_context(cache)
-            ids = _go_on(model, tokenizer, cache, kept, prompt, options.raw)
-        else:
-            # A text without an answer waits for more: the turn of the answer is not opened.
-            text = PROMPT if prompt is None else prompt
-            ids = _tokens(model, tokenizer, text, options.raw, bool(options.max_new_tokens))
-        n_tokens = ids.shape[1]
-        if not n_tokens:
-            raise ValueError("the tokenizer makes no tokens of this prompt")
-        _check_positions(model, n_tokens + options.max_new_tokens)
-        if not options.resume:
-            cache = closing.enter_context(
-                _new_cache(model, cards, where, n_tokens, machine, options)
-            )
-        n_kept = cache.get_seq_length()
-        start = time.perf_counter()
-        if options.max_new_tokens:
-            ids, times = _generate(model, tokenizer, cache, ids, options.max_new_tokens, prompt)
-        else:
-            times = [_read(model, cache, ids)]
-        for line in _report(cache, n_tokens, n_kept, start, times, bool(options.max_new_tokens)):
-            _say(line)
+        turns: list[_Turn] = []
+        for text in _turns(options, prompt):
+            if ids is None:
+                assert text is not None
+                # A text without an answer waits for more: the turn of the answer is not opened.
+                ids = _tokens(model, tokenizer, text, options.raw, bool(options.max_new_tokens))
+            else:
+                ids = _go_on(model, tokenizer, cache, ids, text, options.raw)
+            if not ids.shape[1]:
+                raise ValueError("the tokenizer makes no tokens of this prompt")
+            _check_positions(model, ids.shape[1] + options.max_new_tokens)
+            if cache is None:
+                cache = closing.enter_context(
+                    _new_cache(model, cards, where, ids.shape[1], machine, options)
+                )
+            if text is not None and not options.chat:
+                say(_echo(text))
+            ids = _answer(model, tokenizer, cache, ids, text, options, turns)
+        if not turns:
+            return 0
+        figures = _figures(cache, turns)
+        if options.json:
+            print(json.dumps({"prompt": text, "answer": turns[-1].text} | figures, indent=2))
+        for line in () if options.json else _report(figures):
+            say(line)
         if options.keep:
             cache.save(ids, **who)
-            _say(f"kept {ids.shape[1]} tokens; go on with: nearkv generate "
+            say(f"kept {ids.shape[1]} tokens; go on with: nearkv generate "
                  f"{f'--model {shlex.quote(options.model)} ' if options.model else ''}"
                  f"{' '.join(f'--resume {shlex.quote(str(one))}' for one in options.keep)}")  # fmt: skip
     return 0
+
+
+@dataclass
+class _Turn:
+    """A prompt and its answer.
+
+    Attributes
+    ----------
+    n_read, n_kept : int
+        Tokens of the prompt; of what the cache had before.
+    read_s : float
+        Until the first new token, or until the prompt was read.
+    times : list of float
+        When each new token came.
+    text : str
+        The answer.
+    """
+
+    n_read: int
+    n_kept: int
+    read_s: float
+    times: list[float]
+    text: str
+
+
+def _answer(model, tokenizer, cache, ids, text: str | None, options, turns: list[_Turn]):
+    """Let the model answer tokens (1, n), or only read them; all tokens, the answer's too."""
+    n_kept, start, times, said = cache.get_seq_length(), time.perf_counter(), [], []
+    n_read = ids.shape[1] - n_kept
+    if options.max_new_tokens:
+        ids, times, said = _generate(model, tokenizer, cache, ids, options, text)
+    else:
+        _read(model, cache, ids)
+    read = times[0] if times else time.perf_counter()
+    turns.append(_Turn(n_read, n_kept, read - start, times, "".join(said)))
+    return ids
+
+
+def _check_chat(options) -> None:
+    """Raise ValueError if options do not go with a conversation."""
+    if not options.chat:
+        return
+    if options.json:
+        raise ValueError("--json does not go with --chat, which answers turn by turn")
+    if options.prompt == "-":
+        raise ValueError("--prompt - does not go with --chat, which reads its turns from there")
+    if not options.max_new_tokens:
+        raise ValueError("--max-new-tokens 0 does not go with --chat")
+
+
+def _turns(options, prompt: str | None) -> Iterator[str | None]:
+    """What is said to the model; None: it goes on where it was."""
+    if not options.chat:
+        yield PROMPT if prompt is None and not options.resume else prompt
+        return
+    if prompt is not None:
+        yield prompt
+    if sys.stdin is None:
+        return
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _echo(prompt: str) -> str:
+    """A prompt as it is shown above its answer."""
+    if len(prompt) > _LONGEST_ECHO:
+        half = _LONGEST_ECHO // 2
+        left_out = f"\n... {len(prompt) - 2 * half:,} characters ...\n"
+        prompt = prompt[:half] + left_out + prompt[-half:]
+    return "\n".join(f"> {line}".rstrip() for line in prompt.splitlines()) + "\n"
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    """Show on a terminal what takes long, as long as it does."""
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{desc}", desc=text, leave=False, disable=None) as bar:
+        bar.refresh()
+        yield
 
 
 def _directories(options, n_cards: int) -> list | None:
@@ -165,7 +283,7 @@ def _directories(options, n_cards: int) -> list | None:
     return given
 
 
-def _count(names: list) -> int:
+def count_cards(names: list) -> int:
     """How many cards, or engines of cards, there will be."""
     from .cards import engine_names
 
@@ -189,7 +307,7 @@ def _check_not_kept(where: list) -> None:
             )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Tell the user something that is no part of the answer."""
     print(line, file=sys.stderr)
 
@@ -231,14 +349,15 @@ def _machine(name: str | None):
     return describe.load_machine(name)
 
 
-def _open_cards(names: list, config: str | None, closing: contextlib.ExitStack) -> list:
-    from .cards import open_cards
+def open_cards(names: list, config: str | None, closing: contextlib.ExitStack) -> list:
+    """Cards of these names, or of this build, until `closing` ends; says so if that takes long."""
+    from . import cards as known
 
     patience = f"opening card {names[0] or 'twin'}; the first time, this can take some minutes"
-    timer = threading.Timer(3, _say, (patience,))
+    timer = threading.Timer(3, say, (patience,))
     timer.start()
     try:
-        cards, _ = open_cards(names, **({"config": config} if config else {}))
+        cards, _ = known.open_cards(names, **({"config": config} if config else {}))
     finally:
         timer.cancel()
     for card in cards:
@@ -363,7 +482,7 @@ def _check_positions(model, n_tokens: int) -> None:
             f"prompt and new tokens are {n_tokens} tokens together, and {_class(model)} has learned "
             f"{limit} positions; shorten the prompt, or lower --max-new-tokens"
         )
-    _say(
+    say(
         f"warning: prompt and new tokens are {n_tokens} tokens together, and {_class(model)} was "
         f"trained for {limit}; expect poor answers"
     )
@@ -423,12 +542,12 @@ def _plan(model, machine, n_prompt: int, options) -> dict:
         model.config, machine, batch=1, context=n_prompt, output=options.max_new_tokens,
         kv_dtypes=(options.kv_dtype or own,),
     )  # fmt: skip
-    _say(f"plan: {chosen.describe()}")
+    say(f"plan: {chosen.describe()}")
     return chosen.cache_arguments()
 
 
-def _read(model, cache, ids) -> float:
-    """Let the model read tokens that the cache does not hold yet; when that was done."""
+def _read(model, cache, ids) -> None:
+    """Let the model read tokens that the cache does not hold yet."""
     import torch
 
     new = ids[:, cache.get_seq_length() :]
@@ -437,13 +556,33 @@ def _read(model, cache, ids) -> float:
         options["logits_to_keep"] = 1
     with _answerable(model, "be run with nearkv"), _progress(model), torch.no_grad():
         model(input_ids=new, attention_mask=torch.ones_like(ids), **options)
-    return time.perf_counter()
 
 
-def _generate(model, tokenizer, cache, ids, max_new_tokens: int, prompt: str | None):
-    """Print what the model says; tokens (1, n) in all, and when each new one came.
+def _sampling(options) -> dict[str, Any]:
+    """Settings of transformers for how tokens are chosen."""
+    given = options.temperature, options.top_p, options.top_k
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 0.0 if given == (None, None, None) else 1.0
+    if not temperature:
+        return {"do_sample": False}
+    return {
+        "do_sample": True, "temperature": temperature,
+        "top_p": 1.0 if options.top_p is None else options.top_p, "top_k": options.top_k or 0,
+    }  # fmt: skip
 
-    prompt : None if the answer goes on in the middle.
+
+def _generate(model, tokenizer, cache, ids, options, prompt: str | None):
+    """Print what the model says, unless it is to be JSON.
+
+    Parameters
+    ----------
+    prompt : str or None
+        None if the answer goes on in the middle.
+
+    Returns
+    -------
+    tokens (1, n) in all, when each new one came, and the answer in pieces
     """
     import torch
     from transformers import GenerationConfig, TextStreamer
@@ -451,11 +590,13 @@ def _generate(model, tokenizer, cache, ids, max_new_tokens: int, prompt: str | N
     own = {name: getattr(model.generation_config, name, None) for name in _OWN}
     model.generation_config = GenerationConfig(
         **{name: value for name, value in own.items() if value is not None},
-        do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
+        **_sampling(options), max_new_tokens=options.max_new_tokens, use_cache=True,
     )  # fmt: skip
+    torch.manual_seed(options.seed + ids.shape[1])  # a turn is not the one before
     if model.generation_config.pad_token_id is None:  # asked for, but there is nothing to pad
         model.generation_config.pad_token_id = tokenizer.pad_token_id or 0
     times: list[float] = []
+    said: list[str] = []
     with _answerable(model, "be run with nearkv"), _progress(model) as prefilled:
 
         class Stream(TextStreamer):
@@ -470,14 +611,16 @@ def _generate(model, tokenizer, cache, ids, max_new_tokens: int, prompt: str | N
 
             def on_finalized_text(self, text, stream_end=False):
                 prefilled()
-                super().on_finalized_text(text, stream_end)
+                said.append(text)
+                if not options.json:
+                    super().on_finalized_text(text, stream_end)
 
         streamer = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
             streamer=streamer, tokenizer=tokenizer,
         )  # fmt: skip
-    return ids, times
+    return ids, times, said
 
 
 @contextlib.contextmanager
@@ -504,26 +647,54 @@ def _progress(model):
         done()
 
 
-def _report(
-    cache, n_tokens: int, n_kept: int, start: float, times: list[float], answered: bool
-) -> Iterator[str]:
-    """The closing lines of figures."""
+def _figures(cache, turns: list[_Turn]) -> dict[str, Any]:
+    """What the answers took."""
     figures, store = cache.figures, cache.store
-    decode_s = times[-1] - times[0]
-    rate = f"{(len(times) - 1) / decode_s:.2f} tokens/s" if len(times) > 1 else "-"
+    decode_s = sum(turn.times[-1] - turn.times[0] for turn in turns if turn.times)
+    n_decoded = sum(len(turn.times) - 1 for turn in turns if turn.times)
     attended = figures.card_tokens + figures.host_tokens
-    cycles = f" in {figures.cycles:,} cycles" if figures.cycles else ""
-    share = f"{100 * figures.card_tokens / attended:.0f}%" if attended else "-"
-    behind = f" behind {n_kept}" if n_kept else ""
-    new = f"{len(times)} new tokens, {rate}" if answered else "no answer"
-    if answered:
+    return {
+        "turns": len(turns),
+        "prompt_tokens": sum(turn.n_read for turn in turns),
+        "kept_tokens": turns[0].n_kept,
+        "prompt_s": sum(turn.read_s for turn in turns),
+        "new_tokens": sum(len(turn.times) for turn in turns),
+        "tokens_per_s": n_decoded / decode_s if n_decoded and decode_s else None,
+        "cards": [card.name for card in cache.cards],
+        "bytes_written": store.bytes_written,
+        "bytes_read": figures.kv_bytes,
+        "pages_read": figures.pages,
+        "load_s": figures.load_s,
+        "card_s": figures.run_s,
+        "card_jobs": figures.jobs,
+        "card_cycles": figures.cycles,
+        "card_share": figures.card_tokens / attended if attended else None,
+        "page_tokens": store.layout.page_tokens,
+        "tokens": cache.get_seq_length(),
+    }
+
+
+def _report(figures: dict[str, Any]) -> Iterator[str]:
+    """The closing lines of figures."""
+    n_new, rate, share = figures["new_tokens"], figures["tokens_per_s"], figures["card_share"]
+    behind = f" behind {figures['kept_tokens']}" if figures["kept_tokens"] else ""
+    new = f"{n_new} new tokens, {f'{rate:.2f} tokens/s' if rate else '-'}" if n_new else "no answer"
+    turns = f"{figures['turns']} turns: " if figures["turns"] > 1 else ""
+    if n_new:
         yield ""
     yield (
-        f"prompt {n_tokens - n_kept} tokens{behind} in {times[0] - start:.2f} s; {new}; "
-        f"card {', '.join(card.name for card in cache.cards)}"
+        f"{turns}prompt {figures['prompt_tokens']} tokens{behind} in {figures['prompt_s']:.2f} s; {new}; "
+        f"card {', '.join(figures['cards'])}"
     )
+    cycles = f" in {figures['card_cycles']:,} cycles" if figures["card_cycles"] else ""
     yield (
-        f"KV written {store.bytes_written / 2**20:.1f} MiB, read {figures.kv_bytes / 2**20:.1f} MiB "
-        f"in {figures.pages} pages ({figures.load_s:.2f} s); card {figures.run_s:.2f} s for "
-        f"{figures.jobs} jobs{cycles}; {share} of decode attention by the card"
+        f"KV written {figures['bytes_written'] / 2**20:.1f} MiB, read {figures['bytes_read'] / 2**20:.1f} "
+        f"MiB in {figures['pages_read']} pages ({figures['load_s']:.2f} s); card {figures['card_s']:.2f} s "
+        f"for {figures['card_jobs']} jobs{cycles}; "
+        f"{'-' if share is None else f'{100 * share:.0f}%'} of decode attention by the card"
     )
+    if share == 0 and figures["tokens"] < figures["page_tokens"]:
+        yield (
+            f"0% because a page is written when {figures['page_tokens']} tokens fill it, and these were "
+            f"{figures['tokens']}; until then the host attends to them"
+        )

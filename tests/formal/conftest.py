@@ -46,7 +46,6 @@ from amaranth.hdl import (
 )
 from amaranth.hdl._mem import MemoryInstance
 from amaranth.lib import wiring
-from amaranth.lib.fifo import SyncFIFO
 import pytest
 
 SOLVER = Path(__file__).with_name("solver.py")
@@ -284,33 +283,42 @@ class Bench:
             self.m.d.comb += Assume(~waiting | kept, src_loc_at=1)
 
     def claim_queue(self, dut: _Opened, path: str = "") -> tuple[Value, Value, int]:
-        """The pointers of a `Queue` agree with its level: what its stream rules rest on.
+        """The registers of a `Queue` agree with each other: what its stream rules rest on.
 
-        Returns (entries in its memory, address of the oldest, memory's size).
+        Returns (entries in its memory, address of the oldest, memory's size). An entry may stand at
+        its output besides.
         """
-        inside = f"{path}.fifo." if path else "fifo."
-        inner = dut.inside(inside.removesuffix("."))
-        produce, consume = dut.named(inside + "produce"), dut.named(inside + "consume")
-        if isinstance(inner, SyncFIFO):
-            size, level = inner.depth, inner.level
-        else:
-            size, level = inner.depth - 1, dut.named(inside + "inner_level")
+        inside = f"{path}." if path else ""
+        depth = (dut.inside(path) if path else dut).depth
+        held, none, full, produce, consume = (
+            dut.inside(inside + name) for name in ("held", "none", "full", "produce", "consume")
+        )
         self._claims += 1
         self.m.d.comb += Assert(
-            (consume < size) & (level <= size) & (produce == around(consume + level, size)),
+            (held <= depth) & (produce == (consume + held)[: len(produce)])
+            & (none == (held == 0)) & (full == (held == depth)),
             src_loc_at=1,
-        )
-        return level, consume, size
+        )  # fmt: skip
+        return held, consume, 1 << len(consume)
 
     def entries(self, dut: _Opened, path: str, layout):
-        """What lies in a `Queue` whose pointers hold: (entry, whether it is one), by place.
+        """What lies in a `Queue` whose pointers hold: (entry, whether it is one), the output first.
 
-        By place, and not from the oldest on: then a transfer changes one term of a sum over them.
+        By place, and not from the oldest on: then a transfer changes few terms of a sum over them.
         """
-        level, oldest, size = self.claim_queue(dut, path)
+        held, oldest, size = self.claim_queue(dut, path)
+        output = dut.inside(path).o
+        yield output.p, output.valid
         for n in range(size):
-            behind = Mux(oldest <= n, n - oldest, n + size - oldest)
-            yield layout(dut.word(f"{path}.fifo.storage", n)), behind < level
+            behind = (n - oldest)[: len(oldest)]
+            yield layout(dut.word(f"{path}.storage", n)), behind < held
+
+    def entry(self, dut: _Opened, path: str, n: int, layout):
+        """The n-th oldest entry of a `Queue`, if there are so many."""
+        output, oldest = dut.inside(path).o, dut.inside(f"{path}.consume")
+        at = (oldest + n - output.valid)[: len(oldest)]
+        stored = dut.word(f"{path}.storage", at)
+        return layout(Mux(output.valid, Value.cast(output.p), stored) if n == 0 else stored)
 
     # ---- proofs --------------------------------------------------------------------------------
 

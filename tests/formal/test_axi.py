@@ -69,12 +69,13 @@ def test_reads_follow_the_span_and_never_outgrow_the_reserved_space_by_induction
     b.claim(dut.o.valid == dut.r.valid)
     b.claim(dut.o.p == dut.r.p)
     b.claim(dut.issued == issued)
-    b.claim(dut.idle == (dut.state("Take Span") & ~dut.spans.valid & (on_the_way + queued == 0)))
     b.cover(on_the_way + queued == depth)
 
     left, size = dut.inside("left"), dut.inside("beats")
     idle, sized = dut.state("Take Span"), dut.state("Reserve", "Issue Burst")
     b.claim(dut.inside("reserved") == on_the_way + queued + Mux(dut.ar.valid, size, 0))
+    b.claim((size <= dut.inside("room")) & (flying != OUTSTANDING_BURSTS),
+            when=dut.inside("fits") & dut.state("Reserve"))  # fmt: skip
     b.claim(dut.states())
     b.claim((asked + left == beats) & (left != 0), when=~idle)
     b.claim(dut.inside("address") == (address + (asked << 6))[:64], when=~idle)
@@ -133,10 +134,11 @@ def test_writes_follow_the_span_and_are_answered_by_induction(bench, monkeypatch
     b.assume(unanswered != 0, when=dut.b.valid)
     b.claim(dut.b.ready)
     idle = dut.state("Take Span")
-    quiet = (unanswered == 0) & ~named & ~filled & (data == 0) & (queue.level == 0)
-    b.claim(dut.idle == (idle & quiet & ~dut.spans.valid))
+    quiet = (unanswered == 0) & ~named & ~filled & (data == 0)
+    b.claim(dut.idle == b.before(idle & quiet & (queue.level == 0) & ~dut.spans.valid))
+    b.claim(idle & quiet, when=dut.idle)
     b.claim((asked == beats) & (written == beats), when=idle)
-    b.cover(b.before(dut.b.valid) & dut.idle)
+    b.cover(b.ago(dut.b.valid, 2) & dut.idle)
 
     bad = dut.b.valid & (dut.b.payload != 0)
     b.claim(dut.error, when=b.before(bad))
@@ -148,7 +150,9 @@ def test_writes_follow_the_span_and_are_answered_by_induction(bench, monkeypatch
     b.claim(dut.inside("waiting") == unanswered + named)
     b.claim(unanswered + named <= OUTSTANDING_BURSTS)
     b.claim(unanswered != OUTSTANDING_BURSTS, when=sending)
-    b.claim(sent == 0, when=dut.state("Gather"))
+    b.claim((sent == 0) & ~dut.inside("asked"), when=dut.state("Gather"))
+    b.claim((queue.level >= size) & (unanswered != OUTSTANDING_BURSTS),
+            when=dut.state("Gather") & dut.inside("whole"))  # fmt: skip
     b.claim(~named & ~filled & (data == 0), when=~sending)
     b.claim((dut.inside("asked") == named) & (data == sent) & (filled == (sent == size))
             & ~(named & filled) & (sent <= size) & (queue.level >= size - sent)

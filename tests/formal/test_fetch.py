@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fetch loses no beat, no block and no field, and gives them in the order that others count on."""
 
-from amaranth import Mux
+from amaranth import Array, Mux
 
 from nearkv_hw import fetch
 from nearkv_hw.fetch import Block, KvFetch, Pass
@@ -32,7 +32,15 @@ def fetching(b, monkeypatch, n_passes: int, n_beats: int):
     b.assume(on_the_way != 0, when=dut.r.valid)
 
     b.claim(dut.states(fsm="order") & dut.states("master"))
-    b.claim(within(dut.inside("tile")), when=dut.state("Keep", "Announce", "Ask", fsm="order"))
+    b.claim(
+        within(dut.inside("tile")),
+        when=dut.state("Keep", "Measure", "Announce", "Ask", fsm="order"),
+    )
+    rows, n_blocks = dut.inside("rows"), dut.inside("n_blocks")
+    is_v, asked = dut.inside("is_v"), dut.inside("master").spans.p.beats
+    b.claim((rows != 0) & (rows <= Mux(is_v, 128, 256)) & (n_blocks != 0) & (n_blocks <= 8),
+            when=dut.state("Announce", "Ask", fsm="order"))  # fmt: skip
+    b.claim((asked != 0) & ((asked == rows) | ~is_v), when=dut.state("Ask", fsm="order"))
     b.claim(dut.inside("waiting").level <= 3, when=dut.state("Keep", fsm="order"))
     for kept, there in b.entries(dut, "waiting", Tile):
         b.claim(within(kept), when=there)
@@ -53,6 +61,9 @@ def beats_reserved(b, dut, on_the_way, depth):
     reserved = dut.inside("master.reserved")
     b.claim(reserved == on_the_way + places[0].valid + level + issuing)
     b.claim(reserved <= depth)
+    room, fits = dut.inside("master.room"), dut.inside("master.fits")
+    b.claim(room <= depth)
+    b.claim(dut.inside("master.beats") <= room, when=fits & dut.state("master.Reserve"))
     b.claim_queue(dut, "beats")
 
 
@@ -89,6 +100,9 @@ def test_beats_and_blocks_find_room_by_induction(bench, monkeypatch):
         coming += stage.valid & stage.block_end
     b.claim(dut.inside("reserved") == announced - dut.inside("block") + coming + blocks.level)
     b.claim(dut.inside("reserved") <= blocks.depth)
+    room, fits = dut.inside("room"), dut.inside("fits")
+    b.claim(room <= blocks.depth)
+    b.claim(dut.inside("n_blocks") <= room, when=fits & dut.state("Announce", fsm="order"))
     b.claim_queue(dut, "blocks")
     b.prove(depth=1, reach=12)
 
@@ -107,12 +121,18 @@ def test_the_beats_of_announced_passes_come_by_induction(bench, monkeypatch):
     announce = passes.i.valid & passes.i.ready
     announced = small_product(passes.i.p.rows, passes.i.p.blocks)
     due = 0
-    for place, (pass_, there) in enumerate(b.entries(dut, "passes", Pass)):
+    produce, consume, take = (dut.inside(f"passes.{n}") for n in ("produce", "consume", "take"))
+    entries = list(b.entries(dut, "passes", Pass))
+    products = [b.ghost(12, "pass_beats") for _ in entries]
+    for place, ((pass_, there), beats) in enumerate(zip(entries, products, strict=True), -1):
         b.claim((pass_.rows != 0) & (pass_.rows <= 256) & (pass_.blocks != 0) & (pass_.blocks <= 8),
                 when=there)  # fmt: skip
-        beats = b.ghost(12, "pass_beats")
-        with m.If(announce & (dut.named("passes.fifo.produce") == place)):
-            m.d.sync += beats.eq(announced)
+        if place < 0:  # at the output
+            with m.If(take):
+                m.d.sync += beats.eq(Array(products[1:])[consume])
+        else:
+            with m.If(announce & (produce == place)):
+                m.d.sync += beats.eq(announced)
         b.claim(beats == small_product(pass_.rows, pass_.blocks), when=there)
         due += Mux(there, beats, 0)
     now, row, block = passes.o, dut.inside("row"), dut.inside("block")

@@ -11,7 +11,8 @@ from nearkv_hw.jobs import Q_BANKS, JobInfo, JobReader
 from nearkv_hw.merge import PartialWriter
 
 READING = ("Read Page Entry", "Check Page", "Emit Tile")
-BEFORE_TILES = ("Check Job", "Ask Query", "Ask Pages", "Ask Next Job", "Read Query")
+CHECKING = ("Count Tiles", "Check Job")
+BEFORE_TILES = (*CHECKING, "Ask Query", "Ask Pages", "Ask Next Job", "Read Query")
 LEGAL = ("Ask Query", "Ask Pages", "Read Query", *READING)
 IN_JOB = (*BEFORE_TILES, *READING, "Report")
 
@@ -62,6 +63,7 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     b.claim(opened == ~tile.job_first, when=in_tiles)
     b.claim(tile.job_first, when=before_tiles)
     b.claim(info.legal, when=reader(*LEGAL))
+    b.claim(~info.legal, when=reader(*CHECKING))
     b.claim(info.legal == ended, when=reader("Report"))
 
     # Beats: asked for, less those used.
@@ -74,13 +76,13 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     job_asked = reader("Read Job") | ((in_tiles | reader("Read Query", "Report")) & (jobs != 0))
     due = query_due + Mux(table_asked, pages_due, 0) + job_asked
     b.claim(channel < head_dim, when=reader("Read Query"))
-    b.claim(
-        (head_dim != 0) & (head_dim <= 64), when=info.legal & before_tiles & ~reader("Check Job")
-    )
+    b.claim(dut.inside("last_channel") == (head_dim - 1)[:9],
+            when=before_tiles & ~reader("Count Tiles"))  # fmt: skip
+    b.claim(dut.inside("none_left") == (jobs == 0), when=~reader("Idle"))
+    b.claim((head_dim != 0) & (head_dim <= 64), when=info.legal & before_tiles)
     b.claim((channel == 0) & ~second, when=before_tiles & ~reader("Read Query"))
     b.claim(~second, when=reader("Read Query"))
-    b.claim((left != 0) & (left <= MAX_TILES),
-            when=info.legal & before_tiles & ~reader("Check Job"))  # fmt: skip
+    b.claim((left != 0) & (left <= MAX_TILES), when=info.legal & before_tiles)
     b.claim((left != 0) & (left <= MAX_TILES), when=reader("Read Page Entry"))
     b.claim(left <= MAX_TILES, when=in_tiles)
     issued = dut.ar.valid & dut.ar.ready
@@ -102,6 +104,8 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     b.claim(due == waiting_beats + Mux(idle, 0, master[0]) + on_the_way + beats.level)
     b.claim(master[2] == on_the_way + beats.level + Mux(issuing, master[1], 0))
     b.claim(master[2] <= beats.depth)
+    b.claim(master[1] <= dut.inside("master.room"),
+            when=dut.inside("master.fits") & dut.state("master.Reserve"))  # fmt: skip
     b.claim((master[0] != 0) | idle)
     b.claim((master[1] != 0) & (master[1] <= master[0]) & (master[1] <= 64),
             when=dut.state("master.Reserve", "master.Issue Burst"))  # fmt: skip
@@ -111,7 +115,7 @@ def test_reader_gives_each_legal_job_one_row_of_tiles_by_induction(bench):
     waiting = b.counter(tiles & dut.o_tile.p.job_last, dut.q_free, bits=4, name="waiting")
     b.assume(waiting != 0, when=dut.q_free)
     taken = reader("Ask Pages", "Read Query", *READING) | (reader("Ask Next Job") & info.legal)
-    b.claim(dut.inside("q_used") == waiting + taken)
+    b.claim(dut.inside("q_used") == waiting + taken + dut.inside("q_freed"))
     b.claim(dut.inside("q_used") <= Q_BANKS)
     b.prove(depth=2, reach=16)
 
@@ -143,7 +147,7 @@ def test_every_job_read_is_answered_before_done_by_induction(bench):
     """At `done`, as many headers were written as jobs were read, in their order; reader, writer and
     the queue between them have come to rest. So each accepted job has exactly one partial.
 
-    At most 9 jobs have all their tiles on the way and no header yet: the fetch's queues of faults,
+    At most 10 jobs have all their tiles on the way and no header yet: the fetch's queues of faults,
     of one entry a job, have room for 16."""
     b, m = bench, bench.m
     dut = b.add(Queueing())
@@ -167,7 +171,7 @@ def test_every_job_read_is_answered_before_done_by_induction(bench):
     last_tile = tile.valid & tile.ready & tile.p.job_last
     legal_header = infos.o.valid & infos.o.ready & infos.o.p.legal
     unanswered = b.counter(last_tile, legal_header, name="unanswered")
-    b.claim(unanswered <= 9)
+    b.claim(unanswered <= 10)
     reporting = dut.state("reader.Report") & report.p.legal
     queued = sum((there & info.legal for info, there in b.entries(dut, "infos", JobInfo)), start=0)
     b.claim(unanswered == queued + reporting)
@@ -226,6 +230,8 @@ def test_writer_sends_what_its_spans_announce_by_induction(bench):
     b.claim(elements == whole, when=state("Ask Header", "Write Header"))
     b.claim(elements == 0, when=~state("Write Elements", "Ask Header", "Write Header"))
     b.claim(job.legal, when=state("Ask Elements"))
+    for name, beats in (("Elements", whole), ("Header", 1), ("Summary", 2)):
+        b.claim(dut.inside("span").beats == beats, when=state(f"Ask {name}"))
     b.claim(dut.i_job.valid, when=state("Ask Elements", "Write Elements", "Ask Header",
                                         "Write Header"))  # fmt: skip
     known = dut.i_end.valid & dut.i_faults_k.valid & dut.i_faults_v.valid

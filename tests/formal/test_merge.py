@@ -53,6 +53,8 @@ def test_merge_reads_only_sums_that_were_written_by_induction(bench, rows, parts
     on_the_way = sum((step.valid & step.out for step in places[1:]), start=0)
     b.claim(dut.inside("held") == on_the_way + out.level)
     b.claim(dut.inside("held") <= out.depth)
+    b.claim_queue(dut, "out")
+    b.claim_queue(dut, "ends")
 
     # Where the counters and the steps may be.
     in_sums, second = dut.inside("in_sums"), dut.inside("second")

@@ -106,6 +106,9 @@ def make_page(rng, layout, page_len):
     k = finite(words // 2).reshape(-1, layout.head_dim, LANES)
     v = finite(words // 2).reshape(-1, layout.page_tokens, LANES)
     k[::2] &= 0x8FFF  # blocks of small numbers
+    k[1::2, rng.random(layout.head_dim) < 0.3] &= 0x8000  # channels of zeros
+    k[:, 9] &= 0x8000  # where q's exponent is largest: zeros of K count
+    v[:, rng.random(layout.page_tokens) < 0.3] &= 0x8000  # tokens of zeros: those of V do not
     tokens = np.arange(len(k) * LANES).reshape(len(k), 1, LANES)
     k = np.where(tokens < page_len, k, infinity(layout.kv_type) + rng.integers(0, 9, k.shape))
     v[:, page_len:] = 0xFFFF

@@ -9,7 +9,18 @@ import re
 import pytest
 
 from nearkv_hw.config import PRESETS
-from nearkv_hw.footprint import COMPONENTS, GOAL, Timing, count, growth, owner, split, stub
+from nearkv_hw.footprint import (
+    COMPONENTS,
+    GOAL,
+    LIMIT_PS,
+    Timing,
+    count,
+    growth,
+    owner,
+    split,
+    stub,
+    unbracket,
+)
 
 RECORDED = Path(__file__).parents[1] / "data" / "footprint.json"
 
@@ -49,11 +60,36 @@ def test_the_longest_path_crosses_components():
     timing = Timing(
         {"kernel": ("nearkv", outside), "align": ("nearkv.kernel.align", inside)}, "kernel"
     )
-    (ps, path), *_ = timing.worst()
-    assert ps == 77 + 50 + 154 + 25
+    (ps, component, path), *_ = timing.worst()
+    assert (ps, component) == (77 + 50 + 154 + 25, "kernel")
     assert "kernel: start[0]" in path[0]
-    (levels, _), *_ = timing.worst(cells=0, wire=1)
+    (levels, *_), *_ = timing.worst(cells=0, wire=1)
     assert levels == 1  # the rest stays in the slice
+    assert timing.worst(cells=1.2, wire=300)[0][0] == round(1.2 * ps + 300)
+
+
+def test_an_end_belongs_to_the_component_whose_register_it_is():
+    inside = netlist([register(20, 21)], {"i": [20]})
+    box = cell("nearkv.kernel.align", {"i": [10]}, {})
+    outside = netlist([register("0", 10), register(10, 12), box])
+    timing = Timing(
+        {"kernel": ("nearkv", outside), "align": ("nearkv.kernel.align", inside)}, "kernel"
+    )
+    assert sorted(component for _, component, _ in timing.worst(None)) == ["align", "kernel"]
+
+
+def test_the_widest_net_and_control_sets_are_counted():
+    cells = [register("0", 10), register(10, 11), register(10, 12)]
+    cells[1]["connections"]["CE"] = [10]
+    timing = Timing({"kernel": ("nearkv", netlist(cells, names=[("start", 10)]))}, "kernel")
+    assert timing.fan_out() == (3, "kernel: start[0]")
+    assert timing.control_sets() == 2
+
+
+def test_names_that_look_like_bits_are_rewritten():
+    assert unbracket(r"wire [3:0] \sums[1] ; assign \sums[1] [0] = x[2];") == (
+        r"wire [3:0] \sums<1> ; assign \sums<1> [0] = x[2];"
+    )
 
 
 def test_a_combinational_loop_is_refused(refuses):
@@ -88,6 +124,16 @@ def test_growth_is_seen(name):
     new["total"]["lut"] = int(old["total"]["lut"] * 1.031)
     new["components"]["array"]["dsp"] *= 2
     assert [line.split(":")[0] for line in growth(old, new)] == ["total lut", "array dsp"]
+
+
+def test_one_late_end_more_is_seen_and_an_earlier_one_that_is_not_late_is_not():
+    old = json.loads(RECORDED.read_text())["smartssd"]
+    old["components"]["array"] |= {"routed_ps": 2_000, "late": 0}
+    new = copy.deepcopy(old)
+    new["components"]["array"]["routed_ps"] = LIMIT_PS
+    assert growth(old, new) == []
+    new["components"]["array"] |= {"routed_ps": LIMIT_PS + 1, "late": 1}
+    assert growth(old, new) == ["array routed_ps: 2000 -> 3001", "array late: 0 -> 1"]
 
 
 def test_the_record_meets_the_goals():

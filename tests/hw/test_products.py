@@ -11,7 +11,15 @@ from nearkv_hw import abi, products
 from nearkv_hw.abi import KvType
 from nearkv_hw.fetch import Block
 from nearkv_hw.number import DEPTH_MAX, EXPONENT_FLOOR, HALVINGS_MAX, P_BITS, P_MAX
-from nearkv_hw.products import SLOTS, Place, Products, base_latency, latency, scanned_layout
+from nearkv_hw.products import (
+    BLOCK_QUEUE,
+    SLOTS,
+    Place,
+    Products,
+    base_latency,
+    latency,
+    scanned_layout,
+)
 from nearkv_hw.softmax import P_BANKS, Exp2, Halvings
 
 TILE = abi.TILE_TOKENS
@@ -278,3 +286,13 @@ def test_scans_wait_for_weights_and_for_slots(bench, rng):
     slow = iter([True] * 300 + [False] * 10000)
     never = iter(lambda: False, None)
     simulate(bench, Stream(rng, 2, [(9, SLOTS + 3, 2)]), lambda side: slow if side else never)
+
+
+def test_no_block_is_lost_while_the_aligner_rests(bench, rng):
+    stream = Stream(rng, 2, [(3, 1, 2)])
+    k = stream.blocks[0]
+    stream.blocks[:0] = [{**k, "exponent": n} for n in range(2 * BLOCK_QUEUE)]
+    stream.want[:0] = [None] * (2 * BLOCK_QUEUE)
+    slow = iter([True] * 100 + [False] * 10000)
+    never = iter(lambda: False, None)
+    simulate(bench, stream, lambda side: slow if side else never)

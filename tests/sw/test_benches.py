@@ -65,6 +65,24 @@ def test_bench_decode(capsys, tmp_path):
 
 
 @pytest.mark.model
+def test_bench_batch(capsys, tmp_path):
+    arguments = ["--directory", str(tmp_path), "--prompts", "3", "--tokens", "3", "--batch-size", "2",
+                 "--rounds", "1"]  # fmt: skip
+    figures = _run(capsys, "batch", *arguments, "--long", "2", "--memory", "2G")
+    short, long = figures["runs"]
+    assert short["prompts"] == 3
+    assert short["texts_that_differ"] == 0
+    assert set(short["tokens_per_s"]) == {"nearkv", "transformers"}
+    assert long["kv_bytes"] == 2 * 1024 * 65536
+    assert long["nearkv"]["peak_bytes"] < 2 << 30
+    assert cli.main(["bench", "batch", *arguments, "--long", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 prompts of" in lines[0]
+    assert "goal 0.9x" in lines[0]
+    assert "0 of 3 texts differ" in lines[1]
+
+
+@pytest.mark.model
 def test_bench_step(capsys, tmp_path):
     arguments = ["--directory", str(tmp_path), "--context", "150", "--tokens", "2", "--rounds", "2"]
     figures = _run(capsys, "step", *arguments)

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -83,6 +84,91 @@ def test_the_prompt_can_come_from_standard_input(capsys, tiny_model, monkeypatch
     code, _, err = _run(capsys, "--model", tiny_model, "--prompt", "-", "--max-new-tokens", 1)
     assert code == 0
     assert "prompt 3 tokens" in err
+
+
+def test_random_answers_are_the_same_with_the_same_seed(capsys, tiny_model):
+    def answer(*options):
+        code, out, err = _run(capsys, "--model", tiny_model, "--prompt", "w1 w2", *options)
+        assert code == 0, err
+        return out
+
+    greedy = answer()
+    assert answer("--temperature", 0, "--top-k", 5) == greedy
+    assert answer("--top-k", 1) == greedy
+    assert answer("--top-p", 1e-9) == greedy
+    assert answer("--seed", 1) == greedy  # nothing is random
+    random = answer("--temperature", 1)
+    assert random != greedy
+    assert answer("--temperature", 1, "--seed", 0) == random
+    assert answer("--temperature", 1, "--seed", 1) != random
+    assert answer("--top-p", 1) == answer("--top-k", 100) == random
+    assert answer("--temperature", 0.001) == greedy
+
+
+def test_the_answer_as_json(capsys, tiny_model):
+    options = ["--model", tiny_model, "--prompt", "w1 w2", "--max-new-tokens", 5]
+    text = _run(capsys, *options)[1]
+    code, out, err = _run(capsys, *options, "--json")
+    assert code == 0
+    assert err == "> w1 w2\n\n"
+    figures = json.loads(out)
+    assert figures["prompt"] == "w1 w2"
+    assert figures["answer"].split() == text.split()
+    assert (figures["prompt_tokens"], figures["new_tokens"], figures["tokens"]) == (2, 5, 6)
+    assert figures["card_share"] == 0
+
+
+def test_a_card_that_did_nothing_is_explained(capsys, tiny_model):
+    options = ["--model", tiny_model, "--prompt", "w1 w2", "--max-new-tokens", 5]
+    _, _, err = _run(capsys, *options)
+    assert "0% because a page is written when 128 tokens fill it, and these were 6;" in err
+    long = " ".join(["w1"] * 130)
+    assert "0% because" not in _run(capsys, *options[:2], "--prompt", long)[2]
+
+
+def test_a_long_prompt_is_shown_in_part(capsys, tiny_model):
+    prompt = " ".join(f"w{n % 100}" for n in range(400))
+    err = _run(capsys, "--model", tiny_model, "--prompt", prompt, "--max-new-tokens", 1)[2]
+    assert err.startswith("> w0 w1 w2 ")
+    assert f"> ... {len(prompt) - 1200:,} characters ...\n" in err
+    assert prompt not in err
+
+
+def test_a_conversation_keeps_its_kv(capsys, save_model, tmp_path, monkeypatch):
+    model = save_model(tmp_path, template=_TEMPLATE)
+    options = ["--model", model, "--max-new-tokens", 6, "--page-tokens", 32]
+    turns = ["w5 w6 w7", " ".join(f"w{n}" for n in range(10, 50)), "w8"]
+
+    def chat(lines, *more):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        code, out, err = _run(capsys, *options, "--chat", *more)
+        assert code == 0, err
+        return [line.split() for line in out.splitlines() if line], err
+
+    said, err = chat([turns[0], "", *turns[1:]])
+    assert len(said) == 3
+    # Of a turn: its words and the template's; the last token of the answer before and what ends it.
+    n_read = 5 + (1 + 1 + 42) + (1 + 1 + 3)
+    assert f"3 turns: prompt {n_read} tokens in" in err
+    assert "18 new tokens" in err
+    again, _ = chat(turns[1:], "--prompt", turns[0])
+    assert again == said
+    assert chat(turns[:1])[0] == said[:1]
+    # Kept, and gone on with by another process.
+    kept = tmp_path / "kept"
+    assert chat(turns[:1], "--keep", kept)[0] == said[:1]
+    options[-2:] = []
+    assert chat(turns[1:], "--resume", kept)[0] == said[1:]
+    assert chat([])[0] == []
+
+
+def test_what_does_not_go_with_a_conversation_is_refused(capsys):
+    for options, text in (
+        (["--json"], "--json does not go with --chat"),
+        (["--prompt", "-"], "--prompt - does not go with --chat"),
+        (["--max-new-tokens", 0, "--keep", "/tmp/nothing"], "--max-new-tokens 0 does not go with"),
+    ):
+        _assert_error(_run(capsys, "--chat", *options), text)
 
 
 def test_a_prompt_that_is_not_utf8_is_refused_with_its_place(capsys, monkeypatch):
@@ -270,7 +356,7 @@ def test_a_closed_pipe_ends_quietly(arguments):
 @pytest.mark.slow
 def test_a_closed_pipe_ends_generation_quietly(tiny_model):
     arguments = ["generate", "--model", tiny_model, "--prompt", "w1 w2", "--max-new-tokens", 9]
-    assert _without_reader(arguments, of="stdout") == (141, b"")
+    assert _without_reader(arguments, of="stdout") == (141, b"> w1 w2\n\n")
     assert _without_reader(arguments, of="stderr")[0] == 141
 
 
@@ -327,8 +413,10 @@ def test_in_a_terminal_progress_is_shown_and_removed_before_the_answer(tiny_mode
         "\r\n"
     )  # as a terminal overwrites
     assert b"prefill:   0%" in shown
-    assert re.fullmatch(r"w\d+ w\d+ w\d+", lines[0])
-    assert lines[2].startswith("prompt 2 tokens in ")
+    assert b"loading " in shown
+    assert lines[:2] == ["> w1 w2", ""]
+    assert re.fullmatch(r"w\d+ w\d+ w\d+", lines[2])
+    assert lines[4].startswith("prompt 2 tokens in ")
 
 
 # --- extras ----------------------------------------------------------------------------------

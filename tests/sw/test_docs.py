@@ -17,7 +17,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # Commands of others, with which a page may start a line.
-FOREIGN = {"sudo", "source", "export", "mkdir"}
+FOREIGN = {"sudo", "source", "export", "mkdir", "pip", "python3.11", "vllm"}
 
 
 def _names(pages):

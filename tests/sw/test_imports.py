@@ -17,10 +17,11 @@ import nearkv
 _ROOT = Path(nearkv.__file__).parent
 _NEVER = ("amaranth", "pyxrt", "pynq", "nearkv_sim")
 _ONLY_CACHE = ("torch", "transformers")
-# Those that are there for what only simulation or torch can do: loaded by name, when asked for.
+# Those that are there for what only simulation, torch or vLLM can do: loaded by name, when asked for.
 _ON_DEMAND = (
-    "nearkv.bench.", "nearkv.measure", "nearkv.cards.pynq", "nearkv.hf.attention", "nearkv.hf.cache",
-    "nearkv.hf.layer", "nearkv.hf.state", "nearkv.hf.support",
+    "nearkv.bench.", "nearkv.measure", "nearkv.cards.pynq", "nearkv.vllm", "nearkv.hf.attention",
+    "nearkv.hf.cache", "nearkv.hf.layer", "nearkv.hf.state", "nearkv.hf.support",
+    "nearkv.attention.blocks", "nearkv.batch.engine", "nearkv.batch.memory", "nearkv.batch.sampling",
 )  # fmt: skip
 # Who may import whom: a package sees itself and what stands before it.
 _PACKAGES = ("nearkv_hw", "nearkv_sim", "nearkv")
@@ -67,7 +68,7 @@ def test_imports_run_from_gateware_to_simulation_to_host_and_never_back():
 
 def test_parts_of_the_host_import_only_what_stands_before_them():
     for at, part in enumerate(_PARTS):
-        commands = ("bench", "cli", "doctor", "measure", "plan", "selftest")
+        commands = ("batch", "bench", "cli", "doctor", "measure", "plan", "selftest", "vllm")
         later = {f"nearkv.{name}" for name in (*_PARTS[at + 1 :], *commands)}
         for path in (_ROOT / part).rglob("*.py"):
             names = {".".join(name.split(".")[:2]) for name in _imported(path, _ROOT)}
@@ -89,7 +90,7 @@ def test_the_parts_without_torch_import_without_it():
 
 @pytest.mark.slow
 def test_no_module_imports_gateware_simulation_or_drivers():
-    modules = [name for name in _MODULES if not name.startswith(_ON_DEMAND[:3])]
+    modules = [name for name in _MODULES if not name.startswith(_ON_DEMAND[:4])]
     loaded = _loaded("import " + ", ".join(modules))
     assert not set(_NEVER) & set(loaded)
     assert set(_ONLY_CACHE) <= set(loaded)  # or the test above proves nothing

@@ -119,6 +119,7 @@ def _outcome(capsys, directory) -> tuple[int, str, str]:
     assert code in (0, 2)
     if code:
         assert out == ""
+        err = err.removeprefix(f"> {prompt}\n\n")  # what was asked, if it came so far
         assert err.startswith("nearkv: error: ")
         assert err.count("\n") == 1, err
         return code, "", err

@@ -527,3 +527,71 @@ def test_layers_that_come_apart_are_noticed(model, cache):
         cache.crop(-1)
     cache.reset()
     _forward(model, "nearkv", cache, _ids(3, 40))  # of any size
+
+
+# --- rows of a copy join --------------------------------------------------------------------------
+
+
+def _alone(model, card, directory, ids, steps):
+    """Logits behind a prompt and behind each of the steps."""
+    with NearStorageCache(CONFIG, directory, card, page_tokens=32) as cache:
+        parts = [ids, *(torch.tensor([[step]]) for step in steps)]
+        return torch.cat([_forward(model, "nearkv", cache, part)[:, -1] for part in parts])
+
+
+@pytest.mark.parametrize("lengths", [(70, 20, 45), (20, 70, 45), (32, 64, 1), (40, 40, 40)])
+def test_a_row_that_joins_goes_on_as_if_it_were_alone(model, card, cache, tmp_path, lengths):
+    prompts = [_ids(1, n, seed=n) for n in lengths]
+    steps = _ids(3, 40, seed=9)
+    alone = [_alone(model, card, tmp_path, *one) for one in zip(prompts, steps, strict=True)]
+    empty = copy.deepcopy(cache)
+    have, done = [], [1, 1, 1]
+    for at in range(36):
+        if at in (0, 3, 30):
+            with copy.deepcopy(empty) as coming:
+                _forward(model, "nearkv", coming, prompts[len(have)])
+                cache.join(coming)
+                assert coming.get_seq_length() == 0
+            have.append(lengths[len(have)])
+            assert cache.attention_mask.sum(dim=1).tolist() == have
+            assert cache.get_seq_length() == max(have)
+        mask = torch.nn.functional.pad(cache.attention_mask, (0, 1), value=1)
+        rows = range(len(have))
+        ids = torch.stack([steps[row, done[row] - 1] for row in rows])[:, None]
+        model.set_attn_implementation("nearkv")
+        places = torch.tensor(have)[:, None]
+        with torch.no_grad():
+            logits = model(
+                ids, attention_mask=mask, position_ids=places, past_key_values=cache
+            ).logits
+        for row in rows:
+            expected = alone[row][done[row]]
+            assert (logits[row, -1] - expected).abs().max() <= LOGIT_BOUND * expected.abs().max()
+            have[row] += 1
+            done[row] += 1
+
+
+def test_only_rows_of_a_copy_can_join(model, card, cache, tmp_path):
+    with NearStorageCache(CONFIG, tmp_path, card, page_tokens=32) as other:
+        _forward(model, "nearkv", other, _ids(1, 5))
+        with pytest.raises(ValueError, match=r"copy\.deepcopy"):
+            cache.join(other)
+        with pytest.raises(ValueError, match=r"copy\.deepcopy"):
+            other.join(other)
+        assert other.get_seq_length() == 5
+    with copy.deepcopy(cache) as nothing:
+        cache.join(nothing)
+    assert cache.get_seq_length() == 0
+    _forward(model, "nearkv", cache, _ids(2, 5))  # and it can be used
+
+
+def test_rows_that_left_and_rows_that_joined_leave_no_pages_behind(model, cache):
+    for n in range(3):
+        with copy.deepcopy(cache) as coming:
+            coming.reset()
+            _forward(model, "nearkv", coming, _ids(2, 70, seed=n))
+            cache.join(coming)
+        cache.batch_select_indices(torch.tensor([-2, -1]))
+        assert len(cache.store.sequences()) == 2
+    cache.reset()
+    assert cache.store.sequences() == []

@@ -65,6 +65,34 @@ def test_what_was_appended_is_read_back(tmp_path):
         assert all(read.offset % 4096 == 0 for read in reads)
 
 
+def test_sequences_are_composed_of_blocks_that_others_have(tmp_path):
+    with KvStore(tmp_path, LAYOUT, 2, delayed_bytes=1 << 20) as store:
+        k, v = _kv(4 * 32)
+        for sequence in (0, 1):
+            for layer in (0, 3):
+                store.append(sequence, layer, k + sequence, v - layer)
+        with pytest.raises(ValueError, match="wait to be written"):
+            store.compose(7, {0: store.blocks(0, 0)})
+        store.flush()
+        blocks = {layer: [store.blocks(sequence, layer) for sequence in (0, 1)] for layer in (0, 3)}
+        mixed = {layer: np.array([a[0], b[1], a[2]]) for layer, (a, b) in blocks.items()}
+        store.compose(7, mixed)
+        store.drop(0)
+        got_k, got_v = _read(store, 3, 7, 1)
+        want = np.concatenate([k[1, :32], k[1, 32:64] + np.float16(1), k[1, 64:96]])
+        np.testing.assert_array_equal(got_k, want)
+        np.testing.assert_array_equal(got_v, v[1, :96] - np.float16(3))
+        with pytest.raises(ValueError, match="is free"):
+            store.compose(8, {0: blocks[0][0][1:2]})
+        assert 8 not in store.sequences()
+        store.compose(7, {0: mixed[0][:1]})
+        assert [store.n_pages(7, layer) for layer in (0, 3)] == [1, 3]
+        assert store.n_blocks(0) == 5
+    with KvStore(tmp_path, LAYOUT, 2) as store:  # the journal says the same
+        np.testing.assert_array_equal(store.blocks(7, 3), mixed[3])
+        np.testing.assert_array_equal(_read(store, 3, 7, 1)[0], want)
+
+
 def test_pages_of_a_head_lie_together_and_little_space_is_reserved_ahead(tmp_path):
     layout = PageLayout(64, 128)
     with KvStore(tmp_path, layout, 3) as store:

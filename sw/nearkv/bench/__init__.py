@@ -33,6 +33,7 @@ BENCHES = {
         "nearkv.bench.accuracy",
         "errors against float64, beside kernels that round P",
     ),
+    "batch": ("nearkv.bench.batch", "many prompts, beside padded batches in memory"),
     "step": ("nearkv.bench.step", "a step of the demo model, beside transformers' own cache"),
 }
 

@@ -340,6 +340,20 @@ class NearStorageCache(Cache):
         """Only these rows stay, in this order; `indices` as for a tensor's first dimension."""
         self._batch.arrange(torch.arange(self._batch.size or 0)[indices].tolist())
 
+    def join(self, other: "NearStorageCache") -> None:
+        """Take over the rows of a copy, behind its own: prompts that were read beside those being answered.
+
+        No page is read or written. All padding moves to the left, and what all rows have too much of goes:
+        `attention_mask` says what is left. The copy is empty afterwards. Where the cache to be filled
+        is empty too, `copy.deepcopy` of it makes one that can join.
+
+        Raises
+        ------
+        ValueError
+            If the other is no copy of this one, or of one of its copies.
+        """
+        self._batch.join(other._batch)
+
     # --- saving -------------------------------------------------------------------------------
 
     def save(self, input_ids=None, *, model: str | None = None, tokenizer=None) -> None:

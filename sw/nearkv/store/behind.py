@@ -7,6 +7,8 @@ import contextlib
 import errno
 import threading
 
+import numpy as np
+
 from ..io import FlashError, PageId
 from .writer import STAGING_BYTES, PageWriter, Spill
 
@@ -62,6 +64,14 @@ class WriteBehind:
     def has_failed(self, sequence: int) -> bool:
         """Whether something went wrong with a sequence that nobody has heard of. Without the lock."""
         return sequence in self._errors
+
+    def has(self, layer: int, ids: np.ndarray) -> bool:
+        """Whether one of these blocks of a layer is not written yet."""
+        failed = (spill for spills in self._failed.values() for spill in spills)
+        return any(
+            spill.layer == layer and np.isin(spill.ids, ids).any()
+            for spill in (*self._spills, *self._writing, *failed)
+        )
 
     @property
     def failed(self) -> dict[int, FlashError]:

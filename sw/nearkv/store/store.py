@@ -393,6 +393,47 @@ class KvStore:
                         self._space.give_room(table)
                 self._apply(changes)
 
+    def compose(self, sequence: int, blocks: Mapping[int, np.ndarray]) -> None:
+        """Make a sequence of blocks that others have: for the block tables of an engine.
+
+        No page is copied: it has one more owner.
+
+        Parameters
+        ----------
+        sequence : int
+        blocks : mapping of layer to ints (n_pages,)
+            As `blocks` names them. The layer's table is these afterwards, whatever it was before; the
+            tables of other layers stay as they are.
+
+        Raises
+        ------
+        ValueError
+            If a block is free, or waits to be written.
+        FlashError
+            If that could not be recorded.
+        """
+        _check_numbers([sequence], None)
+        with self._turn("to compose a sequence"):
+            for layer in blocks:
+                _check_numbers([], layer)
+                self._settle(sequence, layer)
+            self._tidy()
+            changes = []
+            for layer, ids in blocks.items():
+                ids = np.array(ids, np.int64)
+                if self._behind.has(layer, ids):
+                    raise ValueError(
+                        f"blocks of layer {layer} wait to be written; settle them first"
+                    )
+                if not self._tables.blocks(layer).owned(ids):
+                    raise ValueError(f"a block of layer {layer} is free, and cannot be had")
+                table = self._tables.find(sequence, layer)
+                if table is not None:
+                    self._space.give_room(table)
+                changes.append(Change(layer, sequence, 0, ids))
+            if changes:
+                self._apply(changes)
+
     def drop(self, sequence: int, *, erase: bool = False) -> int:
         """Forget a sequence. Pages that nobody else has give their space back.
 

@@ -70,11 +70,15 @@ class Blocks:
         ValueError
             If one of them is free.
         """
-        if ids.size and (
-            ids.min() < 0 or ids.max() >= len(self.owners) or not self.owners[ids].all()
-        ):
+        if not self.owned(ids):
             raise ValueError("a table names a block that is free")
         np.add.at(self.owners, ids, 1)
+
+    def owned(self, ids: np.ndarray) -> bool:
+        """Whether all of these are blocks that a table names."""
+        return not ids.size or bool(
+            ids.min() >= 0 and ids.max() < len(self.owners) and self.owners[ids].all()
+        )
 
     def disown(self, ids: np.ndarray) -> np.ndarray:
         """One table less; the pages that are free now: STORED_PAGE (n,)."""
