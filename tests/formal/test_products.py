@@ -2,7 +2,7 @@
 """The scan of V blocks reads and keeps what it may, finds the largest products, and the issue of their
 rows equals its specification."""
 
-from amaranth import Cat, Const, Mux, Signal, Value, signed
+from amaranth import Array, Cat, Const, Mux, Signal, Value, signed
 import pytest
 
 from nearkv_hw import products
@@ -19,8 +19,9 @@ from nearkv_hw.products import (
 from nearkv_hw.softmax import P_BANKS, Exp2
 
 # Smaller than it is built, for a short proof: its size has no part in the argument.
-ROWS, FIELDS, BLOCKS = 2, 512, 5
-NOWHERE, SCANNED, LEAVING, QUEUED, ISSUED = range(5)  # where a block is, see `Followed`
+ROWS, FIELDS, BLOCKS = 2, 512, 4
+# Where a block is, see `Followed`.
+NOWHERE, SCANNED, LEAVING, QUEUED, SHOWN, ISSUED = range(6)
 
 
 def has_rows(block):
@@ -84,21 +85,23 @@ class Followed:
     -------
     at : NOWHERE .. ISSUED; block : Value of `Block`; row : constant
     slot, bank : where its weights and fields lie; field : of the row, when it was scanned
-    place, exponents : where it is in the queue of blocks, and with what; leaving : which of the pipeline's stages it is in
+    leaving : in which stage of the pipeline it is, if it is LEAVING
+    place : where it is in the queue of blocks if it is QUEUED; SHOWN, it is at its output
+    exponents : what it came into the queue with
     """
 
     def __init__(self, b, dut):
-        m, block, around_ = b.m, dut.i_block.p, dut.inside
+        m, block, inside = b.m, dut.i_block.p, dut.inside
         self.row = b.constant(7, "followed_row")
-        self.at = b.ghost(range(5), "at")
+        self.at = b.ghost(range(6), "at")
         self.block = b.ghost(len(Value.cast(block)), "block")
         self.slot, self.bank, self.field = (
             b.ghost(bits, name) for bits, name in ((2, "slot"), (2, "bank"), (8, "field"))
         )
         self.place = b.ghost(range(BLOCKS), "place")
         self.exponents = b.ghost(ROWS * EXPONENT_BITS, "exponents")
-        waiting, token = around_("waiting"), around_("token")
-        row_goes = dut.inside("fields_due").o.ready  # of V
+        waiting, token = inside("waiting"), inside("token")
+        row_goes = inside("fields_due").o.ready  # of V
         ends = dut.i_block.valid & dut.i_block.ready
         begins = Mux(block.is_v, row_goes, ends) & (token == 0)
         chosen = b.free(1, "chosen") & begins & (self.at == NOWHERE)
@@ -107,12 +110,12 @@ class Followed:
         with m.If(chosen):
             m.d.sync += [
                 self.block.eq(Value.cast(block)), self.at.eq(SCANNED),
-                self.slot.eq(around_("slot")), self.bank.eq(around_("scan_bank")),
+                self.slot.eq(inside("slot")), self.bank.eq(inside("scan_bank")),
             ]  # fmt: skip
         self.here = chosen | (self.at == SCANNED)  # the block at the input is this one
         self.row_goes = self.here & row_goes & (token == self.row)
         with m.If(self.row_goes):
-            m.d.sync += self.field.eq(dut.inside("fields_due").o.payload)
+            m.d.sync += self.field.eq(inside("fields_due").o.payload)
         with m.If(self.here & ends):
             m.d.sync += self.at.eq(LEAVING)
         self.leaving = [b.before(self.here & ends, "leaving")]
@@ -120,15 +123,17 @@ class Followed:
             self.leaving.append(b.before(self.leaving[-1], "leaving"))
         with m.If(self.leaving[-1]):
             m.d.sync += [
-                self.at.eq(QUEUED), self.place.eq(dut.named("waiting.fifo.produce")),
+                self.at.eq(QUEUED), self.place.eq(inside("waiting.produce")),
                 self.exponents.eq(Value.cast(waiting.i.p.exponents)),
             ]  # fmt: skip
         b.claim((self.at <= ISSUED) & (self.place < waiting.depth))
         same = (Value.cast(block) == self.block) & (token != 0)
         b.claim(same, when=self.at == SCANNED)
         b.claim(sum(self.leaving) == (self.at == LEAVING))
-        self.shown = (self.at == QUEUED) & (dut.named("waiting.fifo.consume") == self.place)
-        with m.If(self.shown & waiting.o.valid & waiting.o.ready):
+        taken = inside("waiting.take") & (inside("waiting.consume") == self.place)
+        with m.If((self.at == QUEUED) & taken):
+            m.d.sync += self.at.eq(SHOWN)
+        with m.If((self.at == SHOWN) & waiting.o.valid & waiting.o.ready):
             m.d.sync += self.at.eq(ISSUED)
 
 
@@ -150,18 +155,19 @@ def scan(bench, monkeypatch):
 
 
 def claim_queue_of_blocks(b, dut, env):
-    """Claim that scanned blocks find room in their queue. Returns its entries by place:
-    (entry, there, how many are older)."""
+    """Claim that scanned blocks find room in their queue. Returns its entries, the output first, then by
+    place: (entry, there, how many are older)."""
     waiting, later = dut.inside("waiting"), dut.inside("later")
-    level, oldest, size = b.claim_queue(dut, "waiting")
-    layout, entries = scanned_layout(ROWS), []
+    queued, oldest, size = b.claim_queue(dut, "waiting")
+    layout, entries = scanned_layout(ROWS), [(waiting.o.p, waiting.o.valid, Const(0))]
     for n in range(size):
-        older = Mux(oldest <= n, n - oldest, n + size - oldest)
-        entries.append((layout(dut.word("waiting.fifo.storage", n)), older < level, older))
+        behind = (n - oldest)[: len(oldest)]
+        entry = layout(dut.word("waiting.storage", n))
+        entries.append((entry, behind < queued, behind + waiting.o.valid))
     b.claim(waiting.i.ready, when=waiting.i.valid)
     held = dut.inside("held")
-    b.claim(held == level + sum(stage.valid & stage.end for stage in later) + env.scans)
-    b.claim(held <= size)
+    b.claim(held == waiting.level + sum(stage.valid & stage.end for stage in later) + env.scans)
+    b.claim(held <= waiting.depth)
     block = dut.i_block.p
     b.claim(dut.i_block.valid & block.is_v & (env.token < block.rows), when=env.scans)
     return entries
@@ -216,6 +222,7 @@ def test_waiting_fields_find_room_by_induction(scan):
     b, dut, env = scan(2)
     entries = claim_queue_of_blocks(b, dut, env)
     b.claim(env.due.i.ready, when=env.due.i.valid)
+    b.claim_queue(dut, "fields_due")
     m, shown = b.m, dut.o_block.p.block
     waiting, later = dut.inside("waiting"), dut.inside("later")
     scanned, issued = b.counter(env.of_v, bits=12, name="scanned"), b.ghost(12, "issued")
@@ -231,12 +238,14 @@ def test_waiting_fields_find_room_by_induction(scan):
     for _ in range(2):
         leaving.append(b.before(leaving[-1], "leaving_at"))
     pushed = b.ghost(12, "pushed_at")  # of the last block that came into the queue
-    queued = [b.ghost(12, "queued_at") for _ in entries]
+    shown_at, *queued = (b.ghost(12, "queued_at") for _ in entries)
     with m.If(waiting.i.valid):
         m.d.sync += pushed.eq(leaving[-1])
         for n, at in enumerate(queued):
-            with m.If(dut.named("waiting.fifo.produce") == n):
+            with m.If(dut.inside("waiting.produce") == n):
                 m.d.sync += at.eq(leaving[-1])
+    with m.If(dut.inside("waiting.take")):
+        m.d.sync += shown_at.eq(Array(queued)[dut.inside("waiting.consume")])
     ends, at = Const(0), pushed
     for stage, then in zip(reversed(later), reversed(leaving), strict=True):
         end = stage.valid & stage.end
@@ -244,15 +253,16 @@ def test_waiting_fields_find_room_by_induction(scan):
         b.claim(then == (at + v_rows(stage.out.block))[:12], when=end)
         at, ends = Mux(end, then, at), ends + end
     b.claim(scanned == (at + Mux(env.scans, env.token, 0))[:12])
-    for n, (entry, there, distance) in enumerate(entries):
+    for n, (entry, there, older) in enumerate(entries):
+        at = shown_at if n == 0 else queued[n - 1]
+        of_older = at if n == 0 else Mux(older == waiting.o.valid, shown_at, queued[n - 2])
         b.claim(has_rows(entry.block), when=there)
-        before = (queued[n] - v_rows(entry.block))[:12]
-        b.claim(before == (issued - row)[:12], when=there & (distance == 0))
-        b.claim(before == queued[n - 1], when=there & (distance != 0))
-        b.claim(queued[n] == pushed, when=there & (distance + 1 == waiting.level))
-        behind = waiting.level - 1 - distance + ends
-        since = TILE_TOKENS * behind[:4] + Mux(env.scans, env.token, 0)
-        b.claim((scanned - queued[n])[:12] <= since, when=there)
+        before = (at - v_rows(entry.block))[:12]
+        b.claim(before == Mux(older == 0, (issued - row)[:12], of_older), when=there)
+        b.claim(at == pushed, when=there & (older + 1 == waiting.level))
+        younger = waiting.level - 1 - older + ends
+        since = TILE_TOKENS * younger[:4] + Mux(env.scans, env.token, 0)
+        b.claim((scanned - at)[:12] <= since, when=there)
     b.claim(issued == pushed, when=waiting.level == 0)
     b.cover(env.issue & shown.is_v & (env.row == 1))
     b.prove(depth=1, reach=12)
@@ -282,28 +292,30 @@ def test_scanned_blocks_leave_with_their_place_by_induction(scan):
             ~block.is_v | ((scanned.place.slot == f.slot) & (scanned.place.bank == f.bank))
         )
 
-    at = [f.at == where for where in range(5)]
+    at = [f.at == where for where in range(6)]
     b.claim((slot == f.slot) & (dut.inside("scan_bank") == f.bank), when=at[SCANNED])
     for here, stage in zip(f.leaving, later, strict=True):
         b.claim(stage.valid & stage.end & is_mine(stage.out), when=here)
     # V blocks that came later, and V passes that ended later.
     younger, passes_younger = Const(0), Const(0)
-    _, oldest, size = b.claim_queue(dut, "waiting")
-    my_distance = Mux(oldest <= f.place, f.place - oldest, f.place + size - oldest)
-    for n, (entry, there, distance) in enumerate(entries):
+    waiting = dut.inside("waiting")
+    in_queue = at[QUEUED] | at[SHOWN]
+    place = (f.place - dut.inside("waiting.consume"))[: len(dut.inside("waiting.consume"))]
+    mine_older = Mux(at[SHOWN], 0, place + waiting.o.valid)
+    for n, (entry, there, older) in enumerate(entries):
         as_it_came = is_mine(entry) & (Value.cast(entry.exponents) == f.exponents)
-        b.claim(there & as_it_came, when=at[QUEUED] & (f.place == n))
-        behind = at[QUEUED] & there & entry.block.is_v & (distance > my_distance)
+        it_is = at[SHOWN] if n == 0 else at[QUEUED] & (f.place == n - 1)
+        b.claim(there & as_it_came, when=it_is)
+        behind = in_queue & there & entry.block.is_v & (older > mine_older)
         younger += behind
         passes_younger += behind & entry.block.pass_last
     for n, (end, stage) in enumerate(zip(leaving_v, later, strict=True)):
-        behind = end & (at[QUEUED] | Cat(f.leaving[n + 1 :]).any())
+        behind = end & (in_queue | Cat(f.leaving[n + 1 :]).any())
         younger += behind
         passes_younger += behind & stage.out.block.pass_last
-    b.claim(is_mine(dut.o_block.p), when=f.shown & dut.o_block.valid)
 
     # The slot is so many before the next to be scanned, and of the four none is used twice.
-    ended = at[LEAVING] | at[QUEUED]
+    ended = at[LEAVING] | in_queue
     outstanding = at[SCANNED] | ended
     b.claim(slot == (f.slot + younger + ended)[:2], when=outstanding & block.is_v)
     used = younger + 1 + (ended & env.scans)
@@ -318,7 +330,7 @@ def test_scanned_blocks_leave_with_their_place_by_induction(scan):
     )
     b.claim(over | (passes_younger != 0) | (env.within & env.kind), when=ended & block.is_v)
     b.claim((f.bank - env.freed)[:2] < env.complete, when=outstanding & block.is_v)
-    b.cover(f.shown & dut.o_block.valid & block.is_v & (f.row == 1))
+    b.cover(at[SHOWN] & block.is_v & (f.row == 1))
     b.prove(depth=2, reach=14)
 
 
