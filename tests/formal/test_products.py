@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan of V blocks reads and keeps what it may, finds the largest products, and the issue of their
-rows equals its specification."""
+"""The scan of V blocks reads and keeps what it may, and finds the largest products; their rows are issued
+with the model's base and weights."""
 
 from amaranth import Array, Cat, Const, Mux, Signal, Value, signed
 import pytest
@@ -9,13 +9,7 @@ from nearkv_hw import products
 from nearkv_hw.abi import MAX_HEAD_DIM, TILE_TOKENS
 from nearkv_hw.jobs import present
 from nearkv_hw.number import DEPTH_MAX, EXPONENT_BITS, EXPONENT_FLOOR, P_BITS
-from nearkv_hw.products import (
-    SLOTS,
-    Products,
-    base_latency,
-    latency,
-    scanned_layout,
-)
+from nearkv_hw.products import SLOTS, Products, base_latency, latency, scanned_layout
 from nearkv_hw.softmax import P_BANKS, Exp2
 
 # Smaller than it is built, for a short proof: its size has no part in the argument.
@@ -155,8 +149,8 @@ def scan(bench, monkeypatch):
 
 
 def claim_queue_of_blocks(b, dut, env):
-    """Claim that scanned blocks find room in their queue. Returns its entries, the output first, then by
-    place: (entry, there, how many are older)."""
+    """Claim that scanned blocks find room in their queue. Returns its entries, the output first, then
+    by place: (entry, there, how many are older)."""
     waiting, later = dut.inside("waiting"), dut.inside("later")
     queued, oldest, size = b.claim_queue(dut, "waiting")
     layout, entries = scanned_layout(ROWS), [(waiting.o.p, waiting.o.valid, Const(0))]
@@ -176,8 +170,8 @@ def claim_queue_of_blocks(b, dut, env):
 def claim_counters(b, dut, env):
     """Everything the scan counts, said of what is in the queue and on its way there.
 
-    Returns (entries of the queue of blocks as (entry, there, distance from the oldest), ends of V
-    blocks in the pipeline, ends of V passes in both).
+    Returns (entries of the queue of blocks, ends of V blocks in the pipeline, ends of V passes in
+    both).
     """
     block, scans = dut.i_block.p, env.scans
     entries = claim_queue_of_blocks(b, dut, env)
@@ -192,9 +186,9 @@ def claim_counters(b, dut, env):
     b.claim(slots == queued(lambda e: 1) + sum(leaving_v) + scans)
     b.claim(slots <= SLOTS)
 
-    # Fields: one for each row of V, and never one too many in the queue.
+    # Fields: one for each row of V. That they find room is a proof of its own.
     due = env.due
-    b.assume(due.i.ready, when=due.i.valid)  # see above
+    b.assume(due.i.ready, when=due.i.valid)
     b.claim(due.level == env.fields_ahead - Mux(scans, env.token, 0))
     b.claim(due.level >= block.rows - env.token, when=dut.i_block.valid & block.is_v)
 
@@ -214,8 +208,8 @@ def claim_counters(b, dut, env):
 
 
 def test_waiting_fields_find_room_by_induction(scan):
-    """Rows of V are scanned before they are issued, so that no more fields wait than were given for rows not
-    yet issued, which are fewer than the queue has room for.
+    """Rows of V are scanned before they are issued, so that no more fields wait than were given for
+    rows not yet issued, which are fewer than the queue has room for.
 
     Each block carries how many rows had been scanned when it ended, so that no sums are compared.
     """
@@ -269,8 +263,8 @@ def test_waiting_fields_find_room_by_induction(scan):
 
 
 def test_scan_waits_for_room_weights_and_fields_by_induction(scan):
-    """A scanned block finds room in the queue, a field too; of each V block as many fields are used as it
-    has rows; a bank of the p store is scanned from when it is complete until it is given back."""
+    """A scanned block finds room in the queue; of each V block as many fields are used as it has rows;
+    a bank of the p store is scanned from when it is complete until it is given back."""
     b, dut, env = scan(BLOCKS)
     claim_counters(b, dut, env)
     b.claim(dut.scan_address == Cat(env.token[:7], dut.inside("scan_bank")), when=env.of_v)
@@ -335,8 +329,8 @@ def test_scanned_blocks_leave_with_their_place_by_induction(scan):
 
 
 def test_scan_finds_the_largest_product_of_each_row_by_induction(scan):
-    """A scanned block leaves with the largest exponent of a product for each query head, which is not below
-    that of any row; EXPONENT_FLOOR where there is none."""
+    """A scanned block leaves with the largest exponent of a product for each query head, which is not
+    below that of any row; EXPONENT_FLOOR where there is none."""
     b, dut, env = scan(2)
     m, block = b.m, dut.i_block.p
     claim_queue_of_blocks(b, dut, env)
@@ -401,7 +395,7 @@ def test_weights_of_an_issued_row_are_those_of_the_model_by_induction(bench, row
         largest = b.before(dut.exponents[row], f"largest_{row}", init=0)
         below = Signal(signed(EXPONENT_BITS + 1), name=f"below_{row}")
         b.m.d.comb += below.eq(largest - (field - weight.halvings))
-        b.assume(below >= 0, when=there[-1])  # see above
+        b.assume(below >= 0, when=there[-1])  # by what the scan finds
         far = ~there[-1] | (below > DEPTH_MAX)
         depths.append(Mux(far, DEPTH_MAX, below[:6]))
     # When the base is there: it contains what is common to all rows, the least of the depths.
