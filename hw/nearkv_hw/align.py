@@ -19,7 +19,7 @@ from .number import (
     KV_FORMATS,
     Q_EXPONENT_BITS,
 )
-from .products import Place, base_latency, scanned_layout
+from .products import Place, base_latency, latency, scanned_layout
 from .shapes import BEAT_BITS, ELEMENT_BITS, LANES, TILE_LOG2
 
 
@@ -130,17 +130,12 @@ class Align(wiring.Component):
     o_x : Out(32 x 24 bits), o_step : Out(Step); always taken
     issued, starved, stalled : Out(1), what happened in this cycle
 
-    Timing: `latency` cycles from a row that is issued to its x.
+    Timing: `products.latency(rows)` cycles from a row that is issued to its x, which meets its weights.
     """
-
-    @staticmethod
-    def latency_of(rows: int) -> int:
-        """Cycles from a row that is issued to its x."""
-        return base_latency(rows) + 5
 
     def __init__(self, rows: int):
         self._rows = rows
-        self.latency = self.latency_of(rows)
+        self.latency = latency(rows)
         super().__init__(
             {
                 "i_block": In(stream.Signature(scanned_layout(rows))),

@@ -50,9 +50,8 @@ class Block(data.Struct):
     rows: shapes.ROWS
     lanes: shapes.VALID_LANES  # the others count as zero
     tokens: shapes.TOKENS  # of the tile
-    exponent: signed(
-        EXPONENT_BITS
-    )  # of K, the largest with q's; V has one for each row, see `Products`
+    # Of K, the largest with q's. V has one for each row, see `Products`.
+    exponent: signed(EXPONENT_BITS)
     pass_first: 1  # first block of its pass
     pass_last: 1
     job_first: 1  # belongs to the first tile of its job

@@ -399,8 +399,9 @@ def routed(arrivals: list[int]) -> dict[str, int]:
     }
 
 
-def measure(config, folder: Path) -> tuple[dict, Timing]:
-    """What each component costs, and the whole: see `count`, DEPTH, ROUTED and NETS."""
+def measure(config, folder: Path) -> tuple[dict, Timing, list]:
+    """What each component costs, and the whole: see `count`, DEPTH, ROUTED and NETS; and all ends as
+    `Timing.worst` gives them, by the routed estimate."""
     netlists = synthesise(verilog(config, "ultrascale_plus"), folder)
     components = {name: count(netlists[name][1]) for name in (*COMPONENTS, "kernel")}
     total = {key: sum(c[key] for c in components.values()) for key in components["kernel"]}
@@ -411,7 +412,7 @@ def measure(config, folder: Path) -> tuple[dict, Timing]:
         cost |= routed([ps for ps, component, _ in ends if component == name])
     total |= depth(whole) | routed([ps for ps, *_ in ends])
     total |= {"fan_out": whole.fan_out()[0], "control_sets": whole.control_sets()}
-    return {"components": components, "total": total}, whole
+    return {"components": components, "total": total}, whole, ends
 
 
 def report(name: str, config, cost: dict, timing: Timing) -> str:
@@ -447,10 +448,10 @@ def report(name: str, config, cost: dict, timing: Timing) -> str:
     return "\n".join(lines)
 
 
-def slowest(timing: Timing, n: int) -> str:
-    """The n paths of each component that take longest, if they are late."""
+def slowest(ends: list, n: int) -> str:
+    """The n paths of each component that take longest, if they are late; of ends in order."""
     seen, lines = Counter(), []
-    for ps, component, path in timing.worst(None, cells=CELLS, wire=WIRE_PS):
+    for ps, component, path in ends:
         seen[component] += 1
         if ps > LIMIT_PS and seen[component] <= n:
             lines += [f"{component}: {ps} ps", *(f"  {step}" for step in path)]
@@ -492,10 +493,10 @@ def main(argv=None) -> int:
     for name in args.config or PRESETS:
         try:
             config = preset(name)
-            costs[name], timing = measure(config, args.output / name)
+            costs[name], timing, ends = measure(config, args.output / name)
         except (ToolError, ValueError) as error:
             parser.error(str(error))
-        print(report(name, config, costs[name], timing), slowest(timing, args.paths), sep="\n")
+        print(report(name, config, costs[name], timing), slowest(ends, args.paths), sep="\n")
         print(flush=True)
     (args.output / "footprint.json").write_text(json.dumps(costs, indent=1) + "\n")
     if args.check:

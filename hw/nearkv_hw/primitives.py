@@ -37,6 +37,22 @@ _UNUSED = {
 }  # fmt: skip
 
 
+def _port(m, name, value, bits: int, width: int) -> Signal:
+    """`value` of at most so many signed bits, extended to a port's width.
+
+    Raises
+    ------
+    ValueError
+        If it has more.
+    """
+    used = len(value) + (not value.shape().signed)
+    if used > bits:
+        raise ValueError(f"{name}: {used} signed bits do not fit a port of {bits}")
+    out = Signal(signed(width), name=name)
+    m.d.comb += out.eq(value)
+    return out
+
+
 class Dsp48e2:
     """One DSP48E2: p = a * b + z, with registers at a, b, the product and p.
 
@@ -72,13 +88,7 @@ class Dsp48e2:
         self.pcout, self.bcout = Signal(48, name=f"{name}_pcout"), Signal(18, name=f"{name}_bcout")
 
         def port(value, bits, width):
-            """`value` of at most so many signed bits, extended to the port's width."""
-            used = len(value) + (not value.shape().signed)
-            if used > bits:
-                raise ValueError(f"{name}: {used} signed bits do not fit a port of {bits}")
-            out = Signal(signed(width), name=f"{name}_port")
-            m.d.comb += out.eq(value)
-            return out
+            return _port(m, f"{name}_port", value, bits, width)
 
         opmode = Signal(9, name=f"{name}_opmode")
         m.d.comb += opmode.eq(add)
@@ -133,10 +143,7 @@ class Mult18x18d:
         self.p = Signal(signed(36), name=f"{name}_p")
         ports = {}
         for port, value in (("A", a), ("B", b)):
-            if len(value) > 18:
-                raise ValueError(f"{name}: {len(value)} signed bits do not fit a port of 18")
-            wide = Signal(signed(18), name=f"{name}_{port}")
-            m.d.comb += wide.eq(value)
+            wide = _port(m, f"{name}_{port}", value, 18, 18)
             ports |= {f"i_{port}{bit}": wide[bit] for bit in range(18)}
         registers = {
             f"p_REG_{place}_{pin}": value

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nearkv_hw import abi
-from nearkv_hw.align import Align
+from nearkv_hw import abi, products
 from nearkv_hw.array import MacArray
 from nearkv_hw.axi import WriteMaster
 from nearkv_hw.config import OUTSTANDING_BURSTS, Config
@@ -191,7 +190,7 @@ class _Run:
         self.k_ends = deque([-np.inf] * Q_BANKS, Q_BANKS)
         # Rows are issued so long before their x. From a block's last row to its first result at the head of the
         # queue behind the array.
-        self.align = Align.latency_of(config.rows)
+        self.align = products.latency(config.rows)
         self.leave = self.align + MacArray.latency + 2
         # The scan of products: when it has time; when each block, and each V block, was issued to its end.
         self.scan = -np.inf

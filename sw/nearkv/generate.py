@@ -76,14 +76,7 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="answer and figures as JSON, when the answer is complete",
     )
-    add("--card", help="model, twin, rtl, xrt:0 or pynq:0; several with commas (default: twin)")
-    add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
-    add(
-        "--kv-dir", type=existing_directory, action="append", metavar="DIR",
-        help="where page files go; may be repeated, up to once for each card, or engine of a card "
-        "(default: for temporary files)",
-    )  # fmt: skip
-    add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
+    add_card_arguments(add)
     add("--page-tokens", type=whole(), metavar="N", help="default: 128, or as planned")
     add(
         "--machine",
@@ -100,6 +93,18 @@ def add_arguments(parser) -> None:
         help="go on behind what was kept there with the same model, with --prompt as the next turn. What "
         "is kept stays as it is, unless --keep names the same directory",
     )  # fmt: skip
+
+
+def add_card_arguments(add) -> None:
+    """Add the arguments that say where pages go and what attends to them, as `open_cards` wants them."""
+    add("--card", help="model, twin, rtl, xrt:0 or pynq:0; several with commas (default: twin)")
+    add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
+    add(
+        "--kv-dir", type=existing_directory, action="append", metavar="DIR",
+        help="where page files go; may be repeated, up to once for each card, or engine of a card "
+        "(default: for temporary files)",
+    )  # fmt: skip
+    add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
 
 
 def run(options) -> int:
@@ -275,12 +280,18 @@ def _directories(options, n_cards: int) -> list | None:
         _check_not_kept(options.keep)
     name = "resume" if options.resume else "keep" if options.keep else "kv_dir"
     given = getattr(options, name)
-    if given and not options.resume and len(given) > n_cards:
-        raise ValueError(
-            f"--{name.replace('_', '-')} is given {len(given)} times, and --card has {n_cards} to serve "
-            "them; give it once for each at most"
-        )
+    if not options.resume:
+        check_once_for_each(name.replace("_", "-"), given, n_cards)
     return given
+
+
+def check_once_for_each(option: str, given: list | None, n_cards: int) -> None:
+    """Raise ValueError if there are more directories than cards to serve them."""
+    if given and len(given) > n_cards:
+        raise ValueError(
+            f"--{option} is given {len(given)} times, and --card has {n_cards} to serve them; give it once "
+            "for each at most"
+        )
 
 
 def count_cards(names: list) -> int:

@@ -8,7 +8,7 @@ from nearkv_hw.softmax import P_BANKS, SCORE_QUEUE_PAIRS, Exp2, Softmax
 def test_results_find_room_and_banks_stay_until_free_by_induction(bench):
     """Whatever is in the pipelines has its place in the queue behind; a bank of the p store is not
     written from when it is complete until its last weight was read, which is up to
-    `Align.latency` cycles after `p_free`."""
+    `Exp2.latency` cycles after `p_free`."""
     b, m = bench, bench.m
     rows = 4
     dut = b.add(Softmax(rows))

@@ -13,7 +13,7 @@ from nearkv_hw.abi import KvType
 from nearkv_hw.align import Align, Step
 from nearkv_hw.jobs import Q_BANKS
 from nearkv_hw.number import EXPONENT_FLOOR, KV_BITS, KV_FORMATS
-from nearkv_hw.products import Place, base_latency, scanned_layout
+from nearkv_hw.products import Place, base_latency, latency, scanned_layout
 from nearkv_hw.shapes import LANES
 
 # --- patterns -------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def check(bench, blocks, run):
     steps, places, addresses, events, begins, ends = run
     issued = [cycle for cycle, event in enumerate(events.items) if event[0]]
     assert all(sum(event) == 1 for event in events.items)
-    assert steps.cycles == [cycle + Align.latency_of(ROWS) for cycle in issued]
+    assert steps.cycles == [cycle + latency(ROWS) for cycle in issued]
     got = np.array([item[3:] for item in steps.items])
     np.testing.assert_array_equal(got, np.concatenate([x for *_, x in blocks]))
     at = 0

